@@ -1,0 +1,32 @@
+# The verbs of the workspace; `make help` lists them. What they do is in workspace/.
+WORKSPACE := python3 workspace/bootstrap.py
+.DEFAULT_GOAL := help
+
+.PHONY: help dev doctor kernels bench test lint lock clean
+
+help: ## list the verbs
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+dev: ## set everything up: environment, vLLM fork, binaries, kernels
+	@$(WORKSPACE) dev
+
+doctor: ## what is ready, what is not, and the remedy (JSON=1)
+	@$(WORKSPACE) doctor
+
+kernels: ## compile the kernels that changed (ARCH=9.0a)
+	@$(WORKSPACE) kernels
+
+bench: ## vLLM, stock against custom GEMM (MODEL, METRIC, BACKEND, TP, REPEATS, ...)
+	@$(WORKSPACE) bench
+
+test: ## run the tests (K=name or path)
+	@$(WORKSPACE) test
+
+lint: ## run every pre-commit hook
+	@$(WORKSPACE) lint
+
+lock: ## make the locks and environment.yml from pins.toml (UPGRADE=1)
+	@$(WORKSPACE) lock
+
+clean: ## remove what can be made again; your edits stay (FORCE=1: those too)
+	@$(WORKSPACE) clean

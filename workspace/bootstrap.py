@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From any Python 3 to the workspace's environment, then on to the verb.
+
+    python3 workspace/bootstrap.py VERB [ARGUMENT ...]
+
+Steps, each skipped when its inputs have not changed: choose an interpreter, fetch uv at its
+pinned version, create the environment, install the lock into it, and replace this process by
+`python -m workspace VERB` of that environment.
+
+Standard library only, and the first lines run on any Python 3: nothing is installed yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from workspace import index  # noqa: E402
+from workspace.errors import WorkspaceError  # noqa: E402
+from workspace.paths import LOCKS, PINS, STATE  # noqa: E402
+
+TOOLS = STATE / "tools"
+ENVIRONMENTS = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}
+LOCK_VARIABLE = "WORKSPACE_LOCK_FD"
+
+
+def say(message: str) -> None:
+    print(f"· {message}", file=sys.stderr, flush=True)
+
+
+def run(command: list[str], *, env: dict[str, str] | None = None, quiet: bool = False) -> str:
+    """Run a command that must succeed; its last line of complaint becomes the error.
+
+    The set-up lock is passed on: where this process is killed and the command lives on, the
+    next run waits for it instead of writing to the same files.
+    """
+    descriptor = os.environ.get(LOCK_VARIABLE)
+    result = subprocess.run(
+        command,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE if quiet else sys.stderr,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        pass_fds=[int(descriptor)] if descriptor else [],
+        check=False,
+    )
+    if result.returncode:
+        complaint = [line for line in (result.stderr or "").splitlines() if line.strip()]
+        reason = complaint[-1].strip() if complaint else f"exit status {result.returncode}"
+        raise WorkspaceError(f"{' '.join(command[:4])} … failed: {reason}")
+    return result.stdout or ""
+
+
+# --- the interpreter ------------------------------------------------------------------------
+
+
+def _version_of(python: str) -> str | None:
+    """'3.12' for an interpreter that really runs, else None (a pyenv shim may not)."""
+    probe = "import sys; print('%d.%d' % sys.version_info[:2])"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(
+            [python, "-c", probe], capture_output=True, text=True, timeout=30, check=False
+        )
+        if result.returncode == 0:
+            return result.stdout.strip()
+    return None
+
+
+def supported_versions() -> list[str]:
+    """The versions in pins.toml, preferred first. Read without tomllib, which 3.10 lacks."""
+    for line in PINS.read_text().splitlines():
+        if line.startswith("supported = ["):
+            return json.loads(line.split("=", 1)[1].split("#")[0])
+    raise WorkspaceError(f"{PINS} names no supported Python; run: git checkout pins.toml")
+
+
+def find_python() -> str:
+    """PYTHON= if given, else the most preferred supported version on PATH or under pyenv."""
+    supported = supported_versions()
+    asked = os.environ.get("PYTHON")
+    if asked:
+        path = shutil.which(asked)
+        version = _version_of(path) if path else None
+        if path is None or version not in supported:
+            raise WorkspaceError(
+                f"PYTHON={asked} is "
+                + (f"Python {version}" if version else "not a Python that runs")
+                + f"; give one of Python {', '.join(sorted(supported))}"
+            )
+        return path
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for version in supported:
+        found = [shutil.which(f"python{version}"), shutil.which("python3"), sys.executable]
+        found += [str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*"))]
+        for candidate in found:
+            if candidate and _version_of(candidate) == version:
+                return candidate
+    raise WorkspaceError(
+        f"no Python {', '.join(sorted(supported))} found (this is {platform.python_version()}); "
+        "install one, on Debian and Ubuntu: apt-get install python3, or give PYTHON=<path>"
+    )
+
+
+# --- uv -------------------------------------------------------------------------------------
+
+
+def _distribution_pip() -> Path:
+    """Pip as Debian and Ubuntu package it for their venv, unpacked, not installed.
+
+    Their bare python3 has neither pip nor ensurepip. apt works here without root because lists
+    and cache are kept in our own folder.
+    """
+    wheels = list((TOOLS / "apt").glob("usr/share/python-wheels/pip-*.whl"))
+    if wheels:
+        return wheels[0]
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise WorkspaceError(
+            "this Python has no pip, which is needed once to fetch uv; install your "
+            "distribution's python3-pip, or give PYTHON=<a Python with pip>"
+        )
+    say("this Python has no pip: unpacking the distribution's (nothing is installed)")
+    folder = TOOLS / "apt"
+    for name in ("lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    options = [
+        "-qq",
+        "-o", f"Dir::State::Lists={folder / 'lists'}",
+        "-o", f"Dir::Cache={folder / 'cache'}",
+        "-o", "APT::Sandbox::User=",
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        run(["apt-get", *options, "update"], quiet=True)
+        command = f'cd "{work}" && exec apt-get "$@" download python3-pip-whl'
+        run(["sh", "-c", command, "apt-get", *options], quiet=True)
+        (package,) = Path(work).glob("*.deb")
+        run(["dpkg-deb", "-x", str(package), str(folder)], quiet=True)
+    return next((folder / "usr/share/python-wheels").glob("pip-*.whl"))
+
+
+def _pip_command(python: str) -> list[str]:
+    has_pip = subprocess.run([python, "-c", "import pip"], capture_output=True, check=False)
+    if has_pip.returncode == 0:
+        return [python, "-m", "pip"]
+    return [python, str(_distribution_pip() / "pip")]
+
+
+def obtain_uv(python: str, pins: dict) -> Path:
+    """The pinned uv, fetched once through pip (and so through the user's index settings)."""
+    version = pins["uv"]["version"]
+    binary = TOOLS / f"uv-{version}" / "uv"
+    if binary.exists():
+        return binary
+    hashes = [f"--hash=sha256:{value}" for value in pins["uv"]["sha256"].values()]
+    TOOLS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=TOOLS, prefix="uv-") as work:
+        requirement = Path(work) / "uv.txt"
+        requirement.write_text(f"uv=={version} " + " ".join(hashes) + "\n")
+        say(f"fetching uv {version}")
+        run(
+            [*_pip_command(python), "download", "-q", "--no-deps", "--only-binary=:all:",
+             "--require-hashes", "-r", str(requirement), "-d", work],
+            quiet=True,
+        )  # fmt: skip
+        (wheel,) = Path(work).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(n for n in archive.namelist() if n.endswith("/scripts/uv"))
+            extracted = Path(work) / "uv"
+            extracted.write_bytes(archive.read(member))
+        extracted.chmod(0o755)
+        binary.parent.mkdir(exist_ok=True)
+        extracted.replace(binary)
+    return binary
+
+
+# --- the environment ------------------------------------------------------------------------
+
+
+def lock_files(pins: dict, device: str) -> list[Path]:
+    version = pins["vllm"]["default"]
+    files = [LOCKS / f"vllm-{version}.txt"]
+    if device == "cuda":
+        files.append(LOCKS / f"vllm-{version}-gpu.txt")
+    return files
+
+
+def device() -> str:
+    """DEVICE= if given, else cuda where the NVIDIA driver (or WSL's) made a GPU device."""
+    asked = os.environ.get("DEVICE")
+    if asked in ("cuda", "cpu"):
+        return asked
+    if asked:
+        raise WorkspaceError(f"DEVICE={asked} is not known; give DEVICE=cuda or DEVICE=cpu")
+    # A look at the device files, because asking nvidia-smi can take seconds.
+    found = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return "cuda" if found else "cpu"
+
+
+def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> None:
+    """Create `prefix` and install the locks; what a kill left half installed is redone."""
+    installing = STATE / f"installing{prefix.name}"
+    interrupted = installing.exists()
+    own = prefix / "bin" / "python"
+    another = own.exists() and _version_of(str(own)) != _version_of(python)
+    installing.touch()
+    if interrupted or another or not own.exists():
+        say(f"creating {prefix.name} with {python}")
+        keep = "--clear" if another else "--allow-existing"
+        run([str(uv), "venv", "-q", keep, "--python", python, str(prefix)])
+    say("installing the locked packages (about 4 GB to fetch on the first run)")
+    command = [str(uv), "pip", "install", "--python", str(own), "--require-hashes", "--no-deps"]
+    # With a terminal uv draws its progress; in a log its list of 250 packages is noise.
+    command += [] if sys.stderr.isatty() else ["-q"]
+    command += ["--reinstall"] if interrupted else []
+    for path in files:
+        command += ["-r", str(path)]
+    run(command, env=index.uv_environment())
+    installing.unlink()
+
+
+def _conda_environment(prefix: Path, uv: Path, files: list[Path]) -> None:
+    """environment.yml through micromamba, mamba or conda; the Python packages from the lock."""
+    tool = next(filter(None, map(shutil.which, ("micromamba", "mamba", "conda"))), None)
+    if tool is None:
+        raise WorkspaceError(
+            "ENV=conda needs micromamba, mamba or conda on PATH; install one, or use ENV=uv"
+        )
+    verb = ["env", "create"] if Path(tool).name == "conda" else ["create"]
+    own = prefix / "bin" / "python"
+    if not own.exists():
+        say(f"creating {prefix.name} with {Path(tool).name} from environment.yml")
+        run([tool, *verb, "-y", "-p", str(prefix), "-f", str(ROOT / "environment.yml")])
+    _uv_environment(prefix, uv, str(own), files)
+
+
+def _system_environment(prefix: Path, python: str) -> None:
+    """An overlay over the host's own interpreter: its packages are seen, none is installed.
+
+    A venv's --system-site-packages shows the packages of the base interpreter, which is not
+    the given one where that is a venv itself; so its folders are named in a .pth file.
+    """
+    say(f"using the packages of {python}; nothing is installed into it")
+    run([python, "-m", "venv", "--without-pip", "--clear", str(prefix)], quiet=True)
+    query = "import sysconfig; p = sysconfig.get_paths(); print(p['purelib']); print(p['platlib'])"
+    host = run([python, "-c", query], quiet=True).split()
+    own = run([str(prefix / "bin" / "python"), "-c", query], quiet=True).split()[0]
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in dict.fromkeys(host)]
+    (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
+
+
+def ensure_environment(mode: str) -> Path:
+    """The interpreter of an environment that matches the lock, made or mended if need be."""
+    import tomllib
+
+    prefix = ENVIRONMENTS[mode]
+    own = prefix / "bin" / "python"
+    pins = tomllib.loads(PINS.read_text())
+    files = [] if mode == "system" else lock_files(pins, device())
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.exists():
+            raise WorkspaceError(f"{path} is missing; run: git checkout {path.relative_to(ROOT)}")
+        digest.update(path.read_bytes())
+    wanted = {"lock": digest.hexdigest()}
+    if os.environ.get("PYTHON"):
+        wanted["python"] = find_python()
+    stamp = prefix / "workspace.json"
+    made = json.loads(stamp.read_text()) if stamp.exists() else {}
+    # Without PYTHON= the interpreter of an earlier run stays.
+    if own.exists() and made and {**made, **wanted} == made:
+        return own
+    python = wanted.get("python") or (own.exists() and made.get("python")) or find_python()
+    if mode == "system":
+        _system_environment(prefix, python)
+    else:
+        uv = obtain_uv(python, pins)
+        if mode == "uv":
+            _uv_environment(prefix, uv, python, files)
+        else:
+            _conda_environment(prefix, uv, files)
+    temporary = stamp.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**wanted, "python": python}))
+    temporary.replace(stamp)
+    return own
+
+
+# --- one set-up at a time -------------------------------------------------------------------
+
+
+def take_lock(verb: str) -> None:
+    """Hold the checkout's set-up lock; the verb lets go of it when its set-up is done.
+
+    The lock belongs to the open file, so it ends with the last process that holds it, however
+    that process ends.
+    """
+    STATE.mkdir(exist_ok=True)
+    descriptor = os.open(STATE / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        say(f"waiting: another make is at work in this checkout ({holder or 'unknown'})")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"make {verb}, process {os.getpid()}".encode(), 0)
+    os.set_inheritable(descriptor, True)
+    os.environ[LOCK_VARIABLE] = str(descriptor)
+
+
+def doctor_without_environment(arguments: list[str]) -> int:
+    """The doctor's answer in a checkout that has no environment to ask more in."""
+    if "--json" in arguments or os.environ.get("JSON") == "1":
+        check = {"name": "environment", "status": "missing", "remedy": "make dev"}
+        print(json.dumps({"usable": False, "checks": [check]}))
+    else:
+        print("environment: not set up; run: make dev")
+    return 1
+
+
+def main(arguments: list[str]) -> int:
+    """Set up the environment and become the verb."""
+    verb = arguments[0] if arguments else "help"
+    mode = os.environ.get("ENV") or "uv"
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on the system's Python
+        # tomllib and the workspace need 3.11; go on in an interpreter that has it.
+        python = find_python()
+        os.execv(python, [python, __file__, *arguments])
+    if mode not in ENVIRONMENTS:
+        raise WorkspaceError(f"ENV={mode} is not known; give ENV=uv, ENV=conda or ENV=system")
+    if verb == "doctor":
+        # It only looks: no lock, and nothing is set up.
+        if not (ENVIRONMENTS[mode] / "workspace.json").exists():
+            return doctor_without_environment(arguments[1:])
+        interpreter = ENVIRONMENTS[mode] / "bin" / "python"
+    else:
+        take_lock(verb)
+        if verb == "clean":
+            # It removes the environment, so it cannot run in it.
+            from workspace import clean
+
+            return clean.run(force=os.environ.get("FORCE") == "1")
+        interpreter = ensure_environment(mode)
+    os.environ["ENV"] = mode
+    # Where this is set, every start of vLLM compiles thousands of modules anew: 20 s on 2 cores.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    # `-m` finds the package in the current folder, so nothing is put on PYTHONPATH: there, our
+    # folder `kernels/` could pass for the package of that name in every process.
+    os.chdir(ROOT)
+    os.execv(interpreter, [str(interpreter), "-m", "workspace", *arguments])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except WorkspaceError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        sys.exit(f"error: {reason}: {error.filename or STATE}; mend that and run the command again")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make clean`: remove what can be made again, keep what is the user's.
+
+Standard library only: it removes the environment, so it runs outside of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from workspace.errors import WorkspaceError
+from workspace.fork_tree import state
+from workspace.paths import FORK, FORK_SRC, ROOT, STATE
+
+CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
+
+
+def _remove(path: Path) -> None:
+    if not path.exists():
+        return
+    print(f"· removing {path.relative_to(ROOT)}", file=sys.stderr)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _users_work(tree: Path) -> list[str]:
+    try:
+        found = state(tree)
+    except WorkspaceError:
+        # Not made by us, so all of it is the user's.
+        return [f"all of {tree.relative_to(ROOT)}, which this workspace did not make"]
+    return found.own_work if found else []
+
+
+def run(*, force: bool) -> int:
+    """Remove environments, tools, caches, and src where it holds nothing of the user's.
+
+    The lock file stays, because this process holds it; recorded results stay, because a
+    measurement cannot be made again.
+    """
+    for name in (".venv", ".conda", *CACHES):
+        _remove(ROOT / name)
+    for path in sorted(STATE.glob("*")):
+        if path.name != "lock":
+            _remove(path)
+    for pattern in (".src-*", "src"):
+        for path in FORK.glob(pattern):
+            work = _users_work(path) if path == FORK_SRC else []
+            if work and not force:
+                print(f"· keeping {path.relative_to(ROOT)}: it holds work of yours:")
+                print("\n".join(f"    {line}" for line in work[:20]))
+                if len(work) > 20:
+                    print(f"    … and {len(work) - 20} more")
+                print("  to remove it all the same: make clean FORCE=1")
+                continue
+            for line in work:
+                print(f"· lost: {line}", file=sys.stderr)
+            _remove(path)
+    return 0

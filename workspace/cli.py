@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs: thin, each a short pipeline over the module of the same name.
+
+Every option can be given as a make variable (`make bench TP=2`) because make passes its
+variables on in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from workspace.bootstrap import LOCK_VARIABLE, device
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+console = Console(stderr=True)
+
+
+def option(variable: str, help_text: str) -> Any:
+    # make passes an unset variable as an empty one; both mean "not given".
+    return typer.Option(envvar=variable, help=help_text, show_default=False)
+
+
+Text = str | None
+
+
+def set_up(*, engine: bool = True) -> None:
+    """Bring fork, install and kernels up to date, then let the next make in."""
+    from workspace import install
+
+    if engine:
+        from workspace import fork
+
+        fork.ensure()
+        install.install_fork(device())  # type: ignore[arg-type]
+    install.install_kernels()
+    descriptor = os.environ.pop(LOCK_VARIABLE, None)
+    if descriptor:
+        os.close(int(descriptor))
+
+
+@app.command()
+def dev() -> None:
+    """Set everything up: environment, fork, binaries, kernels."""
+    from workspace import kernels
+
+    set_up()
+    kernels.run()
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", envvar="JSON")] = False) -> None:
+    """Say what is ready, what is not, and what to do about it."""
+    from workspace import doctor as module
+
+    raise typer.Exit(module.run(as_json=json))
+
+
+@app.command()
+def kernels(
+    arch: Annotated[Text, option("ARCH", "GPU architectures, e.g. 9.0a or 8.0,9.0a.")] = None,
+) -> None:
+    """Compile the kernels that changed."""
+    from workspace import kernels as module
+
+    set_up(engine=False)
+    module.run(arch)
+
+
+@app.command()
+def bench(
+    model: Annotated[Text, option("MODEL", "Folder or hub id.")] = None,
+    input_len: Annotated[Text, option("INPUT_LEN", "Prompt tokens per request.")] = None,
+    output_len: Annotated[Text, option("OUTPUT_LEN", "New tokens per request.")] = None,
+    num_prompts: Annotated[Text, option("NUM_PROMPTS", "Requests per round.")] = None,
+    metric: Annotated[Text, option("METRIC", "throughput or latency.")] = None,
+    backend: Annotated[Text, option("BACKEND", "GEMM backend of the custom variant.")] = None,
+    repeats: Annotated[Text, option("REPEATS", "Pairs of engine starts.")] = None,
+    tp: Annotated[Text, option("TP", "Tensor-parallel processes.")] = None,
+    eager: Annotated[Text, option("EAGER", "1: no torch.compile, no CUDA graphs.")] = None,
+) -> None:
+    """Run vLLM's own benchmark: stock against custom."""
+    from workspace import bench as module
+
+    given = {
+        "model": model, "input_len": input_len, "output_len": output_len,
+        "num_prompts": num_prompts, "metric": metric, "backend": backend,
+        "repeats": repeats, "tp": tp, "eager": eager,
+    }  # fmt: skip
+    options = module.options({name: value for name, value in given.items() if value})
+    set_up()
+    from workspace import kernels
+
+    kernels.run()
+    module.run(options)
+
+
+@app.command("test")
+def run_tests(
+    k: Annotated[Text, option("K", "A path, or words as for pytest -k.")] = None,
+) -> None:
+    """Run the tests; K= narrows them to a path or to names."""
+    set_up(engine=not k)
+    command = [sys.executable, "-m", "pytest", "-q"]
+    if k:
+        command += [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+@app.command()
+def lint() -> None:
+    """Run every pre-commit hook over all files."""
+    set_up(engine=False)
+    command = [sys.executable, "-m", "pre_commit", "run", "--all-files"]
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+@app.command()
+def lock(
+    upgrade: Annotated[Text, option("UPGRADE", "1: newest versions the pins allow.")] = None,
+) -> None:
+    """Make the locks and environment.yml from pins.toml."""
+    from workspace import lock as module
+
+    for path in module.run(upgrade=upgrade == "1"):
+        console.print(f"· wrote {path.relative_to(ROOT)}")
+
+
+def main() -> None:
+    try:
+        app(standalone_mode=True)
+    except WorkspaceError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"error: {error.strerror or error}{where}; mend that and run the command again")

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pinned files of the package index, kept in a cache that all checkouts share.
+
+A file enters the cache under its sha256 and only when that sha256 was seen, so what lies there
+under its own name is whole. It is checked again whenever it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+from pypi_simple import (
+    PYPI_SIMPLE_ENDPOINT,
+    NoSuchProjectError,
+    PyPISimple,
+    UnsupportedContentTypeError,
+)
+from pypi_simple.errors import UnparsableFilenameError, UnsupportedRepoVersionError
+from requests.adapters import HTTPAdapter
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from urllib3.util import Retry
+
+from workspace import index
+from workspace.errors import WorkspaceError
+from workspace.pins import Artifact
+
+
+def cache_folder() -> Path:
+    """$WORKSPACE_CACHE, else vllm-kernels in the user's cache folder."""
+    given = os.environ.get("WORKSPACE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-kernels"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("· {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+    )
+
+
+def _download(artifact: Artifact, target: Path) -> None:
+    endpoint = index.index_url() or PYPI_SIMPLE_ENDPOINT
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(max_retries=Retry(total=4, backoff_factor=0.5)))
+    with PyPISimple(endpoint, session=session) as client:
+        page = client.get_project_page(artifact.project, timeout=60)
+        try:
+            package = next(p for p in page.packages if p.filename == artifact.filename)
+        except StopIteration:
+            raise WorkspaceError(
+                f"the package index has {artifact.project}, but no {artifact.filename}; point "
+                "UV_DEFAULT_INDEX (or pip's index-url) to one that has it"
+            ) from None
+        with session.get(package.url, stream=True, timeout=60) as response, _progress() as bar:
+            response.raise_for_status()
+            total = int(response.headers.get("content-length") or 0) or None
+            task = bar.add_task(f"fetching {artifact.filename}", total=total)
+            with target.open("wb") as file:
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+                    bar.advance(task, len(chunk))
+
+
+@contextlib.contextmanager
+def _clear_errors(artifact: Artifact, target: Path) -> Iterator[None]:
+    by_hand = f"or put the file there yourself: {target}"
+    try:
+        yield
+    except NoSuchProjectError:
+        raise WorkspaceError(
+            f"the package index has no project {artifact.project}; point UV_DEFAULT_INDEX (or "
+            f"pip's index-url) to one that has {artifact.filename}, {by_hand}"
+        ) from None
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        raise WorkspaceError(
+            f"the package index answered {status} for {artifact.filename}; try again later, "
+            f"point UV_DEFAULT_INDEX (or pip's index-url) to another, {by_hand}"
+        ) from None
+    except (requests.RequestException, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+            raise
+        raise WorkspaceError(
+            f"{artifact.filename} could not be fetched ({type(error).__name__}); check the "
+            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror, {by_hand}"
+        ) from None
+    except (
+        UnsupportedContentTypeError,
+        UnsupportedRepoVersionError,
+        UnparsableFilenameError,
+        ValueError,
+    ) as error:
+        raise WorkspaceError(
+            f"the address set as package index does not answer like one ({error}); check "
+            "UV_DEFAULT_INDEX or pip's index-url"
+        ) from None
+
+
+def fetch(artifact: Artifact) -> Path:
+    """The file's path in the cache, downloaded if need be.
+
+    Raises:
+        WorkspaceError: no network, not in the index, or a sha256 that is not the pinned one.
+    """
+    folder = cache_folder() / artifact.sha256[:16]
+    target = folder / artifact.filename
+    if target.exists():
+        if sha256(target) == artifact.sha256:
+            return target
+        target.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("partial-*"):
+        stale.unlink()
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix="partial-")
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        with _clear_errors(artifact, target):
+            _download(artifact, partial)
+        found = sha256(partial)
+        if found != artifact.sha256:
+            raise WorkspaceError(
+                f"{artifact.filename} from the package index has sha256 {found[:16]}…, pinned is "
+                f"{artifact.sha256[:16]}…; the download was damaged or the index serves another "
+                "file: run the command again, then check the index"
+            )
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in vllm-fork/src: the pristine release, our patches, and the user's own work.
+
+The tree is a git repository of its own. `upstream/<version>` is the tag of the pristine
+release, `refs/workspace/applied` the commit after the last of our patches: everything beyond
+it, and everything uncommitted, is the user's.
+
+Standard library only: `make clean` asks here when there is no environment.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from workspace.errors import WorkspaceError
+from workspace.paths import FORK_SRC
+
+APPLIED = "refs/workspace/applied"
+PATCHES_KEY = "workspace.patches"
+VERSION_KEY = "workspace.version"
+
+
+def git(
+    *arguments: str,
+    tree: Path,
+    env: dict[str, str] | None = None,
+    stdin: bytes | None = None,
+    check: bool = True,
+) -> str:
+    """Run git in `tree`, apart from the user's hooks, templates and signing.
+
+    Raises:
+        WorkspaceError: git is missing or failed; the message ends with git's own last line.
+    """
+    command = [
+        "git",
+        "-c", "core.hooksPath=/dev/null",
+        "-c", "core.autocrlf=false",
+        "-c", "commit.gpgSign=false",
+        "-c", "tag.gpgSign=false",
+        "-c", "gc.auto=0",
+        "-c", f"safe.directory={tree.resolve()}",
+        *arguments,
+    ]  # fmt: skip
+    # A git hook or a rebase around us sets variables that would redirect us to its repository.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    clean.update({"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"})
+    try:
+        result = subprocess.run(
+            command,
+            cwd=tree,
+            env={**clean, **(env or {})},
+            input=stdin,
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        if error.filename != "git":
+            raise
+        raise WorkspaceError("git is missing; install it, e.g. apt-get install git") from None
+    if check and result.returncode:
+        complaint = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise WorkspaceError(f"git {arguments[0]} in {tree}: {complaint[-1]}")
+    return result.stdout.decode(errors="surrogateescape") if not result.returncode else ""
+
+
+@dataclass(frozen=True)
+class ForkState:
+    """vllm-fork/src as it is now."""
+
+    version: str
+    head: str
+    applied: str
+    patches_digest: str
+    uncommitted: list[str]
+    own_commits: list[str]
+
+    @property
+    def own_work(self) -> list[str]:
+        """What would be lost with the tree, in words; empty when nothing would."""
+        lost = [f"uncommitted: {line}" for line in self.uncommitted]
+        return lost + [f"commit {line}" for line in self.own_commits]
+
+
+def state(tree: Path = FORK_SRC) -> ForkState | None:
+    """The fork's state, or None where there is no tree.
+
+    Raises:
+        WorkspaceError: something is at that place which this workspace did not make.
+    """
+    if not tree.exists():
+        return None
+    applied = ""
+    if (tree / ".git").exists():
+        applied = git("rev-parse", "-q", "--verify", APPLIED, tree=tree, check=False).strip()
+    if not applied:
+        raise WorkspaceError(
+            f"{tree} is there, but this workspace did not make it; move it away and run: make dev"
+        )
+    status = git("status", "--porcelain=v1", "-z", "--untracked-files=all", tree=tree)
+    # Commits on any branch are the user's as much as those on the one checked out.
+    own = git("log", "--format=%h %s", "--branches", "HEAD", f"^{APPLIED}", tree=tree)
+    stash = git("stash", "list", "--format=%gd %s", tree=tree)
+    return ForkState(
+        version=git("config", VERSION_KEY, tree=tree, check=False).strip(),
+        head=git("rev-parse", "HEAD", tree=tree).strip(),
+        applied=applied,
+        patches_digest=git("config", PATCHES_KEY, tree=tree, check=False).strip(),
+        uncommitted=[entry for entry in status.split("\0") if entry],
+        own_commits=[*own.splitlines(), *stash.splitlines()],
+    )

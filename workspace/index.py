@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package index that the user configured for pip or uv.
+
+uv does not read pip's configuration and our own downloads read neither, so a machine behind a
+mirror would need its address three times. It is read here once: uv's variables first, then
+pip's variables, then pip's configuration files in pip's own order.
+
+Standard library only: this runs before the environment exists.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+from pathlib import Path
+
+UV_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_CONFIG_FILE")
+
+
+def _pip_config_files() -> list[Path]:
+    """Pip's configuration files, lowest priority first."""
+    if os.environ.get("PIP_CONFIG_FILE") == os.devnull:
+        return []
+    home = Path.home()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    system = os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")
+    files = [Path(folder) / "pip" / "pip.conf" for folder in system]
+    files += [Path("/etc/pip.conf"), home / ".pip" / "pip.conf", config / "pip" / "pip.conf"]
+    if os.environ.get("PIP_CONFIG_FILE"):
+        files.append(Path(os.environ["PIP_CONFIG_FILE"]))
+    return files
+
+
+def _pip_setting(name: str) -> str:
+    value = os.environ.get("PIP_" + name.upper().replace("-", "_"))
+    if value is not None:
+        return value
+    for path in reversed(_pip_config_files()):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(path)
+        except (configparser.Error, OSError, UnicodeDecodeError):
+            continue
+        for section in ("install", "global"):
+            if parser.has_option(section, name):
+                return parser.get(section, name)
+    return ""
+
+
+def index_url() -> str | None:
+    """The index to ask, or None where the user set none (the tools' own default)."""
+    for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"):
+        if os.environ.get(variable):
+            # uv allows name=address.
+            return os.environ[variable].split("=", 1)[-1]
+    return _pip_setting("index-url").strip() or None
+
+
+def uv_environment() -> dict[str, str]:
+    """Variables that make uv use pip's index, for a user who configured pip only."""
+    if any(os.environ.get(variable) for variable in UV_VARIABLES):
+        return {}
+    settings: dict[str, str] = {}
+    url = index_url()
+    if url:
+        settings["UV_DEFAULT_INDEX"] = url
+    # Local folders among the extra indexes are pip's own format; uv refuses some of them.
+    extra = [e for e in _pip_setting("extra-index-url").split() if e.startswith("http")]
+    if extra:
+        settings["UV_INDEX"] = " ".join(extra)
+        # pip takes the best version of all indexes. Every file is checked against the lock's
+        # hashes, so the wrong index cannot slip another file in.
+        settings["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+    certificate = _pip_setting("cert").strip()
+    if certificate and "SSL_CERT_FILE" not in os.environ:
+        settings["SSL_CERT_FILE"] = certificate
+    return settings

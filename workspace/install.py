@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the fork and the kernels into the environment, editable, with the right binaries.
+
+The Python of vLLM comes from vllm-fork/src. What a compiler made (and the sources that
+upstream's build fetches) comes from the released wheel of the same version: exactly the files
+that the wheel has and the sdist lacks. So an edit in src is live in the next run, and no
+compiler runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+from rich.console import Console
+
+from workspace import bootstrap
+from workspace.errors import WorkspaceError
+from workspace.fork import upstream_tag
+from workspace.fork_tree import git
+from workspace.paths import FORK_SRC, KERNELS
+from workspace.pins import Artifact, Device, load
+
+MANIFEST = FORK_SRC / ".git" / "workspace-binaries.json"
+"""Which wheel the compiled files in src come from, with the CRC-32 of each."""
+
+console = Console(stderr=True)
+
+
+def version_label(version: str, device: Device, cuda_release: str) -> str:
+    """The version to install under: vLLM takes its CPU platform when it contains `cpu`."""
+    suffix = "cpu" if device == "cpu" else f"cu{cuda_release.replace('.', '')}"
+    return f"{version}+{suffix}"
+
+
+def read_manifest() -> dict:
+    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def binary_members(wheel: zipfile.ZipFile, tracked: set[str]) -> list[zipfile.ZipInfo]:
+    """What the wheel has beyond the sources of the release."""
+    return [
+        member
+        for member in wheel.infolist()
+        if not member.is_dir()
+        and ".dist-info/" not in member.filename
+        and member.filename not in tracked
+    ]
+
+
+def exclude_patterns(names: list[str], tracked: set[str]) -> list[str]:
+    """Shortest git patterns that hide the extracted files and nothing of the release."""
+    folders = {str(parent) for name in tracked for parent in Path(name).parents}
+    patterns = set()
+    for name in names:
+        parents = [str(p) for p in reversed(Path(name).parents)][1:]
+        new = next((p for p in parents if p not in folders), None)
+        patterns.add(f"/{new}/" if new else f"/{name}")
+    return sorted(patterns)
+
+
+def place_binaries(artifact: Artifact, device: Device) -> bool:
+    """Extract the wheel's compiled files into src; True when something was done.
+
+    Each file is written beside its place and renamed; the manifest comes last.
+
+    Raises:
+        WorkspaceError: an extracted file was edited since; it is not overwritten.
+    """
+    before = read_manifest()
+    files = before.get("files", {})
+    present = all((FORK_SRC / name).exists() for name in files)
+    if before.get("sha256") == artifact.sha256 and present:
+        return False
+    # Imported late: a run with nothing to do would take twice as long.
+    from workspace.fetch import fetch
+        fetch,
+    )  # its imports would double the time of a run with nothing to do
+
+    wheel_path = fetch(artifact)
+    edited = [
+        name
+        for name, crc in files.items()
+        if (FORK_SRC / name).exists() and _crc32(FORK_SRC / name) != crc
+    ]
+    if edited and os.environ.get("FORCE") != "1":
+        raise WorkspaceError(
+            f"{edited[0]} in vllm-fork/src was changed after it was taken from {before['wheel']} "
+            f"({len(edited)} such files); save it, then run: make dev FORCE=1"
+        )
+    for name in files:
+        (FORK_SRC / name).unlink(missing_ok=True)
+    MANIFEST.unlink(missing_ok=True)
+    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(_version()), tree=FORK_SRC)
+    tracked = set(listing.split("\0"))
+    with (
+        zipfile.ZipFile(wheel_path) as wheel,
+        console.status(f"taking the {device} binaries from {artifact.filename}"),
+    ):
+        members = binary_members(wheel, tracked)
+        for member in members:
+            target = FORK_SRC / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(target.name + ".partial")
+            with wheel.open(member) as source, temporary.open("wb") as sink:
+                while chunk := source.read(1 << 22):
+                    sink.write(chunk)
+            temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
+            temporary.replace(target)
+    patterns = exclude_patterns([m.filename for m in members], tracked)
+    exclude = FORK_SRC / ".git" / "info" / "exclude"
+    exclude.parent.mkdir(exist_ok=True)
+    exclude.write_text(
+        "# Compiled files that `make dev` took from the released wheel.\n"
+        + "".join(f"{pattern}\n" for pattern in [*patterns, "*.partial"])
+    )
+    record = {
+        "wheel": artifact.filename,
+        "sha256": artifact.sha256,
+        "device": device,
+        "files": {member.filename: member.CRC for member in members},
+    }
+    temporary = MANIFEST.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(MANIFEST)
+    return True
+
+
+def _version() -> str:
+    return load().vllm.default
+
+
+def _installer() -> list[str]:
+    """uv where the workspace has it; pip for ENV=system, which brings its own."""
+    uv = bootstrap.TOOLS / f"uv-{load().uv.version}" / "uv"
+    if uv.exists():
+        return [str(uv), "pip", "install", "-q", "--python", sys.executable]
+    return [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+
+
+def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = None) -> bool:
+    """Install `folder` editable unless that was done for the same fingerprint."""
+    stamp = Path(sys.prefix) / f"workspace-{folder.name}.json"
+    wanted = json.dumps({"folder": str(folder), "fingerprint": fingerprint})
+    if stamp.exists() and stamp.read_text() == wanted:
+        return False
+    stamp.unlink(missing_ok=True)
+    with console.status(f"installing {folder.parent.name}/{folder.name}, editable"):
+        result = subprocess.run(
+            [*_installer(), "--no-deps", "--no-build-isolation", "-e", str(folder)],
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        log = bootstrap.STATE / "logs" / f"install-{folder.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(result.stdout + result.stderr)
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        raise WorkspaceError(
+            f"installing {folder} failed: {lines[-1] if lines else 'no message'}; see {log}"
+        )
+    temporary = stamp.with_suffix(".tmp")
+    temporary.write_text(wanted)
+    temporary.replace(stamp)
+    return True
+
+
+def install_fork(device: Device) -> None:
+    """Binaries for the device, then the editable install under a version that names it."""
+    version = _version()
+    release = load().release()
+    place_binaries(release.binary(device), device)
+    label = version_label(version, device, release.cuda.release)
+    build = (FORK_SRC / "setup.py").read_bytes() + (FORK_SRC / "pyproject.toml").read_bytes()
+    editable(
+        FORK_SRC,
+        f"{label} {zlib.crc32(build):08x}",
+        # `empty` compiles nothing: the binaries are in place already.
+        env={"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": label},
+    )
+
+
+def install_kernels() -> None:
+    editable(KERNELS, f"{zlib.crc32((KERNELS / 'pyproject.toml').read_bytes()):08x}")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make lock`: hash-pinned requirement files and environment.yml from pins.toml.
+
+The locks hold versions and hashes but no addresses, so they work with any mirror. One file
+serves every supported Python (environment markers tell them apart).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from workspace import index
+from workspace.bootstrap import TOOLS
+from workspace.errors import WorkspaceError
+from workspace.paths import LOCKS, ROOT
+from workspace.pins import Pins, load
+
+ENVIRONMENT_YML = ROOT / "environment.yml"
+
+
+def requirements(pins: Pins, version: str) -> list[str]:
+    """The direct requirements that a release's lock is resolved from."""
+    release = pins.release(version)
+    lines = [
+        f"vllm=={version}",
+        f"torch=={release.torch}",
+        f"triton=={release.triton}",
+        f"cupy-cuda13x=={release.cupy}",
+    ]
+    for group in (release.cuda.wheels, release.cuda.libraries, pins.packages.direct):
+        lines += [f"{name}=={number}" for name, number in group.items()]
+    return lines
+
+
+def digest(pins: Pins, version: str) -> str:
+    """A fingerprint of everything in pins.toml that a release's lock depends on."""
+    inputs = [requirements(pins, version), pins.packages.gpu, sorted(pins.python.supported)]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def lock_path(version: str, *, gpu: bool = False) -> Path:
+    return LOCKS / f"vllm-{version}{'-gpu' if gpu else ''}.txt"
+
+
+def header(pins: Pins, version: str) -> str:
+    return (
+        "# Made by `make lock` from pins.toml; do not edit.\n"
+        f"# inputs sha256:{digest(pins, version)}\n"
+    )
+
+
+def _resolve(pins: Pins, version: str, *, upgrade: bool) -> str:
+    """Everything the release needs, resolved for all supported Pythons at once."""
+    uv = TOOLS / f"uv-{pins.uv.version}" / "uv"
+    oldest = min(pins.python.supported, key=lambda v: tuple(map(int, v.split("."))))
+    with tempfile.TemporaryDirectory() as work:
+        source, output = Path(work) / "requirements.in", Path(work) / "lock.txt"
+        source.write_text("\n".join(requirements(pins, version)) + "\n")
+        # uv keeps what an existing output has, so that a lock moves only where it must.
+        if not upgrade:
+            output.write_text(
+                "".join(
+                    path.read_text()
+                    for path in (lock_path(version), lock_path(version, gpu=True))
+                    if path.exists()
+                )
+            )
+        command = [
+            str(uv), "pip", "compile", str(source), "-o", str(output), "-q",
+            "--universal", "--python-version", oldest, "--generate-hashes",
+            "--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-package", "vllm",
+        ]  # fmt: skip
+        environment = {**os.environ, **index.uv_environment()}
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
+        if result.returncode:
+            raise WorkspaceError(f"the pins do not resolve: {result.stderr.strip()}")
+        return output.read_text()
+
+
+def split(text: str, names: list[str]) -> tuple[str, str]:
+    """Part a requirement file: entries of the packages in `names`, and all the others."""
+    entries = ("\n" + text).replace("\n    ", "\r    ").split("\n")
+    entries = [entry.replace("\r", "\n") for entry in entries if entry.strip()]
+    inside = [e for e in entries if e.split("==", 1)[0] in names]
+    outside = [e for e in entries if e not in inside]
+    return "\n".join(outside) + "\n", "\n".join(inside) + "\n"
+
+
+def environment_yml(pins: Pins) -> str:
+    """The conda way to the same versions: tool chain from conda-forge, Python from the lock."""
+    release = pins.release()
+    conda = [f"{name}={number}" for name, number in release.cuda.conda.items()]
+    tools = ["cmake", "ninja", "ccache", "make", "git"]
+    lines = [
+        "# Made by `make lock` from pins.toml; do not edit.",
+        "# No conda torch and no conda NCCL: pip's torch brings its own, and two do not mix.",
+        "name: vllm-kernels",
+        "channels:",
+        "  - conda-forge",
+        "  - nodefaults",
+        "dependencies:",
+        f"  - python={pins.python.supported[0]}",
+        "  - pip",
+        *(f"  - {entry}" for entry in [*conda, *tools]),
+        "  - pip:",
+        f"      - --requirement {lock_path(pins.vllm.default).relative_to(ROOT)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def run(*, upgrade: bool = False) -> list[Path]:
+    """Write all locks and environment.yml; returns the files."""
+    pins = load()
+    LOCKS.mkdir(exist_ok=True)
+    written = []
+    for version in pins.vllm.release:
+        everywhere, gpu = split(_resolve(pins, version, upgrade=upgrade), pins.packages.gpu)
+        for path, text in (
+            (lock_path(version), everywhere),
+            (lock_path(version, gpu=True), gpu),
+        ):
+            _write(path, header(pins, version) + text)
+            written.append(path)
+    _write(ENVIRONMENT_YML, environment_yml(pins))
+    return [*written, ENVIRONMENT_YML]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pins.toml as a checked model: every version and every hash, read from one place."""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from workspace.errors import WorkspaceError
+from workspace.paths import PINS
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Device = Literal["cuda", "cpu"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Python(_Model):
+    supported: list[str]
+
+
+class Uv(_Model):
+    version: str
+    sha256: dict[str, Sha256]
+
+
+class Architectures(_Model):
+    architectures: list[Annotated[str, StringConstraints(pattern=r"^\d+\.\d[af]?$")]]
+
+
+class Artifact(_Model):
+    """One file of a package index: the project it belongs to, its name and its sha256."""
+
+    project: str
+    filename: str
+    sha256: Sha256
+
+
+class Cuda(_Model):
+    """One CUDA release: the components that carry its number, and the libraries in it."""
+
+    release: str
+    toolkit: str
+    wheels: dict[str, str]
+    libraries: dict[str, str]
+    conda: dict[str, str]
+
+
+class Release(_Model):
+    """One supported vLLM release with everything that has to match it."""
+
+    tree: str
+    torch: str
+    triton: str
+    cupy: str = Field(alias="cupy-cuda13x")
+    sdist: Artifact
+    binaries: dict[Device, dict[str, Artifact]]
+    cuda: Cuda
+
+    def binary(self, device: Device) -> Artifact:
+        """The wheel whose compiled parts run on `device` of this machine."""
+        machine = platform.machine()
+        try:
+            return self.binaries[device][machine]
+        except KeyError:
+            known = ", ".join(sorted(self.binaries.get(device, {}))) or "none"
+            raise WorkspaceError(
+                f"no pinned vLLM binaries for {device} on {machine} (there are: {known}); "
+                "add the wheel to pins.toml"
+            ) from None
+
+
+class Vllm(_Model):
+    default: str
+    release: dict[str, Release]
+
+
+class Packages(_Model):
+    gpu: list[str]
+    direct: dict[str, str]
+
+
+class Pins(_Model):
+    python: Python
+    uv: Uv
+    cuda: Architectures
+    vllm: Vllm
+    packages: Packages
+
+    def release(self, version: str | None = None) -> Release:
+        version = version or self.vllm.default
+        try:
+            return self.vllm.release[version]
+        except KeyError:
+            known = ", ".join(self.vllm.release)
+            raise WorkspaceError(f"vLLM {version} is not pinned; pins.toml has {known}") from None
+
+
+def read(path: Path) -> Pins:
+    """Read and check a pins file; raises WorkspaceError naming the first wrong entry."""
+    try:
+        return Pins.model_validate(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        raise WorkspaceError(f"{path} is missing; run: git checkout pins.toml") from None
+    except tomllib.TOMLDecodeError as error:
+        raise WorkspaceError(f"{path} is not valid TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WorkspaceError(f"{path}: {where}: {first['msg']}") from None
+
+
+@cache
+def load() -> Pins:
+    """The workspace's own pins."""
+    return read(PINS)
