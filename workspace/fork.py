@@ -134,8 +134,6 @@ def create(version: str, release: Release, patches: list[Path]) -> None:
     """Build the tree beside its place and rename it when it is whole."""
     # Imported late: a run with nothing to do would take twice as long.
     from workspace.fetch import fetch
-        fetch,
-    )  # its imports would double the time of a run with nothing to do
 
     for stale in FORK.glob(".src-*"):
         shutil.rmtree(stale)

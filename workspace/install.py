@@ -87,8 +87,6 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
         return False
     # Imported late: a run with nothing to do would take twice as long.
     from workspace.fetch import fetch
-        fetch,
-    )  # its imports would double the time of a run with nothing to do
 
     wheel_path = fetch(artifact)
     edited = [
