@@ -60,7 +60,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", envvar="JSON")] = False)
     """Say what is ready, what is not, and what to do about it."""
     from workspace import doctor as module
 
-    raise typer.Exit(module.run(as_json=json))
+    raise typer.Exit(module.run(os.environ.get("ENV", "uv"), as_json=json))
 
 
 @app.command()

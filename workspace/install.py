@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -142,10 +143,11 @@ def _version() -> str:
 
 
 def _installer() -> list[str]:
-    """uv where the workspace has it; pip for ENV=system, which brings its own."""
-    uv = bootstrap.TOOLS / f"uv-{load().uv.version}" / "uv"
-    if uv.exists():
-        return [str(uv), "pip", "install", "-q", "--python", sys.executable]
+    """The workspace's uv; for ENV=system, which fetches nothing, the host's uv or pip."""
+    own = bootstrap.TOOLS / f"uv-{load().uv.version}" / "uv"
+    uv = str(own) if own.exists() else shutil.which("uv")
+    if uv:
+        return [uv, "pip", "install", "-q", "--python", sys.executable]
     return [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
 
 

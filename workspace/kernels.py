@@ -1,6 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make kernels`: compile what changed."""
+"""`make kernels`: compile what changed, for every pinned GPU architecture."""
+
+from __future__ import annotations
+
+from custom_kernels import build
+from rich.console import Console
+from rich.markup import escape
+
+from workspace.errors import WorkspaceError
+from workspace.pins import load
+
+console = Console(stderr=True)
+
+
+def architectures(asked: str | None) -> list[str]:
+    """ARCH= as a list, checked against the pinned architectures."""
+    pinned = load().cuda.architectures
+    if not asked:
+        return pinned
+    wanted = asked.replace(",", " ").split()
+    for name in wanted:
+        if name not in pinned:
+            raise WorkspaceError(
+                f"ARCH={name} is not a pinned architecture; there are {', '.join(pinned)} "
+                "(pins.toml, [cuda])"
+            )
+    return wanted
 
 
 def run(arch: str | None = None) -> None:
-    pass
+    """Bring every kernel up to date and say what was compiled.
+
+    Raises:
+        WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
+    """
+
+    def report(built: build.Built) -> None:
+        if built.compiled:
+            spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in built.kernels)
+            console.print(
+                f"· compiled {built.source.name} for {', '.join(built.architectures)} "
+                f"in {built.seconds:.1f} s"
+                + (f", [yellow]{spilled} bytes spilled[/]" if spilled else "")
+            )
+
+    try:
+        with console.status("compiling kernels"):
+            build.build_all(architectures(arch), progress=report)
+    except build.BuildError as error:
+        first, _, rest = str(error).partition("\n")
+        if rest:
+            console.print(escape(rest), highlight=False)
+        raise WorkspaceError(first) from None

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make doctor`: what is ready, what is not, and the remedy.
+
+Each check looks at the thing itself (an installed distribution, a header, a driver's answer)
+and compares it with pins.toml. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from workspace import fork, install
+from workspace.bootstrap import device, lock_files
+from workspace.errors import WorkspaceError
+from workspace.fork_tree import state
+from workspace.paths import FORK_SRC, PINS
+from workspace.pins import Release, load
+
+Status = Literal["ok", "note", "problem"]
+COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row: what was looked at, how it is, and what to do about it.
+
+    `note` is worth knowing, `problem` makes the workspace unusable.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def python() -> Check:
+    version = platform.python_version()
+    supported = load().python.supported
+    if ".".join(version.split(".")[:2]) not in supported:
+        return Check("Python", "problem", version, f"give PYTHON= one of {', '.join(supported)}")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return Check(
+            "Python", "note",
+            f"{version}, without headers: Triton on a GPU and torch.compile need Python.h",
+            "Debian, Ubuntu: apt-get install python3-dev",
+        )  # fmt: skip
+    return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
+
+
+def locked(files: list[Path]) -> dict[str, set[str]]:
+    """Name → versions of the lock entries that apply to this interpreter and machine."""
+    found: dict[str, set[str]] = {}
+    for path in files:
+        for line in path.read_text().splitlines():
+            if not line or line[0] in "# ":
+                continue
+            requirement = Requirement(line.rstrip(" \\"))
+            if requirement.marker is None or requirement.marker.evaluate():
+                (pin,) = requirement.specifier
+                found.setdefault(canonicalize_name(requirement.name), set()).add(pin.version)
+    return found
+
+
+def packages(mode: str) -> Check:
+    if mode == "system":
+        return Check("packages", "note", "the host's own (ENV=system), not compared with the lock")
+    import tomllib
+
+    wanted = locked(lock_files(tomllib.loads(PINS.read_text()), device()))
+    wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
+    if wrong:
+        names = ", ".join(f"{name} {_installed(name) or 'missing'}" for name in sorted(wrong)[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        return Check(
+            "packages", "problem",
+            f"{len(wrong)} of {len(wanted)} differ from the lock: {names}{more}",
+            f"rm {Path(sys.prefix).name}/workspace.json && make dev",
+        )  # fmt: skip
+    return Check("packages", "ok", f"all {len(wanted)} at their locked versions")
+
+
+def cuda_components(release: Release) -> dict[str, str | None]:
+    """Every installed distribution that carries a CUDA release as its version number."""
+    found = {name: _installed(name) for name in release.cuda.wheels}
+    for distribution in metadata.distributions():
+        name = canonicalize_name(distribution.metadata["Name"])
+        if re.fullmatch(r"nvidia-cuda-[a-z-]+|nvidia-nvvm|nvidia-nvjitlink|nvidia-nvtx", name):
+            found[name] = distribution.version
+    return found
+
+
+def mixed_components(components: dict[str, str | None], release: str) -> dict[str, str]:
+    """The components that are not of the one release, e.g. crt 13.5.37 beside 13.0."""
+    return {
+        name: version
+        for name, version in components.items()
+        if version and ".".join(version.split(".")[:2]) != release
+    }
+
+
+def tool_chain(release: Release, mode: str) -> Iterator[Check]:
+    components = cuda_components(release)
+    mixed = mixed_components(components, release.cuda.release)
+    missing = [name for name in release.cuda.wheels if components[name] is None]
+    if mixed:
+        text = ", ".join(f"{name} {version}" for name, version in sorted(mixed.items()))
+        yield Check(
+            "CUDA release", "problem", f"mixed with {release.cuda.release}: {text}",
+            "pin them to one release in pins.toml, then: make lock dev",
+        )  # fmt: skip
+    elif missing and mode != "system":
+        yield Check("CUDA release", "problem", f"missing: {', '.join(missing)}", "make dev")
+    else:
+        count = sum(version is not None for version in components.values())
+        yield Check("CUDA release", "ok", f"{release.cuda.release}, all {count} components")
+    try:
+        from custom_kernels import build
+
+        tools = build.toolchain()
+    except ImportError:
+        yield Check("nvcc", "problem", "the kernels package is not installed", "make dev")
+        return
+    except build.BuildError as error:
+        yield Check("nvcc", "problem", str(error), "make dev, or install what is named")
+        return
+    right = tools.nvcc_version.startswith(release.cuda.release + ".")
+    where = f"from {tools.nvcc}" if tools.origin == "system" else "of this environment"
+    yield Check(
+        "nvcc",
+        "ok" if right else "problem",
+        f"{tools.nvcc_version} {where}, {tools.cxx_version}",
+        "" if right else f"needs release {release.cuda.release}: make dev, or set CUDA_HOME",
+    )
+
+
+def gpu(release: Release) -> Check:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return Check("GPU", "note", "nvidia-ml-py is not installed, cannot look", "make dev")
+    except pynvml.NVMLError as error:
+        if device() == "cuda":
+            return Check(
+                "GPU", "problem", f"a device is there, but the driver does not answer ({error})",
+                "check nvidia-smi, or work without: DEVICE=cpu",
+            )  # fmt: skip
+        return Check("GPU", "note", "none: vLLM runs on the CPU, kernels are compiled only")
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    number = pynvml.nvmlSystemGetCudaDriverVersion()
+    supports = (number // 1000, number % 1000 // 10)
+    names = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
+        names.append(f"{pynvml.nvmlDeviceGetName(handle)} (sm_{major}{minor}, {memory:.0f} GiB)")
+    text = f"{', '.join(names)}; driver {driver}, CUDA {supports[0]}.{supports[1]}"
+    wanted = tuple(map(int, release.cuda.release.split(".")))
+    if supports[0] < wanted[0]:
+        return Check("GPU", "problem", text, f"needs a driver for CUDA {release.cuda.release}")
+    return Check("GPU", "ok", text)
+
+
+def libraries(release: Release) -> Iterator[Check]:
+    """torch, triton and cupy at the pinned versions."""
+    for name, wanted in (
+        ("torch", release.torch), ("triton", release.triton), ("cupy-cuda13x", release.cupy)
+    ):  # fmt: skip
+        found = _installed(name)
+        good = found is not None and found.split("+")[0] == wanted
+        yield Check(
+            name.removesuffix("-cuda13x"),
+            "ok" if good else "problem",
+            found or "missing",
+            "" if good else f"pinned is {wanted}: make dev",
+        )
+
+
+def cpu_library() -> str:
+    """The vLLM CPU library that this processor needs, by vLLM's own rule."""
+    if platform.machine() != "x86_64":
+        return "_C.abi3.so"
+    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags", 1)[-1][:4000]))
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
+        return "_C.abi3.so" if "avx512_bf16" in flags else "_C_AVX512.abi3.so"
+    return "_C_AVX2.abi3.so"
+
+
+def vllm() -> Check:
+    version = _installed("vllm")
+    if version is None:
+        return Check("vLLM", "problem", "not installed", "make dev")
+    origin = json.loads(metadata.distribution("vllm").read_text("direct_url.json") or "{}")
+    source = str(origin.get("url", "")).removeprefix("file://")
+    if Path(source or "/nowhere") != FORK_SRC:
+        where = source or "a released wheel"
+        return Check("vLLM", "problem", f"{version} from {where}, not from our fork", "make dev")
+    manifest = install.read_manifest()
+    missing = [name for name in manifest.get("files", {}) if not (FORK_SRC / name).exists()]
+    if not manifest or missing:
+        return Check("vLLM", "problem", f"{version}, {len(missing)} binaries missing", "make dev")
+    wanted = device()
+    if manifest["device"] != wanted:
+        return Check(
+            "vLLM", "problem", f"{version} with binaries for {manifest['device']}, not {wanted}",
+            "make dev",
+        )  # fmt: skip
+    if wanted == "cpu" and not (FORK_SRC / "vllm" / cpu_library()).exists():
+        return Check("vLLM", "problem", f"this CPU needs {cpu_library()}", "make dev")
+    detail = f"{version}, editable from vllm-fork/src, {manifest['device']} binaries"
+    return Check("vLLM", "ok", detail + (f" ({cpu_library()})" if wanted == "cpu" else ""))
+
+
+def fork_state() -> Check:
+    try:
+        found = state()
+    except WorkspaceError as error:
+        return Check("fork", "problem", str(error), "move it away, then: make dev")
+    if found is None:
+        return Check("fork", "problem", "vllm-fork/src is not there", "make dev")
+    patches = fork.patch_files(found.version)
+    own = f"{len(found.own_commits)} own commits, {len(found.uncommitted)} uncommitted"
+    if found.patches_digest != fork.patches_digest(patches):
+        return Check("fork", "note", f"patches changed since they were applied; {own}", "make dev")
+    return Check("fork", "ok", f"vLLM {found.version}, {len(patches)} patches applied, {own}")
+
+
+def kernels() -> Check:
+    try:
+        from custom_kernels import build
+
+        wanted = load().cuda.architectures
+        stale = [
+            source.name
+            for source in build.sources()
+            if not build.library_path(source, tuple(wanted)).is_file()
+        ]
+    except (ImportError, OSError) as error:
+        return Check("kernels", "problem", str(error), "make dev")
+    except RuntimeError as error:
+        return Check("kernels", "problem", str(error), "make kernels")
+    if stale:
+        return Check("kernels", "note", f"not compiled: {', '.join(stale)}", "make kernels")
+    names = ", ".join(source.name for source in build.sources())
+    return Check("kernels", "ok", f"{names} for {', '.join(wanted)}")
+
+
+def tools() -> Check:
+    missing = [name for name in ("git", "g++") if shutil.which(name) is None]
+    if missing:
+        return Check("tools", "problem", f"missing: {', '.join(missing)}", "install them")
+    version = subprocess.run(["git", "--version"], capture_output=True, text=True, check=False)
+    return Check("tools", "ok", f"{version.stdout.strip()}, g++")
+
+
+def checks(mode: str) -> list[Check]:
+    """Every check; one that breaks is itself a problem, not the end of the others."""
+    release = load().release()
+    steps: dict[str, Callable[[], Check | Iterator[Check]]] = {
+        "Python": python,
+        "packages": lambda: packages(mode),
+        "tools": tools,
+        "CUDA": lambda: tool_chain(release, mode),
+        "GPU": lambda: gpu(release),
+        "libraries": lambda: libraries(release),
+        "vLLM": vllm,
+        "fork": fork_state,
+        "kernels": kernels,
+    }
+    rows: list[Check] = []
+    for name, step in steps.items():
+        try:
+            result = step()
+            rows += [result] if isinstance(result, Check) else list(result)
+        except Exception as error:
+            rows.append(Check(name, "problem", f"{type(error).__name__}: {error}", "make dev"))
+    return rows
+
+
+def run(mode: str, *, as_json: bool) -> int:
+    """Print the table (or JSON); 0 where the workspace is usable, else 1."""
+    rows = checks(mode)
+    usable = all(row.status != "problem" for row in rows)
+    if as_json:
+        print(json.dumps({"usable": usable, "checks": [asdict(row) for row in rows]}, indent=2))
+        return 0 if usable else 1
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("", "what", "state", "remedy"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        mark = {"ok": "✓", "note": "•", "problem": "✗"}[row.status]
+        table.add_row(f"[{COLOURS[row.status]}]{mark}[/]", row.name, escape(row.detail), row.remedy)
+    console = Console()
+    console.print(table)
+    console.print("\nready" if usable else "\n[red]not usable yet[/]: see the remedies")
+    return 0 if usable else 1
