@@ -1,0 +1,600 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile ``<operation>/<backend>.cu`` into a plain shared library behind apache-tvm-ffi.
+
+The name of a library holds the hash of everything that made it: the source and every file that it includes
+from this package, the flags, the versions of nvcc, of the host compiler and of tvm-ffi, the architectures.
+So "is it up to date" is "does this name exist", and nothing is ever rebuilt or loaded by mistake. A library is
+written in a folder of its own and renamed when whole: a compile that is killed leaves nothing that could be
+taken for a library, and the next one clears what it left.
+
+A source says what it links with in a comment, ``// link: cublasLt cublas``.
+
+This module does not import torch: finding that there is nothing to do takes a fraction of a second.
+"""
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGE = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0a", "12.0a")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-Xptxas=-v")
+LIBRARIES = ("cudart",)
+KEPT_LIBRARIES = 8
+"""How many older libraries of a backend stay in the cache, for going back and forth between edits."""
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+_LINK = re.compile(r"^\s*//\s*link:\s*(.+)$", re.MULTILINE)
+_NVCC_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+log = logging.getLogger(__name__)
+
+
+class BuildError(RuntimeError):
+    """A kernel cannot be compiled. The message says why, with the compiler's own words where it has any."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One ``.cu`` file: the compiled half of a backend."""
+
+    operation: str
+    backend: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}.{self.backend}"
+
+    def files(self) -> list[Path]:
+        """The ``.cu`` and every file of this package that it includes, directly or not, sorted."""
+        found: set[Path] = set()
+        queue = [self.path]
+        while queue:
+            path = queue.pop()
+            if path in found:
+                continue
+            found.add(path)
+            for include in _INCLUDE.findall(path.read_text()):
+                for folder in (path.parent, PACKAGE):
+                    if (folder / include).is_file():
+                        queue.append((folder / include).resolve())
+                        break
+        return sorted(found)
+
+    def libraries(self) -> list[str]:
+        """What it links with, from its ``// link:`` comments, and the CUDA runtime."""
+        text = self.path.read_text()
+        return [*LIBRARIES, *(name for line in _LINK.findall(text) for name in line.split())]
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The compilers and where they come from."""
+
+    nvcc: Path
+    nvcc_version: str
+    cxx: Path
+    cxx_version: str
+    tvm_ffi: Path
+    tvm_ffi_version: str
+    include: tuple[Path, ...]
+    library: tuple[Path, ...]
+    origin: str
+    """``packages`` or ``conda`` for an environment's own nvcc, ``system`` for one from CUDA_HOME or PATH."""
+
+    def versions(self) -> dict[str, str]:
+        return {"nvcc": self.nvcc_version, "c++": self.cxx_version, "tvm-ffi": self.tvm_ffi_version}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the assembler says of one kernel on one architecture: registers, and bytes per thread or block."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """One library in the cache."""
+
+    source: Source
+    path: Path
+    architectures: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    compiled: bool
+    """True if this call compiled it, False if it was up to date."""
+    seconds: float
+
+
+# --- what there is -------------------------------------------------------------------------------------------
+
+
+def sources() -> list[Source]:
+    """Every ``.cu`` in an operation's folder, sorted by name."""
+    return [
+        Source(path.parent.name, path.stem, path)
+        for path in sorted(PACKAGE.glob("*/*.cu"))
+        if (path.parent / "reference.py").is_file() and not path.stem.startswith("_")
+    ]
+
+
+def find(operation: str, backend: str) -> Source | None:
+    """The source of a backend, None if it has no ``.cu``."""
+    path = PACKAGE / operation / f"{backend}.cu"
+    return Source(operation, backend, path) if path.is_file() else None
+
+
+def source_hash() -> str:
+    """sha256 over the names and contents of all sources in this package, for the provenance of a result."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in {".py", ".cu", ".cuh"}:
+            digest.update(f"{path.relative_to(PACKAGE)}\0{_sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this package lies in, None when it is installed elsewhere."""
+    root = PACKAGE.parents[1]
+    return root if (root / "pins.toml").is_file() else None
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries live: ``$CUSTOM_KERNELS_CACHE``, the checkout's ``.workspace/kernels``, or the
+    user's cache folder."""
+    if configured := os.environ.get("CUSTOM_KERNELS_CACHE"):
+        return Path(configured)
+    if root := checkout():
+        return root / ".workspace" / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "custom_kernels"
+
+
+def pinned_architectures() -> tuple[str, ...]:
+    """``[cuda] architectures`` of the checkout's pins.toml, or the default when there is none."""
+    root = checkout()
+    if root is None:
+        return DEFAULT_ARCHITECTURES
+    pins = tomllib.loads((root / "pins.toml").read_text())
+    return tuple(pins.get("cuda", {}).get("architectures", DEFAULT_ARCHITECTURES))
+
+
+def architecture(device: "torch.device") -> str:
+    """The architecture to compile for on this device: ``9.0a`` on compute capability 9.0."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    # From Hopper on, the instructions that matter (wgmma, tcgen05) need the architecture-specific target.
+    return f"{major}.{minor}{'a' if major >= 9 else ''}"
+
+
+# --- the tool chain ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def toolchain() -> Toolchain:
+    """Find nvcc, the host compiler and tvm-ffi. Raises BuildError with the remedy if one is missing."""
+    nvcc, origin = _find_nvcc()
+    if origin == "system":
+        log.warning("compiling with %s, which is the system's: this environment holds no nvcc", nvcc)
+    cxx = _find_cxx()
+    tvm_ffi = importlib.util.find_spec("tvm_ffi")
+    if tvm_ffi is None or not tvm_ffi.submodule_search_locations:
+        raise BuildError(
+            f"apache-tvm-ffi is not installed for {sys.executable}, and kernels cannot be compiled without "
+            "its headers: run `make dev`, or install the package apache-tvm-ffi"
+        )
+    cuda_package = _site_packages() / "nvidia" / "cu13"
+    home = nvcc.parent.parent
+    folders = [cuda_package, *home.glob("targets/x86_64-linux"), home]
+    return Toolchain(
+        nvcc=nvcc,
+        nvcc_version=_version([str(nvcc), "--version"], r"V(\d+\.\d+\.\d+)"),
+        cxx=cxx,
+        cxx_version=_version([str(cxx), "--version"], r"(.+)"),
+        tvm_ffi=Path(tvm_ffi.submodule_search_locations[0]),
+        tvm_ffi_version=importlib.metadata.version("apache-tvm-ffi"),
+        include=tuple(folder / "include" for folder in folders if (folder / "include").is_dir()),
+        library=tuple(
+            folder / lib for folder in folders for lib in ("lib", "lib64") if (folder / lib).is_dir()
+        ),
+        origin=origin,
+    )
+
+
+def _find_nvcc() -> tuple[Path, str]:
+    """The environment's own nvcc (conda's, then the packages'), else the system's."""
+    prefix = Path(sys.prefix)
+    if (prefix / "conda-meta").is_dir() and (prefix / "bin" / "nvcc").is_file():
+        return prefix / "bin" / "nvcc", "conda"
+    packaged = _site_packages() / "nvidia" / "cu13" / "bin" / "nvcc"
+    if packaged.is_file():
+        return packaged, "packages"
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        nvcc = Path(os.environ.get(variable) or "/nonexistent") / "bin" / "nvcc"
+        if nvcc.is_file():
+            return nvcc, "system"
+    if found := shutil.which("nvcc"):
+        return Path(found).resolve(), "system"
+    raise BuildError(
+        "there is no nvcc in this environment, under CUDA_HOME or on PATH: run `make dev`, which installs the "
+        "pinned one, or install the package nvidia-cuda-nvcc"
+    )
+
+
+def _find_cxx() -> Path:
+    prefix = Path(sys.prefix)
+    names = [os.environ.get("CXX"), "x86_64-conda-linux-gnu-g++", "g++", "c++"]
+    for name in filter(None, names):
+        if (prefix / "conda-meta").is_dir() and (prefix / "bin" / name).is_file():
+            return prefix / "bin" / name
+        if found := shutil.which(name):
+            return Path(found)
+    raise BuildError(
+        "there is no C++ compiler: install g++ (Debian, Ubuntu: `apt-get install g++`) or set CXX"
+    )
+
+
+def _site_packages() -> Path:
+    return Path(sysconfig.get_path("purelib"))
+
+
+def _version(command: list[str], pattern: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    match = re.search(pattern, result.stdout)
+    if result.returncode != 0 or match is None:
+        raise BuildError(f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip()}")
+    return match.group(1)
+
+
+# --- compiling -----------------------------------------------------------------------------------------------
+
+
+def build_all(
+    architectures: Sequence[str] | None = None,
+    force: bool = False,
+    progress: Callable[[Built], None] | None = None,
+) -> list[Built]:
+    """Bring every kernel up to date for ``architectures`` (default: the pinned ones), in parallel.
+
+    ``progress`` is called with each library as it becomes ready. Raises BuildError, after all others are
+    built, with the compiler's messages of those that failed.
+    """
+    architectures = tuple(architectures or pinned_architectures())
+    remove_stale()
+    wanted = sources()
+    if not force and all(library_path(source, architectures).is_file() for source in wanted):
+        built = [build(source, architectures) for source in wanted]
+        for item in built:
+            if progress is not None:
+                progress(item)
+        return built
+
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    done, errors = [], []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        jobs = [pool.submit(build, source, architectures, force) for source in wanted]
+        for job in as_completed(jobs):
+            try:
+                done.append(job.result())
+            except BuildError as error:
+                errors.append(str(error))
+                continue
+            if progress is not None:
+                progress(done[-1])
+    if errors:
+        raise BuildError("\n\n".join(errors))
+    return sorted(done, key=lambda item: item.source.name)
+
+
+def build(source: Source, architectures: Sequence[str], force: bool = False) -> Built:
+    """Bring one kernel up to date for ``architectures`` and return its library.
+
+    Two processes that want the same library at once compile it once: the second waits for the first.
+    """
+    started = time.perf_counter()
+    architectures = tuple(architectures)
+    path = library_path(source, architectures)
+    compiled = False
+    if force or not path.is_file():
+        with _lock(source.name):
+            if force or not path.is_file():
+                _clear_scratch(source.name)
+                _compile(source, architectures, path)
+                _drop_old(source.name)
+                compiled = True
+    kernels = tuple(Kernel(**item) for item in json.loads(_report_path(path).read_text())["kernels"])
+    seconds = time.perf_counter() - started
+    return Built(source, path, architectures, kernels, compiled, seconds)
+
+
+def library_path(source: Source, architectures: Sequence[str]) -> Path:
+    """Where the library of ``source`` for ``architectures`` is, or will be once it is compiled."""
+    tools = toolchain()
+    recipe = {
+        "files": {str(path.relative_to(PACKAGE)): _sha256(path) for path in source.files()},
+        "flags": [*FLAGS, *_code_flags(architectures)],
+        "libraries": source.libraries(),
+        "tools": tools.versions(),
+        "environment": {name: os.environ.get(name, "") for name in _NVCC_ENVIRONMENT},
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / f"{source.name}-{key[:20]}.so"
+
+
+def remove_stale() -> None:
+    """Remove what killed compiles left behind; compiles that are running keep theirs."""
+    for scratch in cache_dir().glob("*.tmp"):
+        name = scratch.name.split("-", 1)[0]
+        with _lock(name, wait=False) as held:
+            if held:
+                _clear_scratch(name)
+
+
+def unavailable(source: Source, device_architecture: str) -> str | None:
+    """None if ``source`` is compiled, or can be, for the architecture; else the reason why not."""
+    try:
+        if _existing(source, device_architecture) is None:
+            toolchain()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load(operation: str, backend: str, device: "torch.device | None" = None) -> Any:
+    """Load a backend's library as a ``tvm_ffi.Module``; compile it first if it is not up to date.
+
+    Any library that holds the device's architecture serves; one that must be compiled is compiled for this
+    architecture alone. Without ``device`` (or on the CPU) it is the library for the pinned architectures.
+    """
+    # torch first: it brings the CUDA libraries, and a library that is loaded is not loaded twice.
+    import torch
+    import tvm_ffi
+
+    source = find(operation, backend)
+    if source is None:
+        raise BuildError(f"{PACKAGE / operation} has no {backend}.cu")
+    if device is None or torch.device(device).type != "cuda":
+        path = build(source, pinned_architectures()).path
+    else:
+        target = architecture(torch.device(device))
+        existing = _existing(source, target)
+        if existing is None:
+            log.warning("compiling %s for %s: this happens once", source.name, target)
+            existing = build(source, (target,)).path
+        path = existing
+    return tvm_ffi.load_module(str(path))
+
+
+def _existing(source: Source, device_architecture: str) -> Path | None:
+    for architectures in (pinned_architectures(), (device_architecture,)):
+        if device_architecture in architectures:
+            path = library_path(source, architectures)
+            if path.is_file():
+                return path
+    return None
+
+
+def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
+    tools = toolchain()
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{source.name}-", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    try:
+        output = scratch / path.name
+        command = [
+            str(tools.nvcc),
+            *FLAGS,
+            *_code_flags(architectures),
+            "--threads=0",
+            "-shared",
+            "-Xcompiler=-fPIC",
+            f"-ccbin={tools.cxx}",
+            f"-I{PACKAGE}",
+            "-isystem",
+            str(tools.tvm_ffi / "include"),
+            *(item for folder in tools.include for item in ("-isystem", str(folder))),
+            str(source.path),
+            "-o",
+            str(output),
+            f"-L{tools.tvm_ffi / 'lib'}",
+            "-ltvm_ffi",
+            *(flag for name in source.libraries() for flag in _link_flags(tools, name)),
+        ]
+        # nvcc's own temporary files go where they are cleared with the rest if it is killed.
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if result.returncode != 0:
+            messages = "\n".join(
+                line
+                for line in (result.stdout + result.stderr).splitlines()
+                if not line.startswith("ptxas info")
+            )
+            raise BuildError(f"nvcc cannot compile {source.path}:\n{messages.strip()}")
+        if library_path(source, architectures) != path:
+            raise BuildError(f"{source.path} changed while it was compiled: run the same again")
+        report = {
+            "source": source.name,
+            "architectures": list(architectures),
+            "tools": tools.versions(),
+            "kernels": [asdict(kernel) for kernel in _parse_ptxas(result.stderr)],
+        }
+        # The report first: where there is a library, there is its report.
+        report_output = scratch / "report.json"
+        report_output.write_text(json.dumps(report, indent=1))
+        for written in (output, report_output):
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        report_output.replace(_report_path(path))
+        output.replace(path)
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _code_flags(architectures: Iterable[str]) -> list[str]:
+    numbers = [architecture.replace(".", "") for architecture in architectures]
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+
+
+def _link_flags(tools: Toolchain, name: str) -> list[str]:
+    """Packages hold only ``lib<name>.so.<major>``, without the plain link name: so link by file name.
+
+    The library then asks for ``lib<name>.so.<major>`` by name, which is the one that torch has loaded.
+    """
+    for folder in tools.library:
+        for candidate in [*sorted(folder.glob(f"lib{name}.so.*")), folder / f"lib{name}.so"]:
+            if candidate.is_file():
+                return [f"-L{folder}", f"-l:{candidate.name}"]
+    searched = ", ".join(map(str, tools.library))
+    raise BuildError(f"the library {name!r} is in none of {searched}: run `make dev`")
+
+
+def _report_path(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _lock(name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of one backend; the operating system releases it when its holder dies."""
+    path = cache_dir() / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _clear_scratch(name: str) -> None:
+    """Remove the temporary folders of a backend whose lock we hold: whoever made them is gone."""
+    for scratch in cache_dir().glob(f"{name}-*.tmp"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _drop_old(name: str) -> None:
+    libraries = sorted(cache_dir().glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime)
+    for path in libraries[: -KEPT_LIBRARIES - 1]:
+        path.unlink(missing_ok=True)
+        _report_path(path).unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> BuildError:
+    return BuildError(
+        f"cannot write compiled kernels to {folder} ({error.strerror or error}): make room or make it "
+        "writable, or set CUSTOM_KERNELS_CACHE to another folder"
+    )
+
+
+# --- what the assembler says ---------------------------------------------------------------------------------
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P<sm>\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (?P<registers>\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def _parse_ptxas(text: str) -> list[Kernel]:
+    """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared memory."""
+    kernels: list[Kernel] = []
+    entry: dict[str, str] | None = None
+    memory = (0, 0, 0)
+    for line in text.splitlines():
+        if match := _ENTRY.search(line):
+            entry = match.groupdict()
+        elif match := _SPILLS.search(line):
+            memory = (int(match[1]), int(match[2]), int(match[3]))
+        elif entry is not None and (match := _USED.search(line)):
+            shared = _SHARED.search(line)
+            number = re.fullmatch(r"(\d+)(\d)(\w?)", entry["sm"])
+            target = f"{number[1]}.{number[2]}{number[3]}" if number else entry["sm"]
+            kernels.append(
+                Kernel(
+                    entry["name"], target, int(match["registers"]), *memory, int(shared[1]) if shared else 0
+                )
+            )
+            entry = None
+    if kernels and (filt := shutil.which("c++filt")):
+        names = subprocess.run(
+            [filt, "--no-params", *(kernel.name for kernel in kernels)],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.splitlines()
+        if len(names) == len(kernels):
+            kernels = [
+                Kernel(**{**asdict(kernel), "name": name})
+                for kernel, name in zip(kernels, names, strict=True)
+            ]
+    return kernels
+
+
+def main() -> int:
+    """``python -m custom_kernels.build``: compile what changed, print a line per kernel."""
+    parser = argparse.ArgumentParser(prog="python -m custom_kernels.build", description=main.__doc__)
+    parser.add_argument("--arch", action="append", help="for example 9.0a; repeatable (default: the pinned)")
+    parser.add_argument("--force", action="store_true", help="compile even what is up to date")
+    arguments = parser.parse_args()
+
+    def show(built: Built) -> None:
+        state = f"compiled in {built.seconds:.1f} s" if built.compiled else "up to date"
+        print(f"{built.source.name}: {state} for {', '.join(built.architectures)}")
+        for kernel in built.kernels:
+            spills = kernel.spill_stores + kernel.spill_loads
+            print(
+                f"  {kernel.name} on {kernel.architecture}: {kernel.registers} registers, "
+                f"{kernel.shared} B shared, {spills} B spilled"
+            )
+
+    try:
+        build_all(arguments.arch, arguments.force, show)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the cuBLASLt backend that decides: when to search for an algorithm, and for which shapes to keep it.
+
+A plan is what a search found for one layer (N, K, dtype, bias, alignment) and one bucket of M. Small batches, the ones
+that vLLM captures as CUDA graphs, have a bucket each; from 64 rows on there are four buckets to a doubling. Plans are
+kept on disk per device, cuBLAS version and source, so that an engine searches once and not at every start.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from custom_kernels import build
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+log = logging.getLogger(__name__)
+
+plan_smaller_batches = False
+"""Whether the first call for a layer also plans every smaller bucket of M.
+
+vLLM's first forward pass is its largest. With this set, all searching is over when that pass is, before memory is
+measured and long before a request is timed. vLLM's plugin sets it; a single call elsewhere should not pay for it.
+"""
+
+_planning = threading.Lock()
+
+
+def unavailable(device: torch.device) -> str | None:
+    """cuBLASLt's kernels for bfloat16 need compute capability 8.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0 or later, this GPU has {major}.{minor}"
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [M, K], weight [N, K], bias [N] or None, all bfloat16 or all float16; returns [M, N] of that dtype.
+
+    Asynchronous on the current stream. The first call for a new bucket of M searches, which takes some tens of
+    milliseconds and waits for the device. During a CUDA-graph capture nothing is searched: a shape that has no plan
+    runs with cuBLASLt's first guess.
+    """
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    library = _library(x.device)
+    if not library.run(x, weight, bias, out):
+        _run_first_time(library, x, weight, bias, out)
+    return out
+
+
+def buckets(rows: int) -> Iterator[int]:
+    """All buckets up to the one that holds ``rows``, ascending; a bucket is named by its largest M."""
+    bucket = 1
+    while True:
+        yield bucket
+        if bucket >= rows:
+            return
+        bucket += bucket_step(bucket)
+
+
+def bucket_step(bucket: int) -> int:
+    """Distance to the next bucket: 1, 2, 4, 8, 16, 24, ... 64, 80, 96, 112, 128, 160, ... 256, 320, ..."""
+    if bucket < 8:
+        return bucket
+    return max(8, 1 << (bucket.bit_length() - 3))
+
+
+def _run_first_time(
+    library: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        library.run_unplanned(x, weight, bias, out)
+        return
+    plans = _plans(x.device)
+    with _planning, torch.cuda.device(x.device):
+        *smaller, own = buckets(x.shape[0])
+        searched = plans.ensure(own, x, weight, bias, out)
+        if plan_smaller_batches:
+            for bucket in smaller:
+                searched |= plans.ensure(bucket, x[:bucket], weight, bias, out[:bucket])
+        if searched:
+            plans.save()
+        plan = plans.get(own, x, weight, bias, out)
+        if library.adopt(x, weight, bias, out, plan):
+            library.run(x, weight, bias, out)
+        else:
+            # The plan was found for another M of the bucket and does not fit this one: search for this one.
+            library.adopt(x, weight, bias, out, plans.search(x, weight, bias, out)["plan"])
+            library.run(x, weight, bias, out)
+
+
+class _Plans:
+    """The plans of one device, in memory and on disk."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._library = _library(device)
+        self._scratch_bytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.path = _plans_path(device, self._library.library_version())
+        self._plans: dict[str, dict[str, Any]] = _read(self.path)
+
+    def get(self, bucket: int, *tensors: Any) -> list[int]:
+        plan: list[int] = self._plans[_key(bucket, *tensors)]["plan"]
+        return plan
+
+    def ensure(self, bucket: int, *tensors: Any) -> bool:
+        """Search unless there is a plan. True if it searched."""
+        key = _key(bucket, *tensors)
+        if key in self._plans:
+            return False
+        self._plans[key] = self.search(*tensors)
+        return True
+
+    def search(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+    ) -> dict[str, Any]:
+        scratch = torch.zeros(self._scratch_bytes, dtype=torch.uint8, device=x.device)
+        *plan, nanoseconds, first_guess = self._library.search(x, weight, bias, out, scratch)
+        return {"plan": plan, "us": nanoseconds / 1e3, "first_guess_us": first_guess / 1e3}
+
+    def save(self) -> None:
+        """Write beside and rename, with what other processes have added in the meantime."""
+        self._plans = {**_read(self.path), **self._plans}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+                json.dump(self._plans, file, indent=0)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            log.warning("gemm.cublaslt: plans are not kept, the next start searches again: %s", error)
+
+
+def _key(bucket: int, x: torch.Tensor, weight: torch.Tensor, bias: Any, out: torch.Tensor) -> str:
+    aligned = min(_alignment(tensor) for tensor in (x, weight, out))
+    n, k = weight.shape
+    return f"{x.dtype} M={bucket} N={n} K={k} bias={bias is not None} aligned={aligned}"
+
+
+def _alignment(matrix: torch.Tensor) -> int:
+    """Bytes that every row starts at a multiple of, at most 16."""
+    bits = matrix.data_ptr() | matrix.stride(0) * matrix.element_size() | 16
+    return bits & -bits
+
+
+def _plans_path(device: torch.device, library_version: int) -> Path:
+    name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")
+    source = hashlib.sha256(Path(__file__).with_suffix(".cu").read_bytes()).hexdigest()[:8]
+    return build.cache_dir() / f"plans-gemm.cublaslt-{name}-{library_version}-{source}.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        plans: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        log.warning("gemm.cublaslt: searching again, %s cannot be read: %s", path, error)
+        return {}
+    return plans
+
+
+@functools.cache
+def _library(device: torch.device) -> Any:
+    return build.load("gemm", "cublaslt", device)
+
+
+@functools.cache
+def _plans(device: torch.device) -> _Plans:
+    return _Plans(device)

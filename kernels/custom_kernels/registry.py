@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which operations and backends exist, which of them can run, and the function that runs one.
+
+Everything is found by looking at the folders, so there is no list to edit:
+
+- an operation is a sub-folder of this package with a ``reference.py``;
+- a backend is a file in that folder: ``<backend>.py``, ``<backend>.cu``, or both (``cases.py``, which says
+  what to measure, and names with a leading underscore are not backends);
+- the operation's ``__init__.py`` declares ``PREFERENCE``, its backends per device type, best first.
+
+A ``<backend>.py`` has ``run(*arguments) -> Tensor`` and may have ``unavailable(device) -> str | None`` with the
+reason why it cannot run there. A ``<backend>.cu`` without a Python file exports a function named like the
+operation, called with the operation's arguments and the output made by its ``empty_output``.
+"""
+
+import functools
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from custom_kernels import build
+
+if TYPE_CHECKING:
+    import torch
+
+NOT_BACKENDS = frozenset({"__init__", "cases"})
+
+
+class BackendError(RuntimeError):
+    """A backend that does not exist or cannot run here. The message is one line with the remedy."""
+
+
+def operations() -> list[str]:
+    """Names of all operations, sorted."""
+    return sorted(path.parent.name for path in build.PACKAGE.glob("*/reference.py"))
+
+
+def backends(operation: str) -> list[str]:
+    """Names of an operation's backends: those it prefers (on any device) first, then the others by name."""
+    found = _backend_files(operation)
+    preference = getattr(_operation(operation), "PREFERENCE", {})
+    ranked = list(dict.fromkeys(name for names in preference.values() for name in names))
+    return [name for name in ranked if name in found] + sorted(found - set(ranked))
+
+
+def available(operation: str, backend: str, device: "torch.device | str") -> str | None:
+    """None if ``backend`` can run ``operation`` on ``device``, else the reason why not. Compiles nothing."""
+    import torch
+
+    device = torch.device(device)
+    if backend not in _backend_files(operation):
+        return "there is no such backend"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    source = build.find(operation, backend)
+    if source is not None:
+        if device.type != "cuda":
+            return "it runs on CUDA devices only"
+        reason = build.unavailable(source, build.architecture(device))
+        if reason is not None:
+            return reason
+    try:
+        module = _backend(operation, backend)
+    except Exception as error:
+        return f"importing it failed: {error!r}"
+    unavailable = getattr(module, "unavailable", None)
+    return unavailable(device) if unavailable is not None else None
+
+
+def require(operation: str, backend: str, device: "torch.device") -> None:
+    """Raise BackendError, with the reason and what would run instead, unless the backend can run there."""
+    if available(operation, backend, device) is not None:
+        raise BackendError(_explain(operation, backend, device))
+
+
+def takes(operation: str, backend: str, dtype: "torch.dtype") -> bool:
+    """Whether a backend computes in this dtype: all do but those that list theirs in ``DTYPES``."""
+    dtypes = getattr(_backend(operation, backend), "DTYPES", None)
+    return dtypes is None or dtype in dtypes
+
+
+def preferred(operation: str, device: "torch.device") -> str:
+    """The first backend that can run, in the order that the operation declares for this type of device."""
+    for backend in _operation(operation).PREFERENCE.get(device.type, ()):
+        if available(operation, backend, device) is None:
+            return str(backend)
+    raise BackendError(_explain(operation, None, device))
+
+
+@functools.cache
+def best(operation: str, device: "torch.device", dtype: "torch.dtype") -> str:
+    """The first backend that can run there and takes ``dtype``, in the operation's order of preference."""
+    for backend in _operation(operation).PREFERENCE.get(device.type, ()):
+        if takes(operation, backend, dtype) and available(operation, backend, device) is None:
+            return str(backend)
+    raise BackendError(_explain(operation, None, device))
+
+
+@functools.cache
+def runner(
+    operation: str, backend: str, device: "torch.device", dtype: "torch.dtype"
+) -> Callable[..., "torch.Tensor"]:
+    """The function that runs ``operation`` with ``backend``; compiles it if need be.
+
+    Raises BackendError if the backend cannot run on ``device`` or does not take ``dtype``.
+    """
+    require(operation, backend, device)
+    if not takes(operation, backend, dtype):
+        able = [name for name in backends(operation) if takes(operation, name, dtype)]
+        raise BackendError(f"{operation}.{backend} does not take {dtype}; these do: {', '.join(able)}")
+    module = _backend(operation, backend)
+    if module is not None:
+        run: Callable[..., torch.Tensor] = module.run
+        return run
+
+    compiled = build.load(operation, backend, device)[operation]
+    empty_output = _operation(operation).empty_output
+
+    def run_compiled(*arguments: Any) -> "torch.Tensor":
+        out: torch.Tensor = empty_output(*arguments)
+        compiled(*arguments, out)
+        return out
+
+    return run_compiled
+
+
+def _explain(operation: str, backend: str | None, device: "torch.device") -> str:
+    reasons = {name: available(operation, name, device) for name in backends(operation)}
+    usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
+    if backend is None:
+        problem = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+        return f"{operation} has no preferred backend that runs on {device} ({problem}); available: {usable}"
+    reason = reasons.get(backend, "there is no such backend")
+    return f"{operation} cannot use backend {backend!r} on {device}: {reason}; available: {usable}"
+
+
+def _operation(operation: str) -> ModuleType:
+    if not (build.PACKAGE / operation / "reference.py").is_file():
+        known = ", ".join(operations())
+        raise BackendError(f"there is no operation {operation!r}; there are: {known}")
+    return import_module(f"custom_kernels.{operation}")
+
+
+def _backend(operation: str, backend: str) -> ModuleType | None:
+    if not (build.PACKAGE / operation / f"{backend}.py").is_file():
+        return None
+    return import_module(f"custom_kernels.{operation}.{backend}")
+
+
+def _backend_files(operation: str) -> set[str]:
+    folder: Path = build.PACKAGE / operation
+    return {
+        path.stem
+        for path in folder.glob("*")
+        if path.suffix in {".py", ".cu"}
+        and not path.stem.startswith("_")
+        and path.stem not in NOT_BACKENDS
+    }
