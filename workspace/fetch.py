@@ -66,7 +66,7 @@ def _download(artifact: Artifact, target: Path) -> None:
     endpoint = index.index_url() or PYPI_SIMPLE_ENDPOINT
     session = requests.Session()
     for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(max_retries=Retry(total=4, backoff_factor=0.5)))
+        session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
     with PyPISimple(endpoint, session=session) as client:
         page = client.get_project_page(artifact.project, timeout=60)
         try:

@@ -9,6 +9,7 @@ there already is only ever changed when it holds nothing but what we put into it
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tarfile
 import tempfile
@@ -90,6 +91,29 @@ def commit_pristine(tree: Path, version: str, release: Release) -> None:
     git("config", VERSION_KEY, version, tree=tree)
 
 
+def check_preimages(tree: Path, patch: Path, index: dict[str, str]) -> None:
+    """Refuse a patch whose files are not, byte for byte, those that it was made for.
+
+    Without context lines git would put a hunk wherever its line number points to.
+    """
+    listing = git("ls-files", "-s", "-z", tree=tree, env=index).split("\0")
+    blobs = {entry.split("\t", 1)[1]: entry.split()[1] for entry in listing if entry}
+    for section in patch.read_text(errors="surrogateescape").split("\ndiff --git ")[1:]:
+        header, at, _ = section.partition("\n@@ ")
+        if not at:
+            continue
+        names = re.findall(r"^--- (?:a/)?(.+)$", header, re.MULTILINE)
+        hashes = re.findall(r"^index ([0-9a-f]{40})\.\.[0-9a-f]{40}", header, re.MULTILINE)
+        if not names or not hashes:
+            raise WorkspaceError("it lacks full index lines; make it with git diff --full-index")
+        if names[0] != "/dev/null" and blobs.get(names[0]) != hashes[0]:
+            found = blobs.get(names[0], "missing")[:12]
+            hunk = section.split("\n@@ ", 1)[1].split("@@")[0].strip()
+            raise WorkspaceError(
+                f"{names[0]} (hunk {hunk}) is {found}, the patch was made for {hashes[0][:12]}"
+            )
+
+
 def commit_patches(tree: Path, base: str, patches: list[Path]) -> str:
     """Commit each patch on `base` without touching the working tree; returns the last commit.
 
@@ -105,6 +129,7 @@ def commit_patches(tree: Path, base: str, patches: list[Path]) -> str:
             header = git("mailinfo", str(message), str(body), tree=tree, stdin=patch.read_bytes())
             fields = dict(line.split(": ", 1) for line in header.splitlines() if ": " in line)
             try:
+                check_preimages(tree, patch, index)
                 git("apply", "--cached", "--unidiff-zero", str(patch), tree=tree, env=index)
             except WorkspaceError as error:
                 where = patch.relative_to(ROOT) if patch.is_relative_to(ROOT) else patch

@@ -14,6 +14,7 @@ import configparser
 import os
 from pathlib import Path
 
+SYSTEM_CONFIG = Path("/etc/pip.conf")
 UV_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_CONFIG_FILE")
 
 
@@ -25,7 +26,7 @@ def _pip_config_files() -> list[Path]:
     config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
     system = os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")
     files = [Path(folder) / "pip" / "pip.conf" for folder in system]
-    files += [Path("/etc/pip.conf"), home / ".pip" / "pip.conf", config / "pip" / "pip.conf"]
+    files += [SYSTEM_CONFIG, home / ".pip" / "pip.conf", config / "pip" / "pip.conf"]
     if os.environ.get("PIP_CONFIG_FILE"):
         files.append(Path(os.environ["PIP_CONFIG_FILE"]))
     return files

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small checkout: the real tools on small inputs.
+
+The whole of `make dev` in seconds: our own code and kernels, a lock cut down to what setting
+up needs, and a "vLLM" release of a few files with the layout of the real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from workspace import lock
+from workspace.paths import KERNELS, LOCKS, ROOT, STATE
+from workspace.pins import load
+
+SOURCES = {
+    "setup.py": "from setuptools import setup\nsetup(packages=['vllm'])\n",
+    "pyproject.toml": (
+        "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'\n"
+        "[project]\nname = 'vllm'\nversion = '0'\n"
+    ),
+    "vllm/__init__.py": "VALUE = 1\n",
+    "vllm/envs.py": "first = 1\nsecond = 2\nthird = 3\n",
+    "vllm/kept.py": "untouched = True\n",
+    "vllm/_version.py": "__version__ = '0.25.1'\n",
+    "PKG-INFO": "Name: vllm\n",
+}
+BINARIES = {
+    "vllm/_C.abi3.so": b"\x7fELF not really" * 5000,
+    "vllm/_C_AVX2.abi3.so": b"\x7fELF neither" * 5000,
+    "vllm/third_party/made/__init__.py": b"made = True\n",
+}
+
+
+def blob(text: str) -> str:
+    """Git's name for a file with this content."""
+    content = text.encode()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+PATCHED = SOURCES["vllm/envs.py"].replace("second", "added = True\nsecond")
+PATCH = f"""\
+From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: A Maintainer <maintainer@example.invalid>
+Date: Mon, 23 Nov 2026 09:00:00 +0000
+Subject: [PATCH] Add a line
+
+Because a test wants one.
+---
+diff --git a/vllm/envs.py b/vllm/envs.py
+index {blob(SOURCES["vllm/envs.py"])}..{blob(PATCHED)} 100644
+--- a/vllm/envs.py
++++ b/vllm/envs.py
+@@ -1,0 +2,1 @@
++added = True
+--
+"""
+ROOTS = [
+    *("typer", "rich", "pydantic", "filelock", "pypi-simple", "requests", "packaging"),
+    *("setuptools", "wheel", "apache-tvm-ffi", "nvidia-cuda-nvcc", "nvidia-cuda-crt"),
+    *("nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-cublas", "nvidia-ml-py"),
+]
+
+
+def sdist_bytes(files: dict[str, str], folder: str = "vllm-0.25.1") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"{folder}/{name}")
+            entry.size, entry.mode = len(text.encode()), 0o644
+            archive.addfile(entry, io.BytesIO(text.encode()))
+    return buffer.getvalue()
+
+
+def wheel_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def closure(roots: list[str]) -> set[str]:
+    """The distributions that `roots` need here, themselves included."""
+    found: set[str] = set()
+    queue = list(roots)
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for text in metadata.requires(name) or []:
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                queue.append(requirement.name)
+    return found
+
+
+@dataclass
+class Checkout:
+    """A checkout in a folder of its own, with its own cache and environment."""
+
+    root: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def src(self) -> Path:
+        return self.root / "vllm-fork" / "src"
+
+    @property
+    def python(self) -> Path:
+        return self.root / ".venv" / "bin" / "python"
+
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["make", "--no-print-directory", *arguments],
+            cwd=self.root,
+            env={**self.env, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run make; standard output and error come back as one text."""
+        process = self.start(*arguments, **env)
+        output, _ = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(arguments, process.returncode, output, "")
+
+    def git(self, *arguments: str) -> str:
+        command = ["git", "-c", "user.name=U", "-c", "user.email=u@example.invalid", *arguments]
+        result = subprocess.run(
+            command, cwd=self.src, capture_output=True, text=True, check=True, env=self.env
+        )
+        return result.stdout.strip()
+
+
+def pinned(text: str, path: str, sha256: str) -> str:
+    """pins.toml with the sha256 under a heading replaced."""
+    heading = re.escape(f'[vllm.release."{load().vllm.default}".{path}]')
+    return re.sub(rf'({heading}\n(?:.+\n)*?sha256 = )"\w+"', rf'\1"{sha256}"', text)
+
+
+@pytest.fixture(scope="session")
+def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template") / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "workspace", root / "workspace", ignore=ignore)
+    shutil.copytree(KERNELS, root / "kernels", ignore=ignore)
+    shutil.copy(ROOT / "Makefile", root)
+    shutil.copy(ROOT / ".gitignore", root)
+    version = load().vllm.default
+    release = load().release()
+    patches = root / "vllm-fork" / "patches" / version
+    patches.mkdir(parents=True)
+    (patches / "0001-add-a-line.patch").write_text(PATCH)
+
+    cache = root.parent / "cache"
+    pins = (ROOT / "pins.toml").read_text()
+    pins = re.sub(r'^tree = ".*?"', 'tree = ""', pins, flags=re.MULTILINE)
+    pins = re.sub(r"^architectures = .*", 'architectures = ["9.0a"]', pins, flags=re.MULTILINE)
+    machine = os.uname().machine
+    for path, artifact, content in (
+        ("sdist", release.sdist, sdist_bytes(SOURCES)),
+        (f"binaries.cpu.{machine}", release.binary("cpu"), wheel_bytes(BINARIES)),
+    ):
+        sha256 = hashlib.sha256(content).hexdigest()
+        pins = pinned(pins, path, sha256)
+        (cache / sha256[:16]).mkdir(parents=True)
+        (cache / sha256[:16] / artifact.filename).write_bytes(content)
+    (root / "pins.toml").write_text(pins)
+
+    names = closure(ROOTS)
+    text = (LOCKS / f"vllm-{version}.txt").read_text()
+    _, small = lock.split(text, sorted(names))
+    (root / "locks").mkdir()
+    (root / "locks" / f"vllm-{version}.txt").write_text(small)
+    return root
+
+
+@pytest.fixture
+def small_checkout(_small_template: Path, tmp_path: Path) -> Checkout:
+    """A fresh small checkout; `make dev` has not run in it."""
+    root = tmp_path / "checkout"
+    shutil.copytree(_small_template, root)
+    cache = tmp_path / "cache"
+    shutil.copytree(_small_template.parent / "cache", cache)
+    tools = root / ".workspace" / "tools" / f"uv-{load().uv.version}"
+    own_uv = STATE / "tools" / tools.name / "uv"
+    if own_uv.exists():
+        tools.mkdir(parents=True)
+        os.link(own_uv, tools / "uv") if own_uv.stat().st_dev == tools.stat().st_dev else (
+            shutil.copy(own_uv, tools / "uv")
+        )
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "WORKSPACE_"))}
+    drop = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "K", "ENV", "PYTHON", "DEVICE", "FORCE", "ARCH")
+    env = {k: v for k, v in inherited.items() if k not in drop}
+    env |= {"WORKSPACE_CACHE": str(cache), "DEVICE": "cpu", "PYTHON": sys.executable}
+    return Checkout(root, env)
+
+
+@pytest.fixture
+def ready_checkout(small_checkout: Checkout) -> Checkout:
+    """A small checkout in which `make dev` has run."""
+    result = small_checkout.make("dev")
+    assert result.returncode == 0, result.stdout
+    return small_checkout

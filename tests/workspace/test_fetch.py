@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Against a real index: an HTTP server on loopback that can misbehave."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workspace import fetch
+from workspace.errors import WorkspaceError
+from workspace.pins import Artifact
+
+CONTENT = bytes(range(256)) * 4096
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FILE = Artifact(project="thing", filename="thing-1.0.tar.gz", sha256=SHA256)
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """The simple index of one project with one file."""
+
+    misbehave = ""
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        type(self).requests.append(self.path)
+        if self.path == "/simple/thing/":
+            name = "other-1.0.tar.gz" if self.misbehave == "absent" else FILE.filename
+            self._answer(f'<a href="/files/{name}">{name}</a>'.encode(), "text/html")
+        elif self.path.startswith("/files/"):
+            if self.misbehave == "truncated":
+                self._answer(CONTENT[:5000], "application/octet-stream", length=len(CONTENT))
+            elif self.misbehave == "corrupted":
+                self._answer(b"x" + CONTENT[1:], "application/octet-stream")
+            elif self.misbehave == "forbidden":
+                self.send_error(403)
+            else:
+                self._answer(CONTENT, "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    def _answer(self, body: bytes, kind: str, length: int | None = None) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Keep the tests' output clean."""
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
+    handler = type("Handler", (Index,), {"requests": [], "misbehave": ""})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}/simple/")
+    monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def left_over(tmp_path: Path) -> list[Path]:
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_file_comes_from_the_users_index_and_then_from_the_cache(index: type[Index]) -> None:
+    path = fetch.fetch(FILE)
+    assert path.read_bytes() == CONTENT
+    asked = len(index.requests)
+    assert fetch.fetch(FILE) == path
+    assert len(index.requests) == asked
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_anew(index: type[Index]) -> None:
+    path = fetch.fetch(FILE)
+    path.write_bytes(CONTENT[:100])
+    assert fetch.fetch(FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("truncated", "could not be fetched|damaged"),
+        ("corrupted", "damaged or the index serves another file"),
+        ("absent", "has thing, but no thing-1.0.tar.gz"),
+        ("forbidden", "answered 403"),
+    ],
+)
+def test_a_fault_is_one_line_and_leaves_nothing(
+    index: type[Index], tmp_path: Path, fault: str, says: str
+) -> None:
+    index.misbehave = fault
+    with pytest.raises(WorkspaceError, match=says) as error:
+        fetch.fetch(FILE)
+    assert "\n" not in str(error.value)
+    assert left_over(tmp_path) == []
+    index.misbehave = ""
+    assert fetch.fetch(FILE).read_bytes() == CONTENT
+
+
+def test_a_project_that_the_index_lacks_is_named(index: type[Index]) -> None:
+    with pytest.raises(WorkspaceError, match="no project nothing"):
+        fetch.fetch(FILE.model_copy(update={"project": "nothing"}))
+
+
+def test_without_a_network_the_error_says_where_to_put_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(WorkspaceError, match="check the network") as error:
+        fetch.fetch(FILE)
+    target = tmp_path / "cache" / SHA256[:16] / FILE.filename
+    assert str(target) in str(error.value)
+    target.write_bytes(CONTENT)
+    assert fetch.fetch(FILE) == target
+
+
+def test_what_a_killed_download_left_is_cleared(index: type[Index], tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / SHA256[:16]
+    folder.mkdir(parents=True)
+    (folder / "partial-abc").write_bytes(b"half")
+    fetch.fetch(FILE)
+    assert [path.name for path in folder.iterdir()] == [FILE.filename]

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fork of a small release, and our own patches on the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.conftest import PATCH, SOURCES, blob, sdist_bytes
+from workspace import fork, fork_tree
+from workspace.errors import WorkspaceError
+from workspace.fork_tree import APPLIED, git
+from workspace.paths import FORK_SRC, PATCHES
+from workspace.pins import Release, load
+
+VERSION = load().vllm.default
+OURS = sorted((PATCHES / VERSION).glob("*.patch"))
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
+    """A small release in the cache, and the fork's place moved to a temporary folder."""
+    content = sdist_bytes(SOURCES)
+    sha256 = hashlib.sha256(content).hexdigest()
+    pinned = load().release()
+    sdist = pinned.sdist.model_copy(update={"sha256": sha256})
+    monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / sha256[:16]).mkdir(parents=True)
+    (tmp_path / "cache" / sha256[:16] / sdist.filename).write_bytes(content)
+    place = tmp_path / "vllm-fork"
+    (place / "patches" / VERSION).mkdir(parents=True)
+    (place / "patches" / VERSION / "0001-add-a-line.patch").write_text(PATCH)
+    small = pinned.model_copy(update={"sdist": sdist, "tree": ""})
+    pins = load()
+    releases = pins.vllm.model_copy(update={"release": {VERSION: small}})
+    monkeypatch.setattr(fork, "load", lambda: pins.model_copy(update={"vllm": releases}))
+    monkeypatch.setattr(fork, "FORK", place)
+    monkeypatch.setattr(fork, "FORK_SRC", place / "src")
+    monkeypatch.setattr(fork, "PATCHES", place / "patches")
+    monkeypatch.setattr(fork, "state", lambda: fork_tree.state(place / "src"))
+    return small
+
+
+def commit(tree: Path, message: str) -> None:
+    command = ["git", "-c", "user.name=U", "-c", "user.email=u@example.invalid", "commit", "-qam"]
+    subprocess.run([*command, message], cwd=tree, check=True)
+
+
+def test_the_tree_is_the_release_with_our_patches_as_commits(release: Release) -> None:
+    state = fork.ensure()
+    tree = fork.FORK_SRC
+    assert (tree / "vllm/envs.py").read_text() == "first = 1\nadded = True\nsecond = 2\nthird = 3\n"
+    assert git("log", "--format=%s %an %ad", "--date=iso", tree=tree).splitlines() == [
+        "Add a line A Maintainer 2026-11-23 09:00:00 +0000",
+        f"vLLM {VERSION}, as released vLLM contributors 2000-01-01 00:00:00 +0000",
+    ]
+    assert state.own_work == []
+    assert git("rev-parse", f"upstream/{VERSION}", tree=tree) != ""
+
+
+def test_the_same_release_and_patches_are_the_same_commit(release: Release) -> None:
+    first = fork.ensure().head
+    fork.FORK_SRC.rename(fork.FORK / "elsewhere")
+    assert fork.ensure().head == first
+
+
+def test_what_packing_generated_is_no_part_of_the_release(release: Release) -> None:
+    fork.ensure()
+    names = git("ls-files", tree=fork.FORK_SRC).split()
+    assert "vllm/kept.py" in names
+    assert "PKG-INFO" not in names
+    assert "vllm/_version.py" not in names
+
+
+def test_a_second_run_changes_nothing(release: Release) -> None:
+    before = fork.ensure()
+    stat = (fork.FORK_SRC / "vllm/envs.py").stat()
+    assert fork.ensure() == before
+    assert (fork.FORK_SRC / "vllm/envs.py").stat().st_mtime_ns == stat.st_mtime_ns
+
+
+def test_changed_patches_replace_the_old_ones(release: Release) -> None:
+    fork.ensure()
+    patch = fork.patch_files(VERSION)[0]
+    patch.write_text(PATCH.replace("added = True", "added = 'again'"))
+    state = fork.ensure()
+    assert "added = 'again'" in (fork.FORK_SRC / "vllm/envs.py").read_text()
+    assert state.own_work == []
+    assert git("rev-list", "--count", "HEAD", tree=fork.FORK_SRC).strip() == "2"
+
+
+@pytest.mark.parametrize("kind", ["edit", "new file", "commit", "branch", "stash"])
+def test_the_users_work_is_untouched_when_patches_change(release: Release, kind: str) -> None:
+    fork.ensure()
+    tree = fork.FORK_SRC
+    (tree / "vllm/kept.py").write_text("mine = True\n")
+    if kind == "new file":
+        (tree / "vllm/kept.py").write_text(SOURCES["vllm/kept.py"])
+        (tree / "vllm/new.py").write_text("mine = True\n")
+    elif kind in ("commit", "branch"):
+        if kind == "branch":
+            git("checkout", "-q", "-b", "idea", tree=tree)
+        commit(tree, "Mine")
+        if kind == "branch":
+            git("checkout", "-q", "main", tree=tree)
+    elif kind == "stash":
+        command = ["git", "-c", "user.name=U", "-c", "user.email=u@example.invalid", "stash", "-q"]
+        subprocess.run(command, cwd=tree, check=True)
+    before = fork.ensure()
+    assert before.own_work
+    fork.patch_files(VERSION)[0].write_text(PATCH.replace("added = True", "added = 2"))
+    after = fork.ensure()
+    assert (after.head, after.uncommitted, after.own_commits) == (
+        before.head, before.uncommitted, before.own_commits
+    )  # fmt: skip
+    assert "added = True" in (tree / "vllm/envs.py").read_text()
+
+
+def test_a_patch_that_does_not_apply_is_named_and_src_stays(release: Release) -> None:
+    before = fork.ensure()
+    patch = fork.patch_files(VERSION)[0]
+    patch.write_text(PATCH.replace(f"index {blob(SOURCES['vllm/envs.py'])}", f"index {'1' * 40}"))
+    says = r"0001-add-a-line\.patch does not apply: vllm/envs\.py \(hunk -1,0 \+2,1\)"
+    with pytest.raises(WorkspaceError, match=says):
+        fork.ensure()
+    after = fork_tree.state(fork.FORK_SRC)
+    assert after is not None
+    assert (after.head, after.uncommitted) == (before.head, [])
+
+
+def test_a_release_that_is_not_the_pinned_tree_is_refused(
+    release: Release, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = fork.load()
+    wrong = release.model_copy(update={"tree": "0" * 40})
+    vllm = pins.vllm.model_copy(update={"release": {VERSION: wrong}})
+    monkeypatch.setattr(fork, "load", lambda: pins.model_copy(update={"vllm": vllm}))
+    with pytest.raises(WorkspaceError, match="pinned is 000000000000"):
+        fork.ensure()
+    assert not fork.FORK_SRC.exists()
+    assert list(fork.FORK.glob(".src-*")) == []
+
+
+def test_a_tree_that_is_not_ours_is_refused_and_kept(release: Release) -> None:
+    fork.FORK_SRC.mkdir()
+    (fork.FORK_SRC / "precious.py").write_text("mine = True\n")
+    with pytest.raises(WorkspaceError, match="did not make it; move it away"):
+        fork.ensure()
+    assert (fork.FORK_SRC / "precious.py").read_text() == "mine = True\n"
+
+
+def test_a_member_that_leaves_the_archive_is_refused(tmp_path: Path) -> None:
+    archive = tmp_path / "evil.tar.gz"
+    archive.write_bytes(sdist_bytes({"x.py": ""}, folder="../outside"))
+    (tmp_path / "in").mkdir()
+    with pytest.raises(WorkspaceError, match="cannot be unpacked"):
+        fork.unpack(archive, tmp_path / "in")
+    assert not (tmp_path / "outside").exists()
+
+
+# --- our own patches ------------------------------------------------------------------------
+
+
+def added(patch: Path) -> list[str]:
+    lines = patch.read_text().splitlines()
+    return [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+
+
+def test_our_patches_only_add_and_hold_nothing_of_upstreams() -> None:
+    assert OURS
+    for patch in OURS:
+        body = patch.read_text().split("\n---\n", 1)[1].rsplit("\n-- \n", 1)[0]
+        for line in body.splitlines():
+            if line.startswith("@@"):
+                assert line.endswith("@@"), f"holds upstream's section heading: {line}"
+            else:
+                assert re.match(r"diff --git |index |--- a/|\+", line), f"not ours: {line}"
+
+
+def test_our_patches_are_small() -> None:
+    assert sum(len(added(patch)) for patch in OURS) <= 40
+
+
+def test_our_patches_register_every_switch() -> None:
+    """Unregistered, a switch is no part of vLLM's torch.compile cache key."""
+    text = "\n".join(line for patch in OURS for line in added(patch))
+    for switch in ("VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND"):
+        assert f'"{switch}": lambda' in text
+
+
+@pytest.mark.skipif(not (FORK_SRC / "setup.py").exists(), reason="no fork here: run make dev")
+def test_the_fork_of_this_checkout_is_the_pinned_release() -> None:
+    tag = fork.upstream_tag(VERSION)
+    tree = git("rev-parse", f"{tag}^{{tree}}", tree=FORK_SRC).strip()
+    assert tree == load().release().tree
+    assert git("merge-base", "--is-ancestor", APPLIED, "HEAD", tree=FORK_SRC) == ""
+
+
+@pytest.mark.skipif(not (FORK_SRC / "setup.py").exists(), reason="no fork here: run make dev")
+def test_our_patches_apply_to_the_real_release() -> None:
+    tip = fork.commit_patches(FORK_SRC, fork.upstream_tag(VERSION), OURS)
+    stat = git("diff", "--numstat", fork.upstream_tag(VERSION), tip, tree=FORK_SRC)
+    assert sum(int(line.split()[0]) for line in stat.splitlines()) == sum(
+        map(len, map(added, OURS))
+    )
+    assert all(line.split()[1] == "0" for line in stat.splitlines())

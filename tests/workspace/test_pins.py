@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from workspace import pins
+from workspace.errors import WorkspaceError
+from workspace.paths import PINS, ROOT
+
+DERIVED = ("pins.toml", "environment.yml", "locks/", "vllm-fork/patches/")
+EXACT = r"\d+\.\d+\.\d+(?:\.\d+)*"
+
+
+def test_the_pins_of_this_checkout_are_complete() -> None:
+    release = pins.load().release()
+    assert pins.load().vllm.default == "0.25.1"
+    assert release.sdist.filename.startswith("vllm-0.25.1")
+    assert {"cuda", "cpu"} == set(release.binaries)
+    assert re.fullmatch(r"[0-9a-f]{40}", release.tree)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "named"),
+    [
+        (r'sha256 = "ddb', 'sha256 = "xyz', "sdist.sha256"),
+        (r'^torch = ".*"', "", "torch"),
+        (r"^\[uv\]", "[uvw]", "uv"),
+        (r'^version = "', "version = ", "not valid TOML"),
+        (r'"9\.0a"', '"sm_90"', "architectures"),
+    ],
+)
+def test_a_wrong_entry_is_named_in_one_line(
+    tmp_path: Path, pattern: str, replacement: str, named: str
+) -> None:
+    path = tmp_path / "pins.toml"
+    changed, count = re.subn(pattern, replacement, PINS.read_text(), count=1, flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(changed)
+    with pytest.raises(WorkspaceError) as error:
+        pins.read(path)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value).strip()
+
+
+def test_a_missing_file_says_how_to_get_it_back(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="git checkout"):
+        pins.read(tmp_path / "pins.toml")
+
+
+def test_an_unknown_release_lists_those_there_are() -> None:
+    with pytest.raises(WorkspaceError, match=r"0\.99\.0 is not pinned; pins.toml has 0\.25\.1"):
+        pins.load().release("0.99.0")
+
+
+def test_versions_stand_in_the_pins_and_nowhere_else_by_hand() -> None:
+    """A version of a pinned package in our code would drift from the pins unnoticed."""
+    release = pins.load().release()
+    numbers = {*release.cuda.wheels.values(), *release.cuda.libraries.values(), release.triton}
+    numbers = {number for number in numbers if re.fullmatch(EXACT, number)}
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "Makefile", "*.sh", ".ci", ".devcontainer"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    found = [
+        f"{name}: {number}"
+        for name in tracked
+        if not name.startswith((*DERIVED, "tests/")) and (ROOT / name).exists()
+        for number in numbers
+        if re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", (ROOT / name).read_text())
+    ]
+    assert found == []
