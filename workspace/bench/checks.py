@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result has to prove before it counts: tokens, launches, outputs.
+
+Each check returns its failures as lines of text; an empty list is a pass.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from pydantic import BaseModel, ConfigDict
+
+from workspace.bench.engine_run import Generation, Result, Step
+from workspace.bench.plan import Plan
+
+REAL_TOKENIZER_SLACK = 0.01
+"""Share by which prompts may miss the length asked for when a real tokenizer makes them.
+
+vLLM's random dataset decodes random ids and encodes the text again; with a real vocabulary this
+does not always give the same number of tokens. With our own tokenizer it does.
+"""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Bounds on |difference of log-probabilities|, in nats: for each token, and on average."""
+
+    largest: float
+    mean: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(largest=0.02, mean=0.002),
+    "float16": Tolerance(largest=0.25, mean=0.03),
+    "bfloat16": Tolerance(largest=0.5, mean=0.06),
+}
+FLAT = 4.0
+"""The likeliest token must stand out from a uniform guess by FLAT times the largest difference
+that is tolerated; otherwise a kernel that returns zeros would pass."""
+
+
+class Agreement(BaseModel):
+    """How far greedy outputs of two variants agree, up to each prompt's first different token.
+
+    `tokens` were compared, `matched` of them are the same; `diverged` prompts stop early.
+    Differences are those of log-probabilities in nats, over the likeliest tokens of each step.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    prompts: int
+    tokens: int
+    matched: int
+    diverged: int
+    largest: float
+    mean: float
+    allowed_largest: float
+    allowed_mean: float
+    failures: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def agreement(
+    baseline: Sequence[Generation],
+    candidate: Sequence[Generation],
+    tolerance: Tolerance,
+    vocab_size: int,
+) -> Agreement:
+    """Compare greedy outputs step by step.
+
+    At each step up to and including the first different token, every token that is among the
+    likeliest of either side is compared. One that the other side does not list is at most as
+    likely there as the least likely one listed, which bounds the difference from below. Two
+    kernels that round differently may choose different tokens only where both sides agree,
+    within the tolerance, that these are about equally likely.
+    """
+    failures = []
+    differences: list[float] = []
+    margins: list[float] = []
+    tokens = matched = diverged = 0
+    if [g.prompt for g in baseline] != [g.prompt for g in candidate] or not baseline:
+        failures.append("outputs: the variants did not answer the same prompts")
+    for old, new in zip(baseline, candidate, strict=False):
+        if len(old.steps) != len(new.steps) or not old.steps:
+            failures.append(f"outputs: {len(old.steps)} tokens against {len(new.steps)}")
+        for old_step, new_step in zip(old.steps, new.steps, strict=False):
+            tokens += 1
+            differences += _differences(old_step, new_step)
+            margins.append(max(old_step.logprobs.values()) + math.log(vocab_size))
+            if old_step.token != new_step.token:
+                diverged += 1
+                break
+            matched += 1
+    largest = max(differences, default=math.nan, key=lambda d: math.inf if math.isnan(d) else d)
+    mean = sum(differences) / len(differences) if differences else math.nan
+    if not math.isfinite(mean):
+        failures.append("outputs: a log-probability is not finite")
+    elif largest > tolerance.largest or mean > tolerance.mean:
+        failures.append(
+            f"outputs: log-probabilities differ by up to {largest:.3g} and {mean:.3g} on average; "
+            f"{tolerance.largest:g} and {tolerance.mean:g} are tolerated"
+        )
+    elif median(margins) < FLAT * tolerance.largest:
+        failures.append("outputs: all tokens are about equally likely, so agreement proves nothing")
+    return Agreement(
+        prompts=len(baseline),
+        tokens=tokens,
+        matched=matched,
+        diverged=diverged,
+        largest=largest,
+        mean=mean,
+        allowed_largest=tolerance.largest,
+        allowed_mean=tolerance.mean,
+        failures=failures,
+    )
+
+
+def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
+    """Every round processed what was asked for, by vLLM's report and by the request outputs."""
+    asked_in, asked_out = plan.tokens
+    slack = REAL_TOKENIZER_SLACK * asked_in if plan.model.weights == "real" else 0
+    failures = []
+    if len(result.rounds) != plan.rounds:
+        failures.append(f"{variant}: {len(result.rounds)} rounds measured, {plan.rounds} asked for")
+    for number, done in enumerate(result.rounds, 1):
+        where = f"{variant}, round {number}"
+        if abs(done.prompt_tokens - asked_in) > slack:
+            failures.append(f"{where}: {done.prompt_tokens} prompt tokens, {asked_in} asked for")
+        if done.output_tokens != asked_out:
+            failures.append(f"{where}: {done.output_tokens} new tokens, {asked_out} asked for")
+        total = done.prompt_tokens + done.output_tokens
+        if done.reported_tokens not in (None, total):
+            failures.append(f"{where}: vLLM reports {done.reported_tokens} tokens, not {total}")
+    return failures
+
+
+def same_prompts(baseline: Result, candidate: Result) -> list[str]:
+    """Round by round, both sides got equally many prompt tokens."""
+    counts = [[r.prompt_tokens for r in side.rounds] for side in (baseline, candidate)]
+    return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
+
+
+def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:
+    """The custom kernel ran in every worker process, or, for stock, in none.
+
+    Args:
+        expected: whether this variant is to launch kernels of ours.
+    """
+    counted = result.launches
+    if not expected:
+        if not counted:
+            return []
+        return [f"{variant}: launched custom kernels ({sum_launches(result)}), it must not"]
+    named = f"gemm.{plan.backend}" if plan.backend else "gemm."
+    running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
+    failures = []
+    if len(running) != plan.tp:
+        what = named.rstrip(".")
+        failures.append(
+            f"{variant}: {what} ran in {len(running)} of {plan.tp} worker processes; "
+            "is the fork patched? run make doctor"
+        )
+    others = {k for counts in counted.values() for k in counts if not k.startswith(named)}
+    if plan.backend and others:
+        failures.append(f"{variant}: {', '.join(sorted(others))} ran as well")
+    return failures
+
+
+def sum_launches(result: Result) -> dict[str, int]:
+    """Launches by operation and backend, over all processes."""
+    total: dict[str, int] = {}
+    for counts in result.launches.values():
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def _ran(counts: dict[str, int], named: str) -> list[str]:
+    return [name for name, count in counts.items() if name.startswith(named) and count > 0]
+
+
+def _differences(old: Step, new: Step) -> list[float]:
+    differences = []
+    for one, other in ((old.logprobs, new.logprobs), (new.logprobs, old.logprobs)):
+        floor = min(other.values())
+        for token, value in one.items():
+            if token not in other:
+                differences.append(max(0.0, value - floor))
+            elif one is old.logprobs:  # listed by both sides: counted once
+                differences.append(abs(value - other[token]))
+    return differences

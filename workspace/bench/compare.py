@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ten rounds a side say about the ratio custom / stock.
+
+Round k of pair i runs the same prompts in both variants, one process after the other, so the
+ratio is taken pair by pair: r[i][k] = custom[i][k] / stock[i][k]. The result is their median with
+a distribution-free interval from order statistics.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Literal
+
+from pydantic import BaseModel
+
+Verdict = Literal["same", "faster", "slower", "ambiguous"]
+
+SAME_WITHIN = 0.02
+"""A ratio whose whole interval lies within 2 % of 1 counts as "same"."""
+CONFIDENCE = 0.95
+
+
+class Comparison(BaseModel):
+    """The ratio candidate / baseline of the measured figure.
+
+    `interval` covers the true median with probability `coverage`; `pairs` are the medians of the
+    single pairs of processes; `verdict` speaks of speed, whichever way the figure points.
+    """
+
+    ratio: float
+    interval: tuple[float, float]
+    coverage: float
+    pairs: list[float]
+    verdict: Verdict
+    because: str
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(low, high, coverage): the narrowest symmetric pair of order statistics with 95 % coverage.
+
+    The k-th smallest and k-th largest of n values enclose the median with probability
+    1 - 2·P(Binomial(n, 1/2) < k). With fewer than six values not even the extremes reach 95 %;
+    then the extremes are returned with what they do cover.
+
+    Raises:
+        ValueError: no values.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("no values")
+    best = 1
+    while best < n - best and _coverage(n, best + 1) >= CONFIDENCE:
+        best += 1
+    return ordered[best - 1], ordered[n - best], _coverage(n, best)
+
+
+def compare(
+    baseline: Sequence[Sequence[float]],
+    candidate: Sequence[Sequence[float]],
+    higher_is_better: bool,
+) -> Comparison:
+    """Compare pair by pair and round by round.
+
+    Args:
+        baseline: [pairs][rounds] of positive figures.
+        candidate: the same shape, in the same order.
+        higher_is_better: True for tokens per second, False for seconds.
+
+    Raises:
+        ValueError: the shapes differ, are empty, or a figure is not positive and finite.
+    """
+    shapes = [[len(rounds) for rounds in side] for side in (baseline, candidate)]
+    if shapes[0] != shapes[1] or not shapes[0] or 0 in shapes[0]:
+        raise ValueError(f"cannot pair rounds of shape {shapes[0]} with {shapes[1]}")
+    figures = [value for side in (baseline, candidate) for rounds in side for value in rounds]
+    if not all(math.isfinite(value) and value > 0 for value in figures):
+        raise ValueError("a figure is not positive and finite")
+    ratios = [
+        [new / old for new, old in zip(new_rounds, old_rounds, strict=True)]
+        for new_rounds, old_rounds in zip(candidate, baseline, strict=True)
+    ]
+    flat = [ratio for rounds in ratios for ratio in rounds]
+    low, high, coverage = median_interval(flat)
+    pairs = [median(rounds) for rounds in ratios]
+    verdict, because = _verdict(low, high, coverage, pairs, higher_is_better)
+    return Comparison(
+        ratio=median(flat),
+        interval=(low, high),
+        coverage=coverage,
+        pairs=pairs,
+        verdict=verdict,
+        because=because,
+    )
+
+
+def _coverage(n: int, k: int) -> float:
+    """Probability that the k-th smallest and k-th largest of n values enclose the median."""
+    return 1.0 - 2.0 * sum(math.comb(n, i) for i in range(k)) / 2.0**n if n > 1 else 0.0
+
+
+def _verdict(
+    low: float, high: float, coverage: float, pairs: Sequence[float], higher_is_better: bool
+) -> tuple[Verdict, str]:
+    if len(pairs) < 2:
+        return (
+            "ambiguous",
+            "one pair does not show how much processes differ; use REPEATS=2 or more",
+        )
+    if coverage < CONFIDENCE:
+        return "ambiguous", "too few rounds for a 95 % interval"
+    if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN:
+        return "same", f"the interval lies within {SAME_WITHIN:.0%} of 1"
+    if low <= 1 <= high:
+        return "ambiguous", "the interval holds 1 and is wide"
+    above = low > 1
+    if any((pair > 1) != above for pair in pairs):
+        return "ambiguous", "the pairs point in different directions"
+    return ("faster" if above == higher_is_better else "slower"), "the interval leaves out 1"

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One variant in a process of its own: vLLM's `vllm bench`, several rounds in one engine.
+
+Run as `python -m workspace.bench.engine_run JOB.json` (see `Job`); writes `Result` as JSON when
+all is done and a line per step to the job's events file before that.
+
+Each round parses the arguments with vLLM's own parser and calls the entry point of `vllm bench
+throughput|latency`. What differs from calling it anew each time: `vllm.LLM` is replaced by
+`KeptEngine`, so that the rounds share one engine start, and the tokens of every request are
+counted. Rounds before the engine is warm are not part of the result (see `_warm_up`). At the end
+the same engine generates greedily for the comparison of outputs.
+"""
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from workspace.bench.files import write_file
+from workspace.bench.plan import Metric
+
+WARM_ROUNDS = (2, 8)
+"""At least and at most so many rounds warm up."""
+WARM_GAIN = 1.1
+"""Warm is an engine whose round is not 1.1 times faster than the one before."""
+
+
+class Job(BaseModel):
+    """What the process is to do.
+
+    `arguments` go to `vllm bench METRIC`; `--seed` and `--output-json` are added per round.
+    `prompts` are texts or token ids for the comparison of outputs.
+    """
+
+    metric: Metric
+    arguments: list[str]
+    rounds: int
+    seed: int
+    prompts: list[str] | list[list[int]]
+    new_tokens: int
+    top: int
+    launches: Path
+    folder: Path
+
+
+class Round(BaseModel):
+    """One timed call of vLLM's benchmark: its figures, and the tokens of the request outputs."""
+
+    seed: int
+    elapsed_s: float
+    prompt_tokens: int
+    output_tokens: int
+    reported_tokens: int | None
+    """vLLM's own total; its latency benchmark does not report one."""
+
+
+class Step(BaseModel):
+    """One generated token: the choice, and log-probabilities of the likeliest tokens and it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    token: int
+    logprobs: dict[int, float]
+
+
+class Generation(BaseModel):
+    """Greedy output for one prompt."""
+
+    prompt: list[int]
+    steps: list[Step]
+
+
+class Result(BaseModel):
+    """What the process saw."""
+
+    engine_start_s: float
+    rounds: list[Round]
+    generations: list[Generation]
+    launches: dict[int, dict[str, int]]
+    kernels_source_hash: str
+    environment: dict[str, str]
+    vllm_folder: str
+    warm_up: list[Round]
+
+
+def main() -> None:
+    job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    _die_with_parent()
+    say = _events(job.folder / "events.jsonl")
+
+    say("importing vLLM")
+    import vllm
+
+    if any("workspace.bench.dummy_weights" in argument for argument in job.arguments):
+        pass  # the parent process checks the load format's name
+    engine = KeptEngine(vllm.LLM)
+    vllm.LLM = engine
+
+    say("starting the engine")
+    begin = time.perf_counter()
+    first = _bench(job, engine, job.seed)
+    start_s = time.perf_counter() - begin
+    warm_up = _warm_up(job, engine, first, say)
+    rounds = []
+    for index in range(1, job.rounds + 1):
+        say(f"round {index} of {job.rounds}")
+        rounds.append(_bench(job, engine, job.seed + index))
+
+    say("generating for the comparison")
+    generations = _generate(job, engine)
+
+    # Imported in the stock variant too: that it could have run the kernels is part of the proof.
+    from custom_kernels import build, launches
+
+    result = Result(
+        engine_start_s=start_s,
+        warm_up=warm_up,
+        rounds=rounds,
+        generations=generations,
+        launches=launches.read(job.launches),
+        kernels_source_hash=build.source_hash(),
+        environment=_environment(),
+        vllm_folder=str(Path(vllm.__file__).parent),
+    )
+    write_file(job.folder / "result.json", result.model_dump_json().encode())
+    say("stopping")
+
+
+class KeptEngine:
+    """Stands in for the class `vllm.LLM`: builds one engine, gives the same one ever after.
+
+    Its `generate` counts tokens. It also folds token ids into the vocabulary, because vLLM's
+    latency benchmark draws ids below 10000 whatever the model.
+    """
+
+    def __init__(self, llm_class: Any) -> None:
+        self._class = llm_class
+        self._llm: Any = None
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+
+    def from_engine_args(self, engine_args: Any) -> Any:
+        return self._keep(lambda: self._class.from_engine_args(engine_args))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._keep(lambda: self._class(*args, **kwargs))
+
+    def _keep(self, build: Any) -> Any:
+        if self._llm is None:
+            self._llm = build()
+            vocab = self._llm.llm_engine.model_config.get_vocab_size()
+            original = self._llm.generate
+
+            def generate(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+                for prompt in prompts:
+                    if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+                        ids = prompt["prompt_token_ids"]
+                        if max(ids) >= vocab:
+                            prompt["prompt_token_ids"] = [i % vocab for i in ids]
+                outputs = original(prompts, *args, **kwargs)
+                self.prompt_tokens += sum(len(o.prompt_token_ids or ()) for o in outputs)
+                self.output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
+                return outputs
+
+            self._llm.generate = generate
+        return self._llm
+
+    @property
+    def llm(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("vLLM's benchmark did not build its engine through vllm.LLM")
+        return self._llm
+
+
+def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
+    """One call of vLLM's benchmark with the prompts of `seed`."""
+    import numpy as np
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    if job.metric == "throughput":
+        from vllm.entrypoints.cli.benchmark.throughput import (
+            BenchmarkThroughputSubcommand as Benchmark,
+        )
+    else:
+        from vllm.entrypoints.cli.benchmark.latency import (
+            BenchmarkLatencySubcommand as Benchmark,
+        )
+    parser = FlexibleArgumentParser(prog=f"vllm bench {job.metric}")
+    Benchmark.add_cli_args(parser)
+    report = job.folder / f"vllm-{seed}.json"
+    arguments = [*job.arguments, "--seed", str(seed), "--output-json", str(report)]
+    np.random.seed(seed)  # vLLM's latency benchmark draws its prompts from numpy's global state
+    engine.prompt_tokens = engine.output_tokens = 0
+    Benchmark.cmd(parser.parse_args(arguments))
+    figures = json.loads(report.read_text())
+    latency = figures.get("latencies")
+    return Round(
+        seed=seed,
+        elapsed_s=latency[0] if latency else figures["elapsed_time"],
+        prompt_tokens=engine.prompt_tokens,
+        output_tokens=engine.output_tokens,
+        reported_tokens=figures.get("total_num_tokens"),
+    )
+
+
+def _warm_up(job: Job, engine: KeptEngine, first: Round, say: Any) -> list[Round]:
+    """Rounds until they stop getting faster: code is still compiled after the first of them."""
+    done = [first]
+    fewest, most = WARM_ROUNDS
+    while len(done) < most:
+        say(f"warming up, round {len(done) + 1}")
+        done.append(_bench(job, engine, job.seed + 1000 + len(done)))
+        if len(done) >= fewest and done[-1].elapsed_s * WARM_GAIN >= done[-2].elapsed_s:
+            break
+    return done
+
+
+def _generate(job: Job, engine: KeptEngine) -> list[Generation]:
+    """Greedy generation with the log-probabilities of the likeliest tokens at each step."""
+    from vllm import SamplingParams
+
+    prompts: list[Any] = [
+        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        for prompt in job.prompts
+    ]
+    greedy = SamplingParams(
+        temperature=0.0, max_tokens=job.new_tokens, ignore_eos=True, logprobs=job.top
+    )
+    generations = []
+    for output in engine.llm.generate(prompts, greedy, use_tqdm=False):
+        completion = output.outputs[0]
+        steps = [
+            Step(token=token, logprobs={i: entry.logprob for i, entry in logprobs.items()})
+            for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+        generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
+    return generations
+
+
+def _environment() -> dict[str, str]:
+    """Versions and device, as the engine's process sees them."""
+    import torch
+    from vllm.platforms import current_platform
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("vllm", "triton", "transformers", "custom-kernels"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = str(torch.version.cuda or "none")
+    found["platform"] = current_platform.device_type
+    if current_platform.device_type != "cpu":
+        found["device"] = current_platform.get_device_name()
+    return found
+
+
+def _events(path: Path) -> Any:
+    """A function that appends a step to the events file, where the parent process reads it."""
+
+    def say(step: str) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"time": time.time(), "step": step}) + "\n")
+
+    return say
+
+
+def _die_with_parent() -> None:
+    """End the whole process group, workers included, when the bench process is gone.
+
+    The group is ours: the parent starts this process as the leader of a new session.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `make bench` can be told, and what it takes when it is not told."""
+
+import json
+import os
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from workspace.bench.models import Model, parameters
+from workspace.bench.provenance import cpu_name
+from workspace.errors import WorkspaceError
+
+Metric = Literal["throughput", "latency"]
+
+
+class BenchOptions(BaseModel):
+    """The variables of `make bench`; None (or an empty string) stands for the default.
+
+    Raises:
+        WorkspaceError: a value that cannot be; one line that names the variable.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None
+    input_len: int | None = Field(None, ge=1)
+    output_len: int | None = Field(None, ge=1)
+    num_prompts: int | None = Field(None, ge=1)
+    metric: Metric | None = None
+    backend: str | None = None
+    repeats: int | None = Field(None, ge=1, le=100)
+    rounds: int | None = Field(None, ge=1, le=1000)
+    tp: int | None = Field(None, ge=1)
+    eager: bool | None = None
+    baseline: Literal["stock", "pristine"] | None = None
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise WorkspaceError(_one_line(error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if isinstance(value, str) and not value.strip() else value
+
+
+@dataclass(frozen=True)
+class Device:
+    """What vLLM is installed for and how much of it there is.
+
+    `kind` is "cpu" or "cuda"; `count` is GPUs, or the cores this process may use.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    count: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options with every default filled in.
+
+    `repeats` is how many pairs of processes run; `rounds` how often each of them measures.
+    """
+
+    model: Model
+    device: Device
+    metric: Metric
+    input_len: int
+    output_len: int
+    num_prompts: int
+    backend: str | None
+    repeats: int
+    rounds: int
+    tp: int
+    eager: bool
+    baseline: Literal["stock", "pristine"]
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Input and output tokens that one round has to process."""
+        return self.num_prompts * self.input_len, self.num_prompts * self.output_len
+
+
+# Small enough on two cores for a run of all variants in under four minutes; on a GPU large enough
+# that a round takes seconds and the batch fills the machine.
+DEFAULTS: dict[tuple[str, Metric], dict[str, int]] = {
+    ("cpu", "throughput"): {"input_len": 64, "output_len": 64, "num_prompts": 64},
+    ("cpu", "latency"): {"input_len": 32, "output_len": 32, "num_prompts": 1},
+    ("cuda", "throughput"): {"input_len": 512, "output_len": 128, "num_prompts": 512},
+    ("cuda", "latency"): {"input_len": 512, "output_len": 128, "num_prompts": 8},
+}
+REPEATS = 2
+ROUNDS = 5
+"""Two processes a variant, five rounds each: ten pairs, enough for a 95 % interval."""
+
+
+def detect_device() -> Device:
+    """The device of the installed vLLM.
+
+    Raises:
+        WorkspaceError: no vLLM, or one for CUDA and no GPU in sight.
+    """
+    try:
+        vllm_version = version("vllm")
+    except PackageNotFoundError:
+        raise WorkspaceError("vLLM is not installed in this environment; run make dev") from None
+    if "cpu" in vllm_version:
+        return Device("cpu", len(os.sched_getaffinity(0)), cpu_name())
+    names = _gpu_names()
+    if not names:
+        raise WorkspaceError(
+            f"vLLM {vllm_version} is installed for CUDA but no GPU is visible; "
+            "run make dev DEVICE=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return Device("cuda", len(names), names[0])
+
+
+def plan(options: BenchOptions, device: Device, model: Model) -> Plan:
+    """Fill in the defaults and check what depends on device and model.
+
+    Raises:
+        WorkspaceError: more tensor-parallel workers than the device has, or than the model can
+            be split into; or more tokens than the model takes.
+    """
+    metric: Metric = options.metric or "throughput"
+    sizes = DEFAULTS[device.kind, metric]
+    input_len = options.input_len or min(sizes["input_len"], max(1, model.max_length // 2))
+    output_len = options.output_len or min(sizes["output_len"], max(1, model.max_length // 4))
+    tp = options.tp or 1
+    if tp > device.count:
+        what = "CPU core" if device.kind == "cpu" else "GPU"
+        plural = "" if device.count == 1 else "s"
+        raise WorkspaceError(f"TP={tp}: this machine has {device.count} {what}{plural}; lower TP")
+    heads = int(model.config["num_attention_heads"])
+    if heads % tp:
+        raise WorkspaceError(
+            f"TP={tp}: {model.name} has {heads} attention heads; TP must divide it"
+        )
+    if input_len + output_len > model.max_length:
+        raise WorkspaceError(
+            f"INPUT_LEN={input_len} + OUTPUT_LEN={output_len} is more than the "
+            f"{model.max_length} tokens that {model.name} takes; lower one of them"
+        )
+    return Plan(
+        model=model,
+        device=device,
+        metric=metric,
+        input_len=input_len,
+        output_len=output_len,
+        num_prompts=options.num_prompts or sizes["num_prompts"],
+        backend=options.backend,
+        repeats=options.repeats or REPEATS,
+        rounds=options.rounds or ROUNDS,
+        tp=tp,
+        eager=device.kind == "cpu" if options.eager is None else options.eager,
+        baseline=options.baseline or "stock",
+    )
+
+
+def check_backend(backend: str | None, device: Device) -> None:
+    """Raise unless the kernels package can run `backend` for the gemm operation on `device`.
+
+    Raises:
+        WorkspaceError: an unknown backend, or one that this machine cannot run; names the others.
+    """
+    if backend is None:
+        return
+    try:
+        from custom_kernels import registry
+    except ImportError as error:
+        raise WorkspaceError(
+            f"the kernels package cannot be imported ({error}); run make dev"
+        ) from error
+    names = registry.backends("gemm")
+    reasons = {name: registry.available("gemm", name, device.kind) for name in names}
+    usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
+    if backend not in reasons:
+        raise WorkspaceError(f"BACKEND={backend}: no such backend; usable here: {usable}")
+    if reasons[backend] is not None:
+        raise WorkspaceError(f"BACKEND={backend}: {reasons[backend]}; usable here: {usable}")
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise when the weights alone cannot fit into the memory that is free on the CPU.
+
+    The custom variant holds each weight twice at most: plain, and packed by vLLM.
+
+    Raises:
+        WorkspaceError: not enough memory; says how much is needed and how much is free.
+    """
+    count = parameters(plan.model.config)
+    if plan.device.kind != "cpu" or count is None:
+        return
+    needed = 2 * 2 * count / 2**30
+    free = psutil.virtual_memory().available / 2**30
+    if needed > free:
+        raise WorkspaceError(
+            f"MODEL={plan.model.name}: needs about {needed:.0f} GiB of memory for its weights and "
+            f"{free:.0f} GiB are free; use a smaller MODEL"
+        )
+
+
+def repeat_command(plan: Plan) -> str:
+    """The `make` line that runs the same benchmark again, every default written out."""
+    model = plan.model
+    name = str(model.folder) if model.source.startswith("local folder") else model.name
+    values = {
+        "MODEL": name,
+        "METRIC": plan.metric,
+        "INPUT_LEN": plan.input_len,
+        "OUTPUT_LEN": plan.output_len,
+        "NUM_PROMPTS": plan.num_prompts,
+        "BACKEND": plan.backend,
+        "REPEATS": plan.repeats,
+        "ROUNDS": plan.rounds if plan.rounds != ROUNDS else None,
+        "TP": plan.tp,
+        "EAGER": int(plan.eager),
+        "BASELINE": plan.baseline if plan.baseline != "stock" else None,
+    }
+    return "make bench " + " ".join(f"{k}={_quoted(v)}" for k, v in values.items() if v is not None)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text) if " " in text else text
+
+
+def _one_line(error: ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"]).upper()
+        message = problem["msg"].replace("Input should be ", "should be ")
+        parts.append(f"{name}={problem['input']}: {message}")
+    return "; ".join(parts)
+
+
+def _gpu_names() -> list[str]:
+    """Names of the GPUs that CUDA_VISIBLE_DEVICES leaves, asked of the driver without using it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    except Exception:  # no package, no driver, no permission: all mean "no GPU for us"
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return names
+    chosen = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    # A GPU may also be chosen by its UUID; on one machine they are nearly always of one kind.
+    return [names[int(c) if c.isdigit() and int(c) < len(names) else 0] for c in chosen if names]

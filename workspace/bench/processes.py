@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one engine process: start it, follow its steps, end it with all its children."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from workspace.bench.engine_run import Job, Result
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+POLL_SECONDS = 0.2
+ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[\w.]*(?:Error|Exception|Exit)\b|Killed|Fatal).*)$")
+MEMORY = re.compile(r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.I)
+VAGUE = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|EngineDead")
+"""What the outer processes say when an inner one has failed; the cause stands further up."""
+
+
+def run(
+    job: Job,
+    environment: dict[str, str],
+    log: Path,
+    on_step: Callable[[str], None],
+    name: str,
+) -> Result:
+    """Run the job of variant `name` in a process of its own and return its result.
+
+    The process leads a session of its own, so that it and its workers can be ended together,
+    which happens whatever this call ends with.
+
+    Raises:
+        WorkspaceError: the process failed; the line that says why, and where its log is.
+    """
+    job.folder.mkdir(parents=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    job_file = job.folder / "job.json"
+    job_file.write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "workspace.bench.engine_run", str(job_file)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _follow(process, job.folder / "events.jsonl", on_step)
+        finally:
+            _end(process)
+    result = job.folder / "result.json"
+    if process.returncode != 0 or not result.is_file():
+        raise WorkspaceError(f"{name}: {explain(log, process.returncode)}; log: {log}")
+    return Result.model_validate_json(result.read_text())
+
+
+def explain(log: Path, status: int) -> str:
+    """One line on why an engine process ended with `status`, from its log where that says it."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    found = [m.group(1).strip() for m in map(ERROR_LINE.search, text.splitlines()) if m]
+    clear = [line for line in found if not VAGUE.search(line)] or found
+    memory = [line for line in clear if MEMORY.search(line)]
+    if memory:
+        return f"out of memory ({memory[-1][:200]}); use a smaller MODEL or NUM_PROMPTS, or more TP"
+    if clear:
+        return clear[-1][:300]
+    if status == -signal.SIGKILL:
+        return (
+            "the engine was killed (signal 9), most likely for want of memory; use a smaller MODEL"
+        )
+    if status < 0:
+        return f"the engine died of signal {-status} ({signal.Signals(-status).name})"
+    return f"the engine ended with status {status} and no error line"
+
+
+def _follow(process: subprocess.Popen[bytes], events: Path, on_step: Callable[[str], None]) -> None:
+    seen = 0
+    while True:
+        ended = process.poll() is not None
+        if events.is_file():
+            lines = events.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            for line in whole[seen:]:
+                on_step(json.loads(line)["step"])
+            seen = len(whole)
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

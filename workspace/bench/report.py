@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the user sees: live progress while it runs, a table at the end."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from workspace.bench.checks import Agreement
+from workspace.bench.record import Record, VariantRecord
+from workspace.paths import ROOT
+
+console = Console(highlight=False, soft_wrap=True)
+
+COLOURS = {"faster": "green", "slower": "red", "same": "cyan", "ambiguous": "yellow"}
+
+
+def say(text: str) -> None:
+    console.print(escape(text))
+
+
+class Live:
+    """Progress of a run: which process, which step, for how long.
+
+    On a terminal one line that changes; elsewhere one line for each process that has ended.
+    """
+
+    def __init__(self, processes: int, bar: Progress | None) -> None:
+        self._processes = processes
+        self._bar = bar
+        self._task: TaskID | None = None
+        self._title = ""
+        self._begin = 0.0
+
+    def start(self, number: int, variant: str) -> None:
+        self._title = f"{number}/{self._processes} {variant}"
+        self._begin = time.monotonic()
+        if self._bar is not None:
+            self._task = self._bar.add_task(self._title, total=None)
+
+    def step(self, text: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._title}: {text}")
+
+    def end(self) -> None:
+        text = f"{self._title}: done in {time.monotonic() - self._begin:.0f} s"
+        if self._bar is not None and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._bar.console.print(f"  {text}")
+        else:
+            console.print(f"  {text}")
+
+
+@contextmanager
+def progress(processes: int) -> Iterator[Live]:
+    """Show progress over so many processes."""
+    if not console.is_terminal:
+        yield Live(processes, None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Live(processes, bar)
+
+
+def show(record: Record, path: Path, picture: Path) -> None:
+    """Print the table, the verdict, the proofs and where everything is."""
+    console.print(table(record))
+    ratio = record.comparison
+    names = [variant.name for variant in record.variants]
+    low, high = ratio.interval
+    colour = COLOURS[ratio.verdict]
+    console.print(
+        f"{names[1]} / {names[0]} = [bold]{ratio.ratio:.3f}[/bold] [dim]\\[{low:.3f}, {high:.3f}]"
+        f"[/dim]: [bold {colour}]{ratio.verdict}[/bold {colour}] ({ratio.because})"
+    )
+    if record.note:
+        console.print(f"[yellow]{record.note}[/yellow]")
+    console.print(f"outputs: {agreement_line(record.agreement)}")
+    if record.baseline_with_itself is not None:
+        itself = agreement_line(record.baseline_with_itself)
+        console.print(f"[dim]{names[0]} against itself: {itself}[/dim]")
+    for failure in record.failures:
+        console.print(f"[bold red]INVALID[/bold red] {escape(failure)}")
+    console.print(f"record:  {escape(shown(path))}")
+    console.print(f"picture: {escape(shown(picture))}")
+    console.print(f"again:   {escape(record.command)}")
+
+
+def table(record: Record) -> Table:
+    """The figures of both variants."""
+    settings, model = record.settings, record.model
+    seed = f" (seed {model.seed})" if model.seed is not None else ""
+    title = (
+        f"{model.name}, [bold]{model.weights} weights{seed}[/bold], {model.dtype}, "
+        f"{escape(record.device)}, TP {settings.tensor_parallel}, "
+        f"{'eager' if settings.eager else 'compiled'}"
+    )
+    caption = (
+        f"a round: {settings.num_prompts} requests, {settings.input_tokens_per_round} tokens in, "
+        f"{settings.output_tokens_per_round} out; {settings.repeats} processes a variant, "
+        f"{settings.rounds} rounds each"
+    )
+    result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    result.add_column("variant")
+    result.add_column(f"{settings.metric}, {record.unit}", justify="right")
+    result.add_column("lowest", justify="right")
+    result.add_column("highest", justify="right")
+    result.add_column("kernels of ours that ran", justify="right")
+    for variant in record.variants:
+        figures = (variant.median, variant.lowest, variant.highest)
+        result.add_row(variant.name, *(number(f, record.unit) for f in figures), launched(variant))
+    return result
+
+
+def number(value: float, unit: str) -> str:
+    """A figure for reading: 12,345 tokens/s or 0.1234 s."""
+    return f"{value:,.0f}" if unit == "tokens/s" else f"{value:.4f}"
+
+
+def launched(variant: VariantRecord) -> str:
+    """ "gemm.reference: 1,234 launches in 2 processes", or "none"."""
+    if not variant.launches:
+        return "none"
+    count = sum(len(process.launches) for process in variant.processes)
+    parts = [f"{name}: {launches:,}" for name, launches in variant.launches.items()]
+    return f"{', '.join(parts)} launches in {count} process{'' if count == 1 else 'es'}"
+
+
+def agreement_line(agreement: Agreement) -> str:
+    """How far the outputs agree, in one line."""
+    diverged = f", {agreement.diverged} prompts part at a near tie" if agreement.diverged else ""
+    return (
+        f"{agreement.matched} of {agreement.tokens} greedy tokens match{diverged}; "
+        f"log-probabilities differ by at most {agreement.largest:.3f} "
+        f"(allowed {agreement.allowed_largest:g}), "
+        f"{agreement.mean:.4f} on average (allowed {agreement.allowed_mean:g})"
+    )
+
+
+def shown(path: Path) -> str:
+    """A path relative to the checkout where it lies in it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of `make bench`, in the order in which they happen."""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from types import FrameType
+
+from workspace.bench import chart, checks, models, pristine, processes, provenance, record, report
+from workspace.bench.compare import compare
+from workspace.bench.engine_run import Job, Result
+from workspace.bench.files import remove_partial
+from workspace.bench.plan import (
+    BenchOptions,
+    Plan,
+    check_backend,
+    check_memory,
+    detect_device,
+    plan,
+    repeat_command,
+)
+from workspace.bench.variants import (
+    Variant,
+    arguments,
+    command_line,
+    common_settings,
+    environment,
+    max_model_len,
+    stock_and_custom,
+)
+from workspace.errors import WorkspaceError
+from workspace.paths import RESULTS, STATE
+
+LOCK = STATE / "bench.lock"
+RUNS = STATE / "bench"
+LOGS = STATE / "logs"
+
+SEED = 1
+"""Seed of the first warm-up; round k uses SEED + k in every process of both variants."""
+NEW_TOKENS = 24
+TOP = 8
+"""Greedy tokens per prompt, and how many log-probabilities of each step are compared."""
+
+PROMPTS = [
+    "The fastest way to multiply two matrices is",
+    "A warp on a GPU has thirty-two threads because",
+    "In the morning the harbour was quiet, and then",
+    "def transpose(matrix):",
+    "Water boils at a lower temperature on a mountain, since",
+    "The three primary colours are",
+    "Once the train had left the station,",
+    "To sort a list in place, one can",
+]
+"""What models with real weights continue; others get fixed token ids."""
+PROMPT_LENGTHS = (1, 2, 3, 5, 8, 13, 17, 32)
+"""Lengths of the prompts made of token ids; odd ones on purpose."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One finished process."""
+
+    order: int
+    pair: int
+    variant: Variant
+    result: Result
+
+
+def run(options: BenchOptions) -> None:
+    """Run the benchmark that `options` describe.
+
+    Raises:
+        WorkspaceError: it could not be run, or a proof failed; a failed proof leaves a record
+            that says so.
+    """
+    with _only_bench(), _signals_end_children():
+        device = detect_device()
+        check_backend(options.backend, device)
+        report.say("resolving the model …")
+        made = plan(options, device, models.resolve(options.model, device.kind))
+        check_memory(made)
+        report.say(f"{made.model.name}: {made.model.weights_label}, from: {made.model.source}")
+
+        begin, started = time.monotonic(), datetime.now(UTC)
+        run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(made.model.name)}-{made.metric}"
+        sides = pristine.sides(made) if made.baseline == "pristine" else stock_and_custom(made)
+        done = _run_all(made, sides, run_id)
+
+        result = _make_record(made, sides, done, run_id, started, time.monotonic() - begin)
+        path, picture = RESULTS / f"{run_id}.json", RESULTS / f"{run_id}.png"
+        remove_partial(RESULTS)
+        record.write(result, path)
+        chart.draw(result, picture)
+        shutil.rmtree(RUNS / run_id, ignore_errors=True)
+        report.show(result, path, picture)
+        if not result.valid:
+            more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+            raise WorkspaceError(
+                f"the run is not valid: {result.failures[0]}{more}; "
+                f"logs: {LOGS / run_id}, record: {path}"
+            )
+
+
+def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ran]:
+    """Every process, one after the other, in the order A B, B A, A B, …
+
+    Turning each pair around cancels a drift of the machine (heat, another load) to first order.
+    """
+    shutil.rmtree(RUNS, ignore_errors=True)  # what a killed run left; we hold the lock
+    order = [
+        (pair, side)
+        for pair in range(plan.repeats)
+        for side in (sides if pair % 2 == 0 else sides[::-1])
+    ]
+    done = []
+    with report.progress(len(order)) as progress:
+        for number, (pair, variant) in enumerate(order, 1):
+            name = f"{number}-{variant.name}"
+            folder = RUNS / run_id / name
+            job = Job(
+                metric=plan.metric,
+                arguments=arguments(plan),
+                rounds=plan.rounds,
+                seed=SEED,
+                prompts=_prompts(plan),
+                new_tokens=min(NEW_TOKENS, max(1, max_model_len(plan) - max(PROMPT_LENGTHS))),
+                top=TOP,
+                launches=folder / "launches",
+                folder=folder,
+            )
+            progress.start(number, variant.name)
+            result = processes.run(
+                job,
+                environment(plan, variant, job.launches),
+                LOGS / run_id / f"{name}.log",
+                progress.step,
+                variant.name,
+            )
+            progress.end()
+            done.append(Ran(number, pair, variant, result))
+    return done
+
+
+def _make_record(
+    plan: Plan,
+    sides: tuple[Variant, Variant],
+    done: list[Ran],
+    run_id: str,
+    started: datetime,
+    seconds: float,
+) -> record.Record:
+    """Check every proof and put everything down."""
+    baseline, candidate = ([ran for ran in done if ran.variant is side] for side in sides)
+    for ran in (*baseline, *candidate):  # in pairs of equal position from here on
+        assert ran.result.rounds, "a process without rounds would have failed before"
+    failures = []
+    for ran in done:
+        where = f"{ran.variant.name} (process {ran.order})"
+        failures += checks.tokens(plan, where, ran.result)
+        failures += checks.launches(plan, where, ran.result, ran.variant.launches)
+    for old, new in zip(baseline, candidate, strict=True):
+        failures += checks.same_prompts(old.result, new.result)
+
+    tolerance = checks.TOLERANCES.get(plan.model.dtype, checks.TOLERANCES["bfloat16"])
+
+    def agreement(one: Ran, other: Ran) -> checks.Agreement:
+        outputs = one.result.generations, other.result.generations
+        return checks.agreement(*outputs, tolerance, plan.model.vocab_size)
+
+    agreements = [agreement(baseline[0], ran) for ran in candidate]
+    worst = max(agreements, key=lambda a: (len(a.failures), a.largest))
+    failures += worst.failures
+    with_itself = agreement(baseline[0], baseline[1]) if len(baseline) > 1 else None
+
+    first = done[0].result
+    gpu = first.environment.get("device")
+    cpu = plan.device.kind == "cpu"
+    return record.Record(
+        run=run_id,
+        started=started.isoformat(timespec="seconds"),
+        duration_s=round(seconds, 1),
+        valid=not failures,
+        failures=failures,
+        command=repeat_command(plan),
+        settings=_settings(plan),
+        model=record.ModelRecord(
+            name=plan.model.name,
+            weights=plan.model.weights,
+            seed=plan.model.seed,
+            source=plan.model.source,
+            dtype=plan.model.dtype,
+            parameters=models.parameters(plan.model.config),
+        ),
+        device=plan.device.name if cpu else f"{plan.tp} x {gpu}",
+        device_kind=plan.device.kind,
+        note="CPU: only the ratio means something" if cpu else "",
+        unit="tokens/s" if plan.metric == "throughput" else "s",
+        variants=[
+            _variant(plan, sides[0], baseline),
+            _variant(plan, sides[1], candidate),
+        ],
+        comparison=compare(
+            [_figures(plan, ran.result) for ran in baseline],
+            [_figures(plan, ran.result) for ran in candidate],
+            higher_is_better=plan.metric == "throughput",
+        ),
+        agreement=worst,
+        baseline_with_itself=with_itself,
+        provenance=provenance.collect(
+            Path(candidate[0].result.vllm_folder), first.kernels_source_hash, first.environment
+        ),
+    )
+
+
+def _settings(plan: Plan) -> record.Settings:
+    tokens_in, tokens_out = plan.tokens
+    return record.Settings(
+        metric=plan.metric,
+        input_len=plan.input_len,
+        output_len=plan.output_len,
+        num_prompts=plan.num_prompts,
+        backend=plan.backend,
+        repeats=plan.repeats,
+        rounds=plan.rounds,
+        tensor_parallel=plan.tp,
+        eager=plan.eager,
+        input_tokens_per_round=tokens_in,
+        output_tokens_per_round=tokens_out,
+    )
+
+
+def _variant(plan: Plan, variant: Variant, ran: list[Ran]) -> record.VariantRecord:
+    figures = [value for one in ran for value in _figures(plan, one.result)]
+    launches: dict[str, int] = {}
+    for one in ran:
+        for name, count in checks.sum_launches(one.result).items():
+            launches[name] = launches.get(name, 0) + count
+    return record.VariantRecord(
+        name=variant.name,
+        environment=common_settings(plan) | variant.switches,
+        command=command_line(plan, variant),
+        processes=[
+            record.ProcessRecord(
+                order=one.order,
+                pair=one.pair + 1,
+                engine_start_s=one.result.engine_start_s,
+                warm_up=one.result.warm_up,
+                rounds=one.result.rounds,
+                figures=_figures(plan, one.result),
+                launches=one.result.launches,
+            )
+            for one in ran
+        ],
+        median=median(figures),
+        lowest=min(figures),
+        highest=max(figures),
+        launches=launches,
+    )
+
+
+def _figures(plan: Plan, result: Result) -> list[float]:
+    """Tokens per second (input and output together), or seconds per batch, of every round."""
+    if plan.metric == "latency":
+        return [done.elapsed_s for done in result.rounds]
+    return [(done.prompt_tokens + done.output_tokens) / done.elapsed_s for done in result.rounds]
+
+
+def _prompts(plan: Plan) -> list[str] | list[list[int]]:
+    if plan.model.weights == "real":
+        return PROMPTS
+    import numpy as np
+
+    ids = np.random.default_rng(SEED)
+    longest = max(1, max_model_len(plan) - 1)
+    lengths = [min(length, longest) for length in PROMPT_LENGTHS]
+    return [ids.integers(0, plan.model.vocab_size, size=n).tolist() for n in lengths]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower()
+
+
+@contextmanager
+def _only_bench() -> Iterator[None]:
+    """Hold the bench lock; the system gives it back however this process ends.
+
+    Raises:
+        WorkspaceError: another bench is running; the two would disturb each other's figures.
+    """
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    with LOCK.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise WorkspaceError(
+                f"another bench is running in this checkout (process {holder}) and two would "
+                "disturb each other's figures; run this one when it is done"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def _signals_end_children() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into an orderly end: `processes.run` ends the engine on the way out."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if ours else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise WorkspaceError(
+            "interrupted; the engine was stopped and nothing was recorded"
+        ) from None
+    finally:
+        if ours:
+            with suppress(TypeError):
+                signal.signal(signal.SIGTERM, before)

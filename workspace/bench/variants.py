@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sides of a comparison: what each one's process is started with."""
+
+import math
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from workspace.bench.models import DUMMY_FORMAT
+from workspace.bench.plan import Plan
+
+SWITCH = "VLLM_USE_CUSTOM_GEMM"
+BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
+LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
+
+GIB = 2**30
+LENGTH_STEP = 128
+"""vLLM's KV blocks hold up to 128 tokens; the length limit is rounded up to whole blocks."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One side: its name, the switches it sets, and whether kernels of ours must run.
+
+    `python_path` goes before everything else on the module path: another vLLM tree, say.
+    """
+
+    name: str
+    switches: dict[str, str] = field(default_factory=dict)
+    launches: bool = False
+    python_path: Path | None = None
+
+
+def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
+    """vLLM with the switch unset, and with it set."""
+    switches = {SWITCH: "1"} | ({BACKEND_SWITCH: plan.backend} if plan.backend else {})
+    return Variant("stock"), Variant("custom", switches, launches=True)
+
+
+def common_settings(plan: Plan) -> dict[str, str]:
+    """Environment of both variants, beyond what the user's own environment has."""
+    settings = {
+        "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if plan.device.kind == "cpu":
+        held = min(plan.num_prompts, 64) * sum_lengths(plan)
+        space = max(1, min(4, math.ceil(held * plan.model.kv_bytes_per_token / plan.tp / GIB)))
+        settings["VLLM_CPU_KVCACHE_SPACE"] = str(space)
+        if plan.tp == 1:
+            # One process instead of three: half the start-up time on a small machine.
+            settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        else:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.tp)
+    return settings
+
+
+def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str]:
+    """The whole environment of a variant's process.
+
+    A switch of ours, or vLLM setting of `common_settings`, that the user has set is replaced: the
+    two sides differ in nothing but the variant's switches.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k not in (SWITCH, BACKEND_SWITCH)}
+    result = inherited | common_settings(plan) | variant.switches
+    result[LAUNCH_LOG] = str(launch_log)
+    if variant.python_path is not None:
+        rest = os.environ.get("PYTHONPATH")
+        result["PYTHONPATH"] = os.pathsep.join(
+            [str(variant.python_path), *([rest] if rest else [])]
+        )
+    return result
+
+
+def arguments(plan: Plan) -> list[str]:
+    """Arguments for `vllm bench METRIC`, without seed and output file.
+
+    Throughput takes its lengths from the --random-… options; it would ignore --input-len.
+    """
+    result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
+    if plan.metric == "throughput":
+        result += ["--dataset-name", "random", "--random-input-len", str(plan.input_len)]
+        result += ["--random-output-len", str(plan.output_len)]
+        result += ["--num-prompts", str(plan.num_prompts)]
+    else:
+        result += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
+        result += ["--batch-size", str(plan.num_prompts)]
+        result += ["--num-iters-warmup", "0", "--num-iters", "1"]
+    result += ["--max-model-len", str(max_model_len(plan))]
+    result += ["--tensor-parallel-size", str(plan.tp)]
+    result += ["--no-enable-prefix-caching"]  # a prompt seen before must not be cheaper
+    if plan.eager:
+        result += ["--enforce-eager"]
+    if plan.model.weights == "dummy":
+        result += ["--load-format", DUMMY_FORMAT]
+        result += ["--worker-extension-cls", "workspace.bench.dummy_weights.WorkerExtension"]
+    return result
+
+
+def command_line(plan: Plan, variant: Variant) -> str:
+    """The variant as a shell command, for the record."""
+    settings = {**common_settings(plan), **variant.switches}
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, arguments(plan))])
+
+
+def sum_lengths(plan: Plan) -> int:
+    return plan.input_len + plan.output_len
+
+
+def max_model_len(plan: Plan) -> int:
+    """Room for a request and for the prompts of the output comparison, in whole KV blocks."""
+    needed = max(sum_lengths(plan), LENGTH_STEP)
+    return min(plan.model.max_length, math.ceil(needed / LENGTH_STEP) * LENGTH_STEP)
+
+
+def bind_threads(workers: int) -> str:
+    """Cores for each worker in vLLM's notation: "0-1|2-3" for two workers on four cores."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // workers
+    groups = [cores[i * share : (i + 1) * share] for i in range(workers)]
+    return "|".join(",".join(map(str, group)) for group in groups)
