@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of the kernels package that a test may change, with a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from custom_kernels import build
+
+
+@dataclass(frozen=True)
+class PackageCopy:
+    """``package`` is a copy of custom_kernels without its operations; ``cache`` is where it compiles to."""
+
+    root: Path
+    cache: Path
+
+    @property
+    def package(self) -> Path:
+        return self.root / "custom_kernels"
+
+    def add(self, path: str, text: str) -> Path:
+        """Write a file of the package, for example ``toy/reference.py``."""
+        file = self.package / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHONPATH": str(self.root),
+            "CUSTOM_KERNELS_CACHE": str(self.cache),
+        }
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run this interpreter on the copy."""
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=self.environment(),
+            cwd=self.root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture
+def package_copy(tmp_path: Path) -> PackageCopy:
+    copy = PackageCopy(tmp_path / "copy", tmp_path / "cache")
+    shutil.copytree(
+        build.PACKAGE, copy.package, ignore=shutil.ignore_patterns("gemm", "__pycache__", "*.cu")
+    )
+    return copy

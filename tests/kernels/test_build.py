@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling: content-addressed, only what changed, and nothing half ever taken for whole."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from custom_kernels import build
+from tests.kernels.conftest import PackageCopy
+
+ARCHITECTURE = "8.0"
+
+# Without tvm-ffi's headers, so that it compiles in a second or two.
+TOY = """
+#include "scale.cuh"
+__global__ void toy(float* y) { y[threadIdx.x] *= SCALE; }
+extern "C" int answer() { return 42; }
+"""
+
+
+@pytest.fixture
+def toy(package_copy: PackageCopy, monkeypatch: pytest.MonkeyPatch) -> PackageCopy:
+    """An operation ``toy`` with one backend that includes a header, seen by this process too."""
+    package_copy.add("toy/__init__.py", "")
+    package_copy.add("toy/reference.py", "")
+    package_copy.add("toy/scale.cuh", "#define SCALE 2.f\n")
+    package_copy.add("toy/cuda.cu", TOY)
+    monkeypatch.setattr(build, "PACKAGE", package_copy.package)
+    monkeypatch.setenv("CUSTOM_KERNELS_CACHE", str(package_copy.cache))
+    return package_copy
+
+
+def _library() -> Path:
+    (source,) = build.sources()
+    return build.library_path(source, [ARCHITECTURE])
+
+
+def test_only_what_changed_is_rebuilt(toy: PackageCopy) -> None:
+    toy.add("toy/other.cu", 'extern "C" int other() { return 1; }\n')
+    first = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    assert [item.compiled for item in first.values()] == [True, True]
+    assert ctypes.CDLL(str(first["cuda"].path)).answer() == 42
+
+    assert not any(item.compiled for item in build.build_all([ARCHITECTURE]))
+
+    toy.add("toy/scale.cuh", "#define SCALE 3.f\n")  # only cuda.cu includes it
+    second = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    assert second["cuda"].compiled
+    assert not second["other"].compiled
+
+    toy.add("toy/scale.cuh", "#define SCALE 2.f\n")  # back again: the first library is still there
+    third = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    assert not third["cuda"].compiled
+    assert third["cuda"].path == first["cuda"].path
+
+
+def test_the_name_holds_flags_tools_and_architectures(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source,) = build.sources()
+    names = {build.library_path(source, [ARCHITECTURE]), build.library_path(source, ["9.0a"])}
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DEXTRA"))
+    names.add(_library())
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DMORE")
+    names.add(_library())
+    versions = {**build.toolchain().versions(), "nvcc": "99.0"}
+    monkeypatch.setattr(build.Toolchain, "versions", lambda self: versions)
+    names.add(_library())
+    assert len(names) == 5
+
+
+def test_the_report_says_what_the_kernel_takes(toy: PackageCopy) -> None:
+    (built,) = build.build_all([ARCHITECTURE])
+    (kernel,) = built.kernels
+    assert kernel.name == "toy"
+    assert kernel.architecture == ARCHITECTURE
+    assert 0 < kernel.registers < 64
+    assert kernel.spill_stores == kernel.spill_loads == 0
+
+
+def test_an_error_is_shown_as_the_compiler_gives_it(toy: PackageCopy) -> None:
+    toy.add("toy/cuda.cu", "\n\n__global__ void broken() { undefined_thing(); }\n")
+    with pytest.raises(build.BuildError, match=r"cuda\.cu\(3\): error: .*undefined_thing"):
+        build.build_all([ARCHITECTURE])
+    assert not list(toy.cache.glob("*.so"))
+    assert not list(toy.cache.glob("*.tmp"))
+
+
+def test_killed_at_random_times_nothing_half_is_taken_for_whole(toy: PackageCopy) -> None:
+    command = [sys.executable, "-m", "custom_kernels.build", "--arch", ARCHITECTURE]
+    chance = random.Random()
+    for attempt in range(6):
+        process = subprocess.Popen(
+            command,
+            env=toy.environment(),
+            cwd=toy.root,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(chance.uniform(0.1, 1.6))
+        # Now and then the compiler outlives the builder.
+        (os.kill if attempt % 2 else os.killpg)(process.pid, signal.SIGKILL)
+        process.wait()
+        for library in toy.cache.glob("*.so"):
+            assert ctypes.CDLL(str(library)).answer() == 42
+            assert library.with_suffix(".json").is_file()
+            library.unlink()
+    result = toy.python("-m", "custom_kernels.build", "--arch", ARCHITECTURE)
+    assert result.returncode == 0, result.stderr
+    assert ctypes.CDLL(str(_library())).answer() == 42
+    assert not list(toy.cache.glob("*.tmp"))
+
+
+def test_two_builders_compile_once(toy: PackageCopy) -> None:
+    (source,) = build.sources()
+    results: list[build.Built] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(build.build(source, [ARCHITECTURE])))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(item.compiled for item in results) == [False, True]
+
+
+def test_a_source_that_changes_while_it_compiles_is_not_stored(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = subprocess.run
+
+    def edit_meanwhile(command: list[str], **options: object) -> object:
+        result = run(command, **options)
+        if "-shared" in command:
+            toy.add("toy/scale.cuh", "#define SCALE 5.f\n")
+        return result
+
+    monkeypatch.setattr(subprocess, "run", edit_meanwhile)
+    with pytest.raises(build.BuildError, match="changed while it was compiled"):
+        build.build_all([ARCHITECTURE])
+    assert not list(toy.cache.glob("*.so"))
+
+
+def test_a_missing_tool_is_one_clear_error(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    build.toolchain.cache_clear()
+    try:
+        with pytest.raises(build.BuildError, match="no C\\+\\+ compiler: install g\\+\\+"):
+            build.build_all([ARCHITECTURE])
+        monkeypatch.setattr(build, "_site_packages", lambda: tmp_path)
+        for variable in ("CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(build.BuildError, match="no nvcc in this environment.*make dev"):
+            build.build_all([ARCHITECTURE])
+    finally:
+        build.toolchain.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_error(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUSTOM_KERNELS_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(build.BuildError, match="cannot write compiled kernels to .*CUSTOM_KERNELS_CACHE"):
+        build.build_all([ARCHITECTURE])
+
+
+def test_nothing_to_do_takes_no_time_and_imports_no_torch() -> None:
+    build.build_all()
+    started = time.perf_counter()
+    program = "import sys; from custom_kernels import build; build.build_all(); print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+    assert time.perf_counter() - started < 5  # 0.2 s on a quiet machine
+
+
+def test_source_hash_follows_every_source(toy: PackageCopy) -> None:
+    before = build.source_hash()
+    toy.add("toy/scale.cuh", "#define SCALE 4.f\n")
+    assert build.source_hash() != before
