@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run: one bar a variant, every round as a dot, the ratio beside them."""
+"""The picture of a run: one bar a variant (the median), every round as a dot, the ratio above."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 from workspace.bench.files import write_file
 from workspace.bench.record import Record
 
-GREY, ACCENT, INK = "#9aa5b1", "#2f6fde", "#1f2933"
+GREY, ACCENT, INK = "#7b8794", "#2f6fde", "#1f2933"
 
 
 def draw(record: Record, path: Path) -> None:
@@ -34,12 +34,14 @@ def draw(record: Record, path: Path) -> None:
         )
         axes.annotate(
             _number(variant.median),
-            (place, variant.highest),
-            xytext=(0, 6),
+            (place, 0),
+            xytext=(0, 10),
             textcoords="offset points",
             ha="center",
+            fontsize=13,
             fontweight="bold",
-            color=INK,
+            color="white",
+            zorder=4,
         )
     settings, ratio = record.settings, record.comparison
     axes.set_xticks(range(len(record.variants)), [_label(record, i) for i in (0, 1)])

@@ -11,6 +11,7 @@ counted. Rounds before the engine is warm are not part of the result (see `_warm
 the same engine generates greedily for the comparison of outputs.
 """
 
+import importlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from workspace.bench.files import write_file
+from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Metric
 
 WARM_ROUNDS = (2, 8)
@@ -99,8 +101,8 @@ def main() -> None:
     say("importing vLLM")
     import vllm
 
-    if any("workspace.bench.dummy_weights" in argument for argument in job.arguments):
-        pass  # the parent process checks the load format's name
+    if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
+        importlib.import_module("workspace.bench.dummy_weights")
     engine = KeptEngine(vllm.LLM)
     vllm.LLM = engine
 

@@ -185,7 +185,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise WorkspaceError(
-            f"MODEL={path}: cannot read its config.json ({error}); pass a folder in the hub's format"
+            f"MODEL={path}: cannot read its config.json ({error}); "
+            "pass a folder in the hub's format"
         ) from error
     if not isinstance(config, dict):
         raise WorkspaceError(f"MODEL={path}: its config.json is not an object")
@@ -194,7 +195,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in needed if key not in config]:
         raise WorkspaceError(f"MODEL={path}: its config.json lacks {', '.join(missing)}")
-    return config
+    return dict(config)
 
 
 def _has_weights(path: Path) -> bool:

@@ -17,6 +17,8 @@ from workspace.paths import FORK_SRC, STATE
 
 TREE = STATE / "pristine"
 TAG = "upstream"
+IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
+"""What git ignores is what the installation put there; a user's own new file is not."""
 
 
 def sides(plan: Plan) -> tuple[Variant, Variant]:
@@ -42,8 +44,8 @@ def make_tree(source: Path, tree: Path) -> Path:
     unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], stdin=archive.stdout, check=False)
     if archive.wait() != 0 or unpacked.returncode != 0:
         raise WorkspaceError(f"cannot unpack {_tag(source)} from {source}; run make doctor")
-    for name in _git(source, "ls-files", "--others", "-z", "vllm").split("\0"):
-        if name and not name.endswith((".pyc", ".py")):
+    for name in _git(source, *IGNORED, "vllm").split("\0"):
+        if name and not name.endswith(".pyc"):
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source / name)

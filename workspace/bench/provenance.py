@@ -38,6 +38,8 @@ class Provenance(BaseModel):
     cpu_flags: list[str]
     cores: int
     system: str
+    load_before: float
+    """Processes that were running or waiting in the minute before the run, not ours."""
 
 
 def git_state(folder: Path) -> GitState | None:
@@ -64,7 +66,9 @@ def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def collect(vllm_folder: Path, kernels: str, environment: dict[str, str]) -> Provenance:
+def collect(
+    vllm_folder: Path, kernels: str, environment: dict[str, str], load_before: float
+) -> Provenance:
     """Everything about this run that the engine's process did not already say."""
     return Provenance(
         workspace=git_state(ROOT),
@@ -75,6 +79,7 @@ def collect(vllm_folder: Path, kernels: str, environment: dict[str, str]) -> Pro
         cpu=cpu_name(),
         cpu_flags=_cpu_flags(),
         cores=len(os.sched_getaffinity(0)),
+        load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
     )
 

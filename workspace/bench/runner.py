@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,6 +46,8 @@ LOGS = STATE / "logs"
 
 SEED = 1
 """Seed of the first warm-up; round k uses SEED + k in every process of both variants."""
+BUSY = 0.3
+"""Share of the cores that others may use before it is worth a word."""
 NEW_TOKENS = 24
 TOP = 8
 """Greedy tokens per prompt, and how many log-probabilities of each step are compared."""
@@ -91,12 +92,14 @@ def run(options: BenchOptions) -> None:
         check_memory(made)
         report.say(f"{made.model.name}: {made.model.weights_label}, from: {made.model.source}")
 
-        begin, started = time.monotonic(), datetime.now(UTC)
+        started, load = datetime.now(UTC), os.getloadavg()[0]
+        if load > BUSY * (os.cpu_count() or 1):
+            report.say(f"this machine is busy (load {load:.1f}): expect scattered figures")
         run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(made.model.name)}-{made.metric}"
         sides = pristine.sides(made) if made.baseline == "pristine" else stock_and_custom(made)
         done = _run_all(made, sides, run_id)
 
-        result = _make_record(made, sides, done, run_id, started, time.monotonic() - begin)
+        result = _make_record(made, sides, done, run_id, started, load)
         path, picture = RESULTS / f"{run_id}.json", RESULTS / f"{run_id}.png"
         remove_partial(RESULTS)
         record.write(result, path)
@@ -157,7 +160,7 @@ def _make_record(
     done: list[Ran],
     run_id: str,
     started: datetime,
-    seconds: float,
+    load: float,
 ) -> record.Record:
     """Check every proof and put everything down."""
     baseline, candidate = ([ran for ran in done if ran.variant is side] for side in sides)
@@ -188,7 +191,7 @@ def _make_record(
     return record.Record(
         run=run_id,
         started=started.isoformat(timespec="seconds"),
-        duration_s=round(seconds, 1),
+        duration_s=round((datetime.now(UTC) - started).total_seconds(), 1),
         valid=not failures,
         failures=failures,
         command=repeat_command(plan),
@@ -217,7 +220,10 @@ def _make_record(
         agreement=worst,
         baseline_with_itself=with_itself,
         provenance=provenance.collect(
-            Path(candidate[0].result.vllm_folder), first.kernels_source_hash, first.environment
+            Path(candidate[0].result.vllm_folder),
+            first.kernels_source_hash,
+            first.environment,
+            load,
         ),
     )
 
@@ -316,7 +322,7 @@ def _only_bench() -> Iterator[None]:
 
 @contextmanager
 def _signals_end_children() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into an orderly end: `processes.run` ends the engine on the way out."""
+    """Turn Ctrl-C and SIGTERM into an orderly end; `processes.run` ends the engine."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)

@@ -55,7 +55,9 @@ def write(folder: Path) -> None:
     from safetensors.torch import save_file
 
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    save_file(_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(_weights(), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors leaves it readable for its owner only
     made_tokenizer.write(folder / "tokenizer", CONFIG["vocab_size"])
 
 

@@ -67,10 +67,8 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
     if variant.python_path is not None:
-        rest = os.environ.get("PYTHONPATH")
-        result["PYTHONPATH"] = os.pathsep.join(
-            [str(variant.python_path), *([rest] if rest else [])]
-        )
+        paths = [str(variant.python_path), os.environ.get("PYTHONPATH")]
+        result["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return result
 
 
