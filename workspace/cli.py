@@ -49,9 +49,9 @@ def set_up(*, engine: bool = True) -> None:
 @app.command()
 def dev() -> None:
     """Set everything up: environment, fork, binaries, kernels."""
+    set_up()
     from workspace import kernels
 
-    set_up()
     kernels.run()
 
 
@@ -68,9 +68,9 @@ def kernels(
     arch: Annotated[Text, option("ARCH", "GPU architectures, e.g. 9.0a or 8.0,9.0a.")] = None,
 ) -> None:
     """Compile the kernels that changed."""
+    set_up(engine=False)
     from workspace import kernels as module
 
-    set_up(engine=False)
     module.run(arch)
 
 

@@ -9,11 +9,14 @@ compiler runs.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
+import sysconfig
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,7 +25,7 @@ from rich.console import Console
 
 from workspace import bootstrap
 from workspace.errors import WorkspaceError
-from workspace.fork import upstream_tag
+from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
 from workspace.paths import FORK_SRC, KERNELS
 from workspace.pins import Artifact, Device, load
@@ -104,7 +107,8 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
         (FORK_SRC / name).unlink(missing_ok=True)
     MANIFEST.unlink(missing_ok=True)
     listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(_version()), tree=FORK_SRC)
-    tracked = set(listing.split("\0"))
+    # setup.py writes what the release leaves out, e.g. vllm/_version.py.
+    tracked = {*listing.split("\0"), *GENERATED}
     with (
         zipfile.ZipFile(wheel_path) as wheel,
         console.status(f"taking the {device} binaries from {artifact.filename}"),
@@ -177,6 +181,9 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     temporary = stamp.with_suffix(".tmp")
     temporary.write_text(wanted)
     temporary.replace(stamp)
+    # An editable install is a .pth file, which Python reads at its start only.
+    site.addsitedir(sysconfig.get_path("purelib"))
+    importlib.invalidate_caches()
     return True
 
 

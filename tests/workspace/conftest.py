@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -25,14 +26,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from workspace import lock
+from workspace.bootstrap import LOCK_VARIABLE
 from workspace.paths import KERNELS, LOCKS, ROOT, STATE
 from workspace.pins import load
 
 SOURCES = {
-    "setup.py": "from setuptools import setup\nsetup(packages=['vllm'])\n",
+    "setup.py": (
+        "import os\nfrom setuptools import setup\n"
+        "setup(packages=['vllm'], version=os.environ['VLLM_VERSION_OVERRIDE'])\n"
+    ),
     "pyproject.toml": (
         "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'\n"
-        "[project]\nname = 'vllm'\nversion = '0'\n"
+        "[project]\nname = 'vllm'\ndynamic = ['version']\n"
     ),
     "vllm/__init__.py": "VALUE = 1\n",
     "vllm/envs.py": "first = 1\nsecond = 2\nthird = 3\n",
@@ -45,6 +50,10 @@ BINARIES = {
     "vllm/_C_AVX2.abi3.so": b"\x7fELF neither" * 5000,
     "vllm/third_party/made/__init__.py": b"made = True\n",
 }
+
+
+# The interpreter that this environment was made with: like a user's, it may have pip.
+BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 
 
 def blob(text: str) -> str:
@@ -194,30 +203,56 @@ def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def small_checkout(_small_template: Path, tmp_path: Path) -> Checkout:
-    """A fresh small checkout; `make dev` has not run in it."""
-    root = tmp_path / "checkout"
-    shutil.copytree(_small_template, root)
-    cache = tmp_path / "cache"
-    shutil.copytree(_small_template.parent / "cache", cache)
-    tools = root / ".workspace" / "tools" / f"uv-{load().uv.version}"
-    own_uv = STATE / "tools" / tools.name / "uv"
+def copy_checkout(template: Path, folder: Path) -> Checkout:
+    root, cache = folder / "checkout", folder / "cache"
+    shutil.copytree(template, root)
+    shutil.copytree(template.parent / "cache", cache)
+    own_uv = STATE / "tools" / f"uv-{load().uv.version}" / "uv"
     if own_uv.exists():
+        tools = root / ".workspace" / "tools" / own_uv.parent.name
         tools.mkdir(parents=True)
-        os.link(own_uv, tools / "uv") if own_uv.stat().st_dev == tools.stat().st_dev else (
-            shutil.copy(own_uv, tools / "uv")
-        )
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "WORKSPACE_"))}
-    drop = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "K", "ENV", "PYTHON", "DEVICE", "FORCE", "ARCH")
-    env = {k: v for k, v in inherited.items() if k not in drop}
-    env |= {"WORKSPACE_CACHE": str(cache), "DEVICE": "cpu", "PYTHON": sys.executable}
+        shutil.copy(own_uv, tools)
+    drop = (
+        "MAKEFLAGS",
+        "MAKELEVEL",
+        "MFLAGS",
+        "K",
+        "ENV",
+        "PYTHON",
+        "FORCE",
+        "ARCH",
+        LOCK_VARIABLE,
+    )
+    env = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("GIT_")}
+    # Compiled once for all of them: what is compiled does not depend on the folder.
+    env |= {
+        "WORKSPACE_CACHE": str(cache),
+        "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
+        "DEVICE": "cpu",
+        "PYTHON": BASE_PYTHON,
+    }
     return Checkout(root, env)
 
 
 @pytest.fixture
-def ready_checkout(small_checkout: Checkout) -> Checkout:
-    """A small checkout in which `make dev` has run."""
-    result = small_checkout.make("dev")
+def small_checkout(_small_template: Path, tmp_path: Path) -> Checkout:
+    """A fresh small checkout; `make dev` has not run in it."""
+    return copy_checkout(_small_template, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _ready(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    checkout = copy_checkout(_small_template, tmp_path_factory.mktemp("ready"))
+    result = checkout.make("dev")
     assert result.returncode == 0, result.stdout
-    return small_checkout
+    return checkout
+
+
+@pytest.fixture
+def ready_checkout(_ready: Checkout) -> Iterator[Checkout]:
+    """A small checkout in which `make dev` has run. Shared: edits in src are taken back."""
+    yield _ready
+    _ready.git("reset", "-q", "--hard", "refs/workspace/applied")
+    _ready.git("clean", "-qfd")
+    result = _ready.make("dev", "FORCE=1")
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workspace import doctor, install
+from workspace.paths import FORK_SRC, LOCKS, ROOT
+from workspace.pins import load
+
+VERSION = load().vllm.default
+needs_dev = pytest.mark.skipif(
+    not (Path(sys.prefix) / "workspace-src.json").exists(), reason="run make dev first"
+)
+
+
+def row(rows: list[doctor.Check], name: str) -> doctor.Check:
+    return next(row for row in rows if row.name == name)
+
+
+@needs_dev
+def test_this_checkout_is_usable_and_says_from_where() -> None:
+    rows = doctor.checks(os.environ.get("ENV", "uv"))
+    assert [r for r in rows if r.status == "problem"] == []
+    assert "editable from vllm-fork/src" in row(rows, "vLLM").detail
+    assert load().release().cuda.release in row(rows, "CUDA release").detail
+    assert "patches applied" in row(rows, "fork").detail
+
+
+@needs_dev
+def test_the_json_is_the_same_answer() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "workspace", "doctor", "--json"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    answer = json.loads(result.stdout)
+    assert answer["usable"] is (result.returncode == 0)
+    assert {"name", "status", "detail", "remedy"} == set(answer["checks"][0])
+
+
+def test_components_of_another_cuda_release_are_found() -> None:
+    components = {"nvidia-cuda-nvcc": "13.2.86", "nvidia-cuda-runtime": "13.0.96", "absent": None}
+    assert doctor.mixed_components(components, "13.0") == {"nvidia-cuda-nvcc": "13.2.86"}
+
+
+def test_a_mixed_tool_chain_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = load().release()
+    mixed = {**release.cuda.wheels, "nvidia-cuda-crt": "13.5.37"}
+    monkeypatch.setattr(doctor, "cuda_components", lambda _release: mixed)
+    check = next(iter(doctor.tool_chain(release, "uv")))
+    assert check.status == "problem"
+    assert "nvidia-cuda-crt 13.5.37" in check.detail
+    assert "make lock" in check.remedy
+
+
+def test_a_package_off_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = tmp_path / "lock.txt"
+    text = (LOCKS / f"vllm-{VERSION}.txt").read_text()
+    changed.write_text(text.replace(f"triton=={load().release().triton}", "triton==0.0.1"))
+    monkeypatch.setattr(doctor, "lock_files", lambda _pins, _device: [changed])
+    check = doctor.packages("uv")
+    assert check.status == "problem"
+    assert "triton" in check.detail
+
+
+@needs_dev
+@pytest.mark.parametrize(
+    ("manifest", "says"),
+    [({}, "binaries missing"), ({"device": "cuda", "files": {}}, "not cpu")],
+)
+def test_wrong_binaries_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, manifest: dict[str, object], says: str
+) -> None:
+    monkeypatch.setattr(install, "read_manifest", lambda: manifest)
+    monkeypatch.setattr(doctor, "device", lambda: "cpu")
+    check = doctor.vllm()
+    assert (check.status, check.remedy) == ("problem", "make dev")
+    assert says in check.detail
+
+
+@needs_dev
+def test_an_uncommitted_edit_is_counted() -> None:
+    probe = FORK_SRC / "vllm" / "doctor_probe.py"
+    probe.write_text("mine = True\n")
+    try:
+        assert "0 uncommitted" not in doctor.fork_state().detail
+    finally:
+        probe.unlink()
+
+
+def test_a_check_that_breaks_is_a_problem_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> doctor.Check:
+        raise RuntimeError("as if the driver had gone")
+
+    monkeypatch.setattr(doctor, "vllm", broken)
+    rows = doctor.checks("uv")
+    assert row(rows, "vLLM").status == "problem"
+    assert "as if the driver had gone" in row(rows, "vLLM").detail
+    assert rows[-1].name == "kernels"
+
+
+def test_every_problem_has_a_remedy() -> None:
+    for check in doctor.checks(os.environ.get("ENV", "uv")):
+        assert check.status != "problem" or check.remedy
