@@ -64,8 +64,8 @@ def draw(record: Record, path: Path) -> None:
     lines = [
         f"{record.model.weights} weights{seed} · {record.model.dtype} · {record.device}"
         f" · TP {settings.tensor_parallel} · {'eager' if settings.eager else 'compiled'}",
-        f"{settings.num_prompts} requests of {settings.input_len} in, {settings.output_len} out · "
-        f"{settings.repeats} pairs of processes x {settings.rounds} rounds · "
+        f"requests: {settings.num_prompts} of {settings.input_len} in, {settings.output_len} out · "
+        f"pairs of processes: {settings.repeats}, rounds each: {settings.rounds} · "
         f"vLLM {record.provenance.environment.get('vllm', '?')} · {record.started[:10]}",
     ]
     if record.note:

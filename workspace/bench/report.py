@@ -101,9 +101,9 @@ def table(record: Record) -> Table:
         f"{'eager' if settings.eager else 'compiled'}"
     )
     caption = (
-        f"a round: {settings.num_prompts} requests, {settings.input_tokens_per_round} tokens in, "
-        f"{settings.output_tokens_per_round} out; {settings.repeats} processes a variant, "
-        f"{settings.rounds} rounds each"
+        f"a round: {plural(settings.num_prompts, 'request')}, "
+        f"{settings.input_tokens_per_round} tokens in, {settings.output_tokens_per_round} out; "
+        f"{plural(settings.repeats, 'process')} a variant, {plural(settings.rounds, 'round')} each"
     )
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.add_column("variant")
@@ -122,13 +122,19 @@ def number(value: float, unit: str) -> str:
     return f"{value:,.0f}" if unit == "tokens/s" else f"{value:.4f}"
 
 
+def plural(count: int, word: str) -> str:
+    """ "1 round", "2 rounds", "2 processes"."""
+    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
+    return f"{count} {word}{ending}"
+
+
 def launched(variant: VariantRecord) -> str:
     """ "gemm.reference: 1,234 launches in 2 processes", or "none"."""
     if not variant.launches:
         return "none"
     count = sum(len(process.launches) for process in variant.processes)
     parts = [f"{name}: {launches:,}" for name, launches in variant.launches.items()]
-    return f"{', '.join(parts)} launches in {count} process{'' if count == 1 else 'es'}"
+    return f"{', '.join(parts)} launches in {plural(count, 'process')}"
 
 
 def agreement_line(agreement: Agreement) -> str:

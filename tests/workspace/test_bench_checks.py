@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proofs: each passes on a sound result and catches its planted fault."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.workspace.bench_samples import generation, plan, result
+from workspace.bench import checks
+from workspace.bench.engine_run import Generation, Result, Step
+
+TOLERANCE = checks.Tolerance(largest=0.5, mean=0.06)
+VOCAB = 256
+
+
+def agreement(one: Generation, other: Generation) -> checks.Agreement:
+    return checks.agreement([one], [other], TOLERANCE, VOCAB)
+
+
+def shifted(base: Generation, step: int, token: int, by: float) -> Generation:
+    copy = base.model_copy(deep=True)
+    copy.steps[step].logprobs[token] += by
+    return copy
+
+
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 200),
+        st.lists(st.floats(-8.0, -1.0), min_size=1, max_size=6, unique=True),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def drawn(values: list[tuple[int, list[float]]]) -> Generation:
+    made = []
+    for token, others in values:
+        likely = {token: -0.1} | {token + i: v for i, v in enumerate(others, 1)}
+        made.append(Step(token=token, logprobs=likely))
+    return Generation(prompt=[1], steps=made)
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(steps)
+def test_outputs_agree_with_themselves(values: list[tuple[int, list[float]]]) -> None:
+    one = drawn(values)
+    found = agreement(one, one)
+    assert found.passed
+    assert (found.matched, found.diverged, found.largest) == (len(values), 0, 0.0)
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(steps, st.data())
+def test_agreement_is_symmetric_in_its_differences(
+    values: list[tuple[int, list[float]]], data: st.DataObject
+) -> None:
+    one = drawn(values)
+    other = drawn(data.draw(steps.filter(lambda v: len(v) == len(values))))
+    left, right = agreement(one, other), agreement(other, one)
+    assert left.largest == pytest.approx(right.largest)
+    assert left.mean == pytest.approx(right.mean)
+    assert left.matched == right.matched
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(steps, st.data(), st.floats(0.51, 5.0), st.booleans())
+def test_a_planted_difference_beyond_the_tolerance_is_caught_wherever_it_is(
+    values: list[tuple[int, list[float]]], data: st.DataObject, by: float, up: bool
+) -> None:
+    one = drawn(values)
+    step = data.draw(st.integers(0, len(one.steps) - 1))
+    token = data.draw(st.sampled_from(sorted(one.steps[step].logprobs)))
+    found = agreement(one, shifted(one, step, token, by if up else -by))
+    assert not found.passed
+    assert found.largest == pytest.approx(by)
+
+
+def test_different_tokens_at_a_near_tie_are_tolerated() -> None:
+    one = Generation(prompt=[1], steps=[Step(token=3, logprobs={3: -0.70, 4: -0.71, 9: -5.0})])
+    other = Generation(prompt=[1], steps=[Step(token=4, logprobs={3: -0.72, 4: -0.69, 9: -5.0})])
+    found = agreement(one, other)
+    assert found.passed
+    assert (found.matched, found.diverged, found.tokens) == (0, 1, 1)
+
+
+def test_different_tokens_without_a_tie_are_a_disagreement() -> None:
+    found = agreement(generation((7, 8, 9)), generation((7, 50, 9)))
+    assert not found.passed
+    assert "log-probabilities differ" in found.failures[0]
+
+
+def test_steps_after_a_divergence_are_not_compared() -> None:
+    one = generation((7, 8, 9), lead=0.01)
+    other = one.model_copy(deep=True)
+    other.steps[1].token = 9
+    other.steps[2] = Step(token=99, logprobs={99: -0.01})
+    found = agreement(one, other)
+    assert found.passed
+    assert (found.tokens, found.matched, found.diverged) == (2, 1, 1)
+
+
+def test_a_small_error_in_every_token_is_caught_by_the_mean() -> None:
+    one = generation()
+    other = one.model_copy(deep=True)
+    for step in other.steps:
+        step.logprobs = {token: value - 0.1 for token, value in step.logprobs.items()}
+    found = agreement(one, other)
+    assert found.largest < TOLERANCE.largest
+    assert not found.passed
+
+
+def test_a_kernel_of_zeros_is_caught() -> None:
+    uniform = -math.log(VOCAB)
+    zeros = Generation(
+        prompt=[1, 2], steps=[Step(token=0, logprobs=dict.fromkeys(range(4), uniform))] * 3
+    )
+    assert not agreement(generation(), zeros).passed
+    # Nor do two such kernels vouch for each other.
+    both = agreement(zeros, zeros)
+    assert "proves nothing" in both.failures[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_a_disagreement_and_survives_the_file(value: float) -> None:
+    bad = generation()
+    bad.steps[0].logprobs[7] = value
+    text = result(generations=[bad]).model_dump_json()
+    found = agreement(generation(), Result.model_validate_json(text).generations[0])
+    assert not found.passed
+
+
+def test_other_prompts_or_lengths_are_a_disagreement() -> None:
+    other = generation().model_copy(update={"prompt": [5]})
+    assert "same prompts" in agreement(generation(), other).failures[0]
+    assert not agreement(generation((7, 8)), generation((7,))).passed
+    assert not checks.agreement([], [], TOLERANCE, VOCAB).passed
+
+
+def test_tokens_asked_for_pass_and_any_other_number_fails() -> None:
+    good = result()
+    assert checks.tokens(plan(), "custom", good) == []
+    for field in ("prompt_tokens", "output_tokens", "reported_tokens"):
+        bad = good.model_copy(deep=True)
+        setattr(bad.rounds[1], field, getattr(bad.rounds[1], field) - 1)
+        assert "round 2" in checks.tokens(plan(), "custom", bad)[0]
+    assert "2 rounds measured, 3 asked for" in checks.tokens(plan(), "x", result((1.0, 1.0)))[0]
+
+
+def test_latency_has_no_total_of_its_own() -> None:
+    found = result()
+    for done in found.rounds:
+        done.reported_tokens = None
+    assert checks.tokens(plan(metric="latency"), "custom", found) == []
+
+
+def test_both_sides_must_get_the_same_prompts() -> None:
+    other = result()
+    other.rounds[0].prompt_tokens += 1
+    assert checks.same_prompts(result(), result()) == []
+    assert checks.same_prompts(result(), other) != []
+
+
+@pytest.mark.parametrize(
+    ("launches", "settings", "passes"),
+    [
+        ({11: {"gemm.reference": 5}}, {}, True),
+        ({11: {"gemm.reference": 5}}, {"backend": "reference"}, True),
+        ({11: {"gemm.reference": 5}, 12: {"gemm.reference": 5}}, {"tp": 2}, True),
+        ({}, {}, False),
+        ({11: {"gemm.reference": 0}}, {}, False),
+        ({11: {"gemm.reference": 5}}, {"tp": 2}, False),
+        ({11: {"gemm.reference": 5}}, {"backend": "cublaslt"}, False),
+        ({11: {"gemm.reference": 5, "gemm.cublaslt": 1}}, {"backend": "cublaslt"}, False),
+        ({11: {"attention.cuda": 5}}, {}, False),
+    ],
+)
+def test_custom_kernels_ran_in_every_worker(
+    launches: dict[int, dict[str, int]], settings: dict[str, object], passes: bool
+) -> None:
+    found = checks.launches(plan(**settings), "custom", result(launches=launches), expected=True)
+    assert (not found) == passes
+
+
+def test_stock_must_not_launch_anything_of_ours() -> None:
+    assert checks.launches(plan(), "stock", result(), expected=False) == []
+    ran = result(launches={11: {"gemm.reference": 5}})
+    assert "must not" in checks.launches(plan(), "stock", ran, expected=False)[0]

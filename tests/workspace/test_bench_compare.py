@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statistics: intervals that cover, verdicts that say "ambiguous" when it is."""
+
+import random
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workspace.bench.compare import CONFIDENCE, SAME_WITHIN, compare, median_interval
+
+figures = st.floats(min_value=1e-3, max_value=1e6)
+sides = st.integers(1, 4).flatmap(
+    lambda pairs: st.integers(1, 6).flatmap(
+        lambda rounds: st.lists(
+            st.lists(figures, min_size=rounds, max_size=rounds), min_size=pairs, max_size=pairs
+        )
+    )
+)
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(st.lists(figures, min_size=1, max_size=40))
+def test_interval_holds_the_median_and_its_ends_are_measured_values(values: list[float]) -> None:
+    low, high, coverage = median_interval(values)
+    assert low <= median(values) <= high
+    assert {low, high} <= set(values)
+    assert 0.0 <= coverage < 1.0
+
+
+def test_six_values_are_the_fewest_with_a_95_percent_interval() -> None:
+    assert median_interval(range(1, 6))[2] < CONFIDENCE
+    assert median_interval(range(1, 7)) == (1, 6, pytest.approx(1 - 2 / 64))
+
+
+def test_ten_values_drop_one_extreme_on_each_side() -> None:
+    assert median_interval(range(1, 11)) == (2, 9, pytest.approx(1 - 2 * 11 / 1024))
+
+
+def test_interval_covers_the_true_median_as_often_as_it_says() -> None:
+    rng = random.Random(1)
+    hits = 0
+    for _ in range(2000):
+        low, high, coverage = median_interval([rng.gauss(0, 1) for _ in range(10)])
+        hits += low <= 0 <= high
+    assert coverage == pytest.approx(0.9785, abs=1e-3)
+    assert hits / 2000 == pytest.approx(coverage, abs=0.015)
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(sides, st.booleans())
+def test_a_side_against_itself_has_ratio_one(side: list[list[float]], higher: bool) -> None:
+    result = compare(side, side, higher)
+    assert result.ratio == 1.0
+    assert result.interval == (1.0, 1.0)
+    enough = len(side) > 1 and len(side) * len(side[0]) >= 6
+    assert result.verdict == ("same" if enough else "ambiguous")
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(sides, st.floats(0.01, 100.0), st.booleans())
+def test_a_factor_on_every_round_is_the_ratio(
+    side: list[list[float]], factor: float, higher: bool
+) -> None:
+    scaled = [[value * factor for value in rounds] for rounds in side]
+    assert compare(side, scaled, higher).ratio == pytest.approx(factor)
+
+
+@settings(deadline=None)  # a shared machine stalls at times
+@given(sides, st.data())
+def test_more_tokens_per_second_and_fewer_seconds_are_the_same_verdict(
+    one: list[list[float]], data: st.DataObject
+) -> None:
+    factors = st.floats(0.5, 2.0)
+    other = [[value * data.draw(factors) for value in rounds] for rounds in one]
+    rates = compare(one, other, higher_is_better=True)
+    seconds = [[[1 / value for value in rounds] for rounds in side] for side in (one, other)]
+    times = compare(*seconds, higher_is_better=False)
+    # 1.02 and 1 / 1.02 are not equally far from 1; stay away from that edge.
+    if all(abs(end - 1) > 2 * SAME_WITHIN for end in rates.interval):
+        assert rates.verdict == times.verdict
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "higher", "verdict"),
+    [
+        ([[100] * 5] * 2, [[110] * 5] * 2, True, "faster"),
+        ([[100] * 5] * 2, [[110] * 5] * 2, False, "slower"),
+        ([[100] * 5] * 2, [[90] * 5] * 2, True, "slower"),
+        ([[100] * 5] * 2, [[101] * 5] * 2, True, "same"),
+        ([[100] * 5] * 2, [[90, 95, 100, 105, 110]] * 2, True, "ambiguous"),
+        # Each pair is sure of itself, but they contradict one another.
+        ([[100] * 5] * 2, [[130] * 5, [70] * 5], True, "ambiguous"),
+        ([[100] * 10], [[200] * 10], True, "ambiguous"),
+        ([[100] * 2] * 2, [[200] * 2] * 2, True, "ambiguous"),
+    ],
+)
+def test_verdict(
+    baseline: list[list[float]], candidate: list[list[float]], higher: bool, verdict: str
+) -> None:
+    assert compare(baseline, candidate, higher).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate"),
+    [
+        ([], []),
+        ([[]], [[]]),
+        ([[1.0]], [[1.0, 2.0]]),
+        ([[1.0]], [[0.0]]),
+        ([[1.0]], [[float("nan")]]),
+    ],
+)
+def test_figures_that_cannot_be_paired_are_refused(
+    baseline: list[list[float]], candidate: list[list[float]]
+) -> None:
+    with pytest.raises(ValueError, match=r"pair rounds|not positive"):
+        compare(baseline, candidate, higher_is_better=True)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From MODEL to a folder: the order of places, the labels, one clear line when there is none."""
+
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from workspace.bench import models, tiny_model
+from workspace.errors import WorkspaceError
+
+PUBLISHED = {
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+}
+
+
+@pytest.fixture(autouse=True)
+def _empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests see neither the user's cache nor a network; the library read its settings at import.
+    cache = str(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("hub_id", list(models.catalogue()))
+def test_catalogue_gives_the_published_parameter_count(hub_id: str) -> None:
+    entry = models.catalogue()[hub_id]
+    published = PUBLISHED[hub_id.removesuffix("-Instruct")]
+    assert models.count_parameters(entry) == published == entry["parameters"]
+
+
+def test_catalogue_has_every_model_with_its_instruct_twin() -> None:
+    assert set(models.catalogue()) == {
+        name for hub_id in PUBLISHED for name in (hub_id, f"{hub_id}-Instruct")
+    }
+
+
+def test_offline_hub_id_in_the_catalogue_gets_dummy_weights_and_says_so(tmp_path: Path) -> None:
+    model = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path / "models")
+    assert model.weights == "dummy"
+    assert model.weights_label == f"dummy weights (seed {models.DUMMY_SEED})"
+    assert "HF_HUB_OFFLINE" in model.source
+    config = json.loads((model.folder / "config.json").read_text())
+    assert config["hidden_size"] == 896
+    assert "parameters" not in config
+    assert list(model.folder.glob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("hub_id", ["Qwen/Qwen2.5-0.5B", "meta-llama/Llama-3.2-1B"])
+def test_catalogue_configuration_loads_and_builds_a_model_of_that_size(
+    hub_id: str, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = models.resolve(hub_id, "cpu", tmp_path)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.folder))
+    assert sum(p.numel() for p in built.parameters()) == PUBLISHED[hub_id]
+
+
+def test_generated_folder_is_made_once(tmp_path: Path) -> None:
+    first = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path)
+    stamp = (first.folder / "config.json").stat().st_mtime_ns
+    again = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path)
+    assert again.folder == first.folder
+    assert (again.folder / "config.json").stat().st_mtime_ns == stamp
+
+
+def test_without_a_name_the_cpu_gets_the_tiny_model_and_a_gpu_a_real_one(tmp_path: Path) -> None:
+    assert models.resolve(None, "cpu", tmp_path).weights == "random"
+    assert models.resolve(None, "cuda", tmp_path).name == "Qwen/Qwen2.5-0.5B"
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.6B", "no-such-model", "a/b/c", "../nowhere", " "])
+def test_unknown_model_is_one_line_that_lists_what_there_is(name: str, tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError) as caught:
+        models.resolve(name, "cpu", tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"MODEL={name}" in message
+    assert all(known in message for known in ("tiny-qwen2", *PUBLISHED))
+
+
+def test_local_folder_with_weights_is_real(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    tiny_model.write(folder)
+    model = models.resolve(str(folder), "cpu", tmp_path / "models")
+    assert (model.name, model.weights, model.folder) == ("mine", "real", folder)
+    assert model.vocab_size == tiny_model.CONFIG["vocab_size"]
+
+
+def test_local_folder_without_weights_is_dummy(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(tiny_model.CONFIG))
+    model = models.resolve(str(folder), "cpu", tmp_path / "models")
+    assert model.weights == "dummy"
+    assert (model.tokenizer / "tokenizer.json").is_file()
+
+
+def test_local_folder_that_lacks_a_shard_is_not_taken_for_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    tiny_model.write(folder)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert models.resolve(str(folder), "cpu", tmp_path / "models").weights == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot read"), ("{", "cannot read"), ("[]", "not an object"), ("{}", "lacks")],
+)
+def test_local_folder_with_a_broken_configuration_is_one_line(
+    content: str | None, says: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(WorkspaceError, match=says) as caught:
+        models.resolve(str(tmp_path), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_model_in_the_local_hub_cache_is_real(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", "some/model")
+    model = models.resolve("some/model", "cpu", tmp_path / "models")
+    assert (model.weights, model.source) == ("real", "local hub cache")
+    assert model.folder.samefile(snapshot)
+
+
+def test_cache_without_the_weights_is_not_taken_for_whole(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", "Qwen/Qwen2.5-0.5B")
+    (snapshot / "model.safetensors").unlink()
+    model = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path / "models")
+    assert model.weights == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "says"),
+    [
+        (404, {"X-Error-Code": "RepoNotFound"}, "the hub does not have it"),
+        (403, {"X-Error-Code": "GatedRepo"}, "licence"),
+        (500, {}, "the hub answered 500"),
+    ],
+)
+def test_what_the_hub_answers_is_in_the_message(
+    status: int,
+    headers: dict[str, str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with hub(status, headers) as address:
+        point_at(address, monkeypatch)
+        with pytest.raises(WorkspaceError, match=says):
+            models.resolve("some/model", "cpu", tmp_path)
+
+
+def test_hub_out_of_reach_is_said_and_the_catalogue_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point_at("http://127.0.0.1:9", monkeypatch)  # the discard port: nothing listens there
+    with pytest.raises(WorkspaceError, match="not reachable"):
+        models.resolve("some/model", "cpu", tmp_path)
+    model = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path)
+    assert "not reachable" in model.source
+
+
+def cached(cache: Path, name: str) -> Path:
+    """A snapshot as the hub's client keeps it."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    tiny_model.write(snapshot)
+    (snapshot / "tokenizer.json").write_bytes((snapshot / "tokenizer/tokenizer.json").read_bytes())
+    return snapshot
+
+
+def point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+
+
+class hub:
+    """A hub on loopback that answers every request with one status."""
+
+    def __init__(self, status: int, headers: dict[str, str]) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> str:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

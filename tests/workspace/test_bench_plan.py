@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options: defaults by device, and one line for each value that cannot be."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.bench_samples import plan as sample
+from workspace import bench
+from workspace.bench.plan import (
+    DEFAULTS,
+    BenchOptions,
+    Device,
+    check_backend,
+    check_memory,
+    detect_device,
+    plan,
+    repeat_command,
+)
+from workspace.errors import WorkspaceError
+
+CPU = Device("cpu", 2, "a CPU")
+GPU = Device("cuda", 1, "a GPU")
+MODEL = sample().model
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"input_len": "0"}, "INPUT_LEN=0"),
+        ({"output_len": "-3"}, "OUTPUT_LEN=-3"),
+        ({"num_prompts": "many"}, "NUM_PROMPTS=many"),
+        ({"metric": "foo"}, "METRIC=foo: should be 'throughput' or 'latency'"),
+        ({"repeats": "-1"}, "REPEATS=-1"),
+        ({"rounds": "0"}, "ROUNDS=0"),
+        ({"tp": "0"}, "TP=0"),
+        ({"eager": "perhaps"}, "EAGER=perhaps"),
+        ({"baseline": "mine"}, "BASELINE=mine"),
+        ({"modle": "x"}, "MODLE=x"),
+        ({"input_len": "0", "metric": "foo"}, "INPUT_LEN=0"),
+    ],
+)
+def test_value_that_cannot_be_is_one_line_with_its_variable(
+    given: dict[str, str], says: str
+) -> None:
+    with pytest.raises(WorkspaceError) as caught:
+        bench.options(given)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_variables_are_as_good_as_none() -> None:
+    assert bench.options(dict.fromkeys(BenchOptions.model_fields, "")) == BenchOptions()
+
+
+def test_words_from_make_become_values() -> None:
+    made = bench.options({"eager": "1", "tp": "2", "metric": "latency"})
+    assert (made.eager, made.tp, made.metric) == (True, 2, "latency")
+    assert bench.options({"eager": "0"}).eager is False
+
+
+@pytest.mark.parametrize("metric", ["throughput", "latency"])
+def test_defaults_follow_the_device(metric: str) -> None:
+    options = BenchOptions(metric=metric)
+    on_cpu, on_gpu = plan(options, CPU, MODEL), plan(options, GPU, MODEL)
+    assert (on_cpu.eager, on_gpu.eager) == (True, False)
+    assert on_cpu.input_len == DEFAULTS["cpu", metric]["input_len"]
+    assert on_gpu.num_prompts == DEFAULTS["cuda", metric]["num_prompts"]
+    assert on_cpu.tokens == (
+        on_cpu.num_prompts * on_cpu.input_len,
+        on_cpu.num_prompts * on_cpu.output_len,
+    )
+
+
+def test_default_rounds_are_enough_for_an_interval() -> None:
+    made = plan(BenchOptions(), CPU, MODEL)
+    assert made.repeats >= 2
+    assert made.repeats * made.rounds >= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (BenchOptions(tp=3), "TP=3: this machine has 2 CPU cores"),
+        (BenchOptions(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 takes"),
+    ],
+)
+def test_more_than_there_is_is_one_line(options: BenchOptions, says: str) -> None:
+    with pytest.raises(WorkspaceError, match=says):
+        plan(options, CPU, MODEL)
+
+
+def test_workers_must_divide_the_heads() -> None:
+    with pytest.raises(WorkspaceError, match="4 attention heads"):
+        plan(BenchOptions(tp=3), replace(CPU, count=8), MODEL)
+
+
+def test_defaults_fit_a_model_that_takes_few_tokens() -> None:
+    short = replace(MODEL, config=MODEL.config | {"max_position_embeddings": 16})
+    made = plan(BenchOptions(), CPU, short)
+    assert made.input_len + made.output_len <= 16
+
+
+def test_unknown_backend_names_those_there_are() -> None:
+    check_backend(None, CPU)
+    check_backend("reference", CPU)
+    with pytest.raises(WorkspaceError, match=r"no such backend; usable here: .*reference"):
+        check_backend("turbo", CPU)
+    with pytest.raises(WorkspaceError, match=r"CUDA devices only; usable here: .*reference"):
+        check_backend("cublaslt", CPU)
+
+
+def test_model_larger_than_memory_is_refused_before_the_engine_starts() -> None:
+    huge = replace(MODEL, config=MODEL.config | {"hidden_size": 2**17, "intermediate_size": 2**19})
+    with pytest.raises(WorkspaceError, match="GiB of memory"):
+        check_memory(sample(model=huge))
+    check_memory(sample(model=huge, device=GPU))
+
+
+def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
+    made = sample(rounds=3, backend="reference")
+    words = repeat_command(made).split()
+    assert words[:2] == ["make", "bench"]
+    given = {name.lower(): value for name, value in (word.split("=", 1) for word in words[2:])}
+    again = plan(bench.options(given), CPU, MODEL)
+    assert again == made
+
+
+def test_installed_engine_decides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    found = detect_device()
+    assert found.name
+    if found.kind == "cpu":
+        assert found.count == len(os.sched_getaffinity(0))
+
+
+def test_missing_engine_or_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workspace.bench.plan.version", lambda _: "0.25.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(WorkspaceError, match="no GPU is visible; run make dev DEVICE=cpu"):
+        detect_device()
+
+
+def test_folder_is_repeated_by_its_path() -> None:
+    local = replace(MODEL, source="local folder", folder=Path("/a b/c"), name="c")
+    assert 'MODEL="/a b/c"' in repeat_command(sample(model=local))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine processes: what went wrong in one line, and no process left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from workspace.bench import processes
+from workspace.bench.engine_run import Job
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+
+@pytest.mark.parametrize(
+    ("log", "status", "says"),
+    [
+        ("INFO x\nValueError: bad shape\n", 1, "ValueError: bad shape"),
+        ("[rank0]: RecursionError: too deep\n", 1, "RecursionError: too deep"),
+        (
+            "(EngineCore pid=1) ERROR ImportError: no libfoo\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            1,
+            "ImportError: no libfoo",
+        ),
+        ("RuntimeError: Engine core initialization failed.\n", 1, "Engine core initialization"),
+        (
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nSystemExit\n",
+            1,
+            "out of memory (torch.OutOfMemoryError",
+        ),
+        ("INFO all is well\n", -9, "killed (signal 9)"),
+        ("INFO all is well\n", -11, "SIGSEGV"),
+        ("", 3, "status 3"),
+    ],
+)
+def test_the_line_that_matters_is_found(log: str, status: int, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(log)
+    found = processes.explain(path, status)
+    assert says in found
+    assert "\n" not in found
+
+
+def job(folder: Path) -> Job:
+    return Job(
+        metric="throughput",
+        arguments=["--model", str(folder / "nothing-here")],
+        rounds=1,
+        seed=1,
+        prompts=[[1]],
+        new_tokens=1,
+        top=1,
+        launches=folder / "launches",
+        folder=folder / "run",
+    )
+
+
+def test_a_process_that_fails_is_one_line_with_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "1-stock.log"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": "", "PYTHONHOME": str(tmp_path)}
+    with pytest.raises(WorkspaceError) as caught:  # an interpreter without its library
+        processes.run(job(tmp_path), environment, log, lambda _: None, "stock")
+    assert str(caught.value).startswith("stock: ")
+    assert str(log) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_killed_bench_takes_its_engine_along(tmp_path: Path) -> None:
+    """A stand-in for the engine: it starts a child as vLLM does and watches its parent."""
+    engine = tmp_path / "engine.py"
+    engine.write_text(
+        "import subprocess, sys, time\n"
+        "from workspace.bench.engine_run import _die_with_parent\n"
+        "_die_with_parent()\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    started = tmp_path / "started"
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys\n"
+            "subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)",
+            str(engine),
+            str(started),
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    wait_for(started.exists)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) == 2
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def wait_for(condition: object, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each side is started with: the same but for its switches, and what vLLM really counts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.bench_samples import plan
+from workspace.bench import variants
+from workspace.bench.plan import Device
+
+LOG = Path("log")
+
+
+def test_sides_differ_in_nothing_but_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variants.SWITCH, "1")
+    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    made = plan(backend="reference")
+    stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
+    assert custom.items() - stock.items() == {
+        (variants.SWITCH, "1"),
+        (variants.BACKEND_SWITCH, "reference"),
+    }
+    assert stock.items() <= custom.items()
+
+
+def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    _, custom = variants.stock_and_custom(plan())
+    assert variants.BACKEND_SWITCH not in variants.environment(plan(), custom, LOG)
+
+
+def test_throughput_lengths_are_the_ones_that_count() -> None:
+    words = variants.arguments(plan())
+    assert words[words.index("--random-input-len") + 1] == "8"
+    assert words[words.index("--random-output-len") + 1] == "4"
+    assert "--input-len" not in words
+
+
+def test_latency_takes_one_batch_of_all_prompts() -> None:
+    words = variants.arguments(plan(metric="latency"))
+    assert words[words.index("--batch-size") + 1] == "3"
+    assert words[words.index("--input-len") + 1] == "8"
+
+
+@pytest.mark.parametrize("metric", ["throughput", "latency"])
+def test_prompts_seen_before_are_not_cheaper(metric: str) -> None:
+    assert "--no-enable-prefix-caching" in variants.arguments(plan(metric=metric))
+
+
+def test_dummy_weights_are_asked_for_by_our_load_format() -> None:
+    dummy = plan(model=replace(plan().model, weights="dummy"))
+    assert "--load-format" in variants.arguments(dummy)
+    assert "--load-format" not in variants.arguments(plan())
+
+
+def test_eager_follows_the_plan() -> None:
+    assert "--enforce-eager" in variants.arguments(plan(eager=True))
+    assert "--enforce-eager" not in variants.arguments(plan(eager=False))
+
+
+def test_another_tree_goes_first_on_the_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    side = variants.Variant("pristine", python_path=Path("tree"))
+    assert variants.environment(plan(), side, LOG)["PYTHONPATH"] == "tree:mine"
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [({0, 1}, 2, "0|1"), ({0, 1, 2, 3}, 2, "0,1|2,3"), ({4, 6, 8}, 2, "4|6"), ({3}, 1, "3")],
+)
+def test_workers_get_cores_of_their_own(
+    cores: set[int], workers: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
+    assert variants.bind_threads(workers) == expected
+
+
+def test_length_limit_has_room_and_never_exceeds_the_model() -> None:
+    assert variants.max_model_len(plan()) == 128
+    assert variants.max_model_len(plan(input_len=128, output_len=1)) == 256
+    short = replace(plan().model, config=plan().model.config | {"max_position_embeddings": 40})
+    assert variants.max_model_len(plan(model=short)) == 40
+
+
+def test_a_gpu_gets_none_of_the_settings_for_the_cpu() -> None:
+    settings = variants.common_settings(plan(device=Device("cuda", 1, "a GPU")))
+    assert not [name for name in settings if "CPU" in name or "MULTIPROCESSING" in name]
