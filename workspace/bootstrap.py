@@ -353,6 +353,8 @@ def main(arguments: list[str]) -> int:
             return clean.run(force=os.environ.get("FORCE") == "1")
         interpreter = ensure_environment(mode)
     os.environ["ENV"] = mode
+    # Tools that start other tools (pre-commit, torch's inductor, ninja) find the pinned ones.
+    os.environ["PATH"] = os.pathsep.join([str(interpreter.parent), os.environ.get("PATH", "")])
     # Where this is set, every start of vLLM compiles thousands of modules anew: 20 s on 2 cores.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # `-m` finds the package in the current folder, so nothing is put on PYTHONPATH: there, our

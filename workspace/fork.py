@@ -9,10 +9,12 @@ there already is only ever changed when it holds nothing but what we put into it
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
 from rich.console import Console
@@ -57,8 +59,16 @@ def unpack(sdist: Path, folder: Path) -> Path:
     """Unpack the sdist into `folder`; returns the one folder that is in it."""
     try:
         with tarfile.open(sdist) as archive:
-            archive.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError) as error:
+            # What the filter "data" would refuse; Debian 12's Python 3.11.2 does not have it.
+            for member in archive.getmembers():
+                if not (member.isfile() or member.isdir()):
+                    raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
+                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
+                    raise tarfile.TarError(f"{member.name} leaves the archive's folder")
+                member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+                member.uid, member.gid = os.getuid(), os.getgid()
+                archive.extract(member, folder)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
         raise WorkspaceError(
             f"{sdist} cannot be unpacked ({error}); delete it and run again"
         ) from None
