@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench test lint lock clean
+.PHONY: help dev doctor kernels bench bench-kernels test lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -18,6 +18,9 @@ kernels: ## compile the kernels that changed (ARCH=9.0a)
 
 bench: ## vLLM, stock against custom GEMM (MODEL, METRIC, BACKEND, TP, REPEATS, ...)
 	@$(WORKSPACE) bench
+
+bench-kernels: ## a kernel on the GPU against its baseline (K=gemm, MODEL, M, BACKEND, DTYPE)
+	@$(WORKSPACE) bench-kernels
 
 test: ## run the tests (K=name or path)
 	@$(WORKSPACE) test

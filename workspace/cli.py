@@ -83,8 +83,12 @@ def bench(
     metric: Annotated[Text, option("METRIC", "throughput or latency.")] = None,
     backend: Annotated[Text, option("BACKEND", "GEMM backend of the custom variant.")] = None,
     repeats: Annotated[Text, option("REPEATS", "Pairs of engine starts.")] = None,
+    rounds: Annotated[Text, option("ROUNDS", "Measured rounds per engine start.")] = None,
     tp: Annotated[Text, option("TP", "Tensor-parallel processes.")] = None,
     eager: Annotated[Text, option("EAGER", "1: no torch.compile, no CUDA graphs.")] = None,
+    baseline: Annotated[
+        Text, option("BASELINE", "pristine: the switch off against the unpatched release.")
+    ] = None,
 ) -> None:
     """Run vLLM's own benchmark: stock against custom."""
     from workspace import bench as module
@@ -92,7 +96,7 @@ def bench(
     given = {
         "model": model, "input_len": input_len, "output_len": output_len,
         "num_prompts": num_prompts, "metric": metric, "backend": backend,
-        "repeats": repeats, "tp": tp, "eager": eager,
+        "repeats": repeats, "rounds": rounds, "tp": tp, "eager": eager, "baseline": baseline,
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
     set_up()
@@ -100,6 +104,26 @@ def bench(
 
     kernels.run()
     module.run(options)
+
+
+@app.command("bench-kernels")
+def bench_kernels(
+    k: Annotated[Text, option("K", "The operation.")] = None,
+    model: Annotated[Text, option("MODEL", "Whose layer shapes; several with commas.")] = None,
+    m: Annotated[Text, option("M", "Numbers of tokens, e.g. 1,16,4096.")] = None,
+    backend: Annotated[Text, option("BACKEND", "Default: the best for the device.")] = None,
+    dtype: Annotated[Text, option("DTYPE", "bfloat16 or float16.")] = None,
+) -> None:
+    """Time a kernel on the GPU against what a user would call instead."""
+    set_up(engine=False)
+    command = [sys.executable, "-m", "custom_kernels.bench", k or "gemm"]
+    for name in (model or "").replace(",", " ").split():
+        command += ["--model", name]
+    if m:
+        command += ["--tokens", *m.replace(",", " ").split()]
+    for flag, value in (("--backend", backend), ("--dtype", dtype)):
+        command += [flag, value] if value else []
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
 @app.command("test")
