@@ -78,6 +78,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
 
 def start(here: Path, **variables: str) -> subprocess.Popen[str]:
     """Start a bench and wait until its engine process is importing vLLM."""
+    before = set(here.glob("runs/*/*/events.jsonl"))
     words = [f"{name}={value}" for name, value in variables.items()]
     process = subprocess.Popen(
         [sys.executable, "-c", BENCH, str(here), *words],
@@ -87,7 +88,7 @@ def start(here: Path, **variables: str) -> subprocess.Popen[str]:
         text=True,
     )
     end = time.monotonic() + 120
-    while not list(here.glob("runs/*/*/events.jsonl")):
+    while not set(here.glob("runs/*/*/events.jsonl")) - before:
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -84,6 +84,23 @@ def test_length_limit_has_room_and_never_exceeds_the_model() -> None:
     assert variants.max_model_len(plan(model=short)) == 40
 
 
+@pytest.mark.parametrize(
+    ("changes", "limits"),
+    [
+        ({}, (8, 128)),
+        ({"num_prompts": 64, "input_len": 64}, (64, 4096)),
+        ({"num_prompts": 1000, "input_len": 64}, (256, 4096)),
+        ({"num_prompts": 1, "input_len": 300}, (8, 384)),
+    ],
+)
+def test_limits_on_the_cpu_are_those_of_vllm_or_what_the_run_can_use(
+    changes: dict[str, int], limits: tuple[int, int]
+) -> None:
+    assert variants.batch_limits(plan(**changes)) == limits
+
+
 def test_a_gpu_gets_none_of_the_settings_for_the_cpu() -> None:
-    settings = variants.common_settings(plan(device=Device("cuda", 1, "a GPU")))
+    on_gpu = plan(device=Device("cuda", 1, "a GPU"))
+    assert "--max-num-seqs" not in variants.arguments(on_gpu)
+    settings = variants.common_settings(on_gpu)
     assert not [name for name in settings if "CPU" in name or "MULTIPROCESSING" in name]

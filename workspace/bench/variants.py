@@ -19,6 +19,12 @@ LENGTH_STEP = 128
 """vLLM's KV blocks hold up to 128 tokens; the length limit is rounded up to whole blocks."""
 
 
+VLLM_SEQUENCES, VLLM_BATCHED = 256, 4096
+"""vLLM's defaults for `vllm bench` on the CPU."""
+COMPARED_PROMPTS = 8
+"""Prompts of the output comparison, which are one batch."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One side: its name, the switches it sets, and whether kernels of ours must run.
@@ -88,6 +94,9 @@ def arguments(plan: Plan) -> list[str]:
         result += ["--num-iters-warmup", "0", "--num-iters", "1"]
     result += ["--max-model-len", str(max_model_len(plan))]
     result += ["--tensor-parallel-size", str(plan.tp)]
+    if plan.device.kind == "cpu":
+        sequences, batched = batch_limits(plan)
+        result += ["--max-num-seqs", str(sequences), "--max-num-batched-tokens", str(batched)]
     result += ["--no-enable-prefix-caching"]  # a prompt seen before must not be cheaper
     if plan.eager:
         result += ["--enforce-eager"]
@@ -106,6 +115,17 @@ def command_line(plan: Plan, variant: Variant) -> str:
 
 def sum_lengths(plan: Plan) -> int:
     return plan.input_len + plan.output_len
+
+
+def batch_limits(plan: Plan) -> tuple[int, int]:
+    """Most requests and most tokens of one engine step on the CPU.
+
+    As vLLM's own limits, but no more than the run can use: the engine warms up with a batch of
+    that many tokens, which takes minutes for 4096 of a real model on a small machine.
+    """
+    sequences = min(VLLM_SEQUENCES, max(plan.num_prompts, COMPARED_PROMPTS))
+    whole = max(plan.num_prompts * plan.input_len, max_model_len(plan), sequences)
+    return sequences, min(VLLM_BATCHED, whole)
 
 
 def max_model_len(plan: Plan) -> int:
