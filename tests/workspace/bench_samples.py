@@ -54,4 +54,5 @@ def result(
         kernels_source_hash="0" * 64,
         environment={"vllm": "0.25.1+cpu", "torch": "2.11.0"},
         vllm_folder="vllm",
+        dtype="bfloat16",
     )

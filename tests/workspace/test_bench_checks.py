@@ -163,6 +163,12 @@ def test_both_sides_must_get_the_same_prompts() -> None:
     assert checks.same_prompts(result(), other) != []
 
 
+def test_sources_must_not_change_during_the_run() -> None:
+    edited = result().model_copy(update={"kernels_source_hash": "1" * 64})
+    assert checks.same_sources([result(), result()]) == []
+    assert checks.same_sources([result(), edited]) != []
+
+
 @pytest.mark.parametrize(
     ("launches", "settings", "passes"),
     [

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench` as a whole: the real engine, stock and custom, and the ways in which it can end."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from workspace import bench
-from workspace.bench import models, record, runner
+from workspace.bench import record, runner
 from workspace.bench.plan import BenchOptions
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
@@ -42,7 +43,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(runner, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(runner, "LOCK", tmp_path / "lock")
-    monkeypatch.setattr(models, "MODELS", tmp_path / "models")
     return tmp_path
 
 
@@ -169,6 +169,20 @@ def test_what_cannot_be_run_is_one_line_before_an_engine_starts(
         bench.run(bench.options(options))
     assert "\n" not in str(caught.value)
     assert not (here / "runs").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(here / "runs" / "job.json"))
+
+    def fail(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(runner, "_run_all", fail)
+    with pytest.raises(WorkspaceError, match=r"job\.json: No space left on device; free") as caught:
+        bench.run(BenchOptions())
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_of_the_engine_is_imported_for_the_options() -> None:

@@ -144,6 +144,12 @@ def same_prompts(baseline: Result, candidate: Result) -> list[str]:
     return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
 
 
+def same_sources(results: Sequence[Result]) -> list[str]:
+    """No kernel was edited, and no other vLLM installed, between the first and the last process."""
+    sources = {(r.kernels_source_hash, tuple(sorted(r.environment.items()))) for r in results}
+    return [] if len(sources) == 1 else ["kernels or versions changed during the run; run again"]
+
+
 def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:
     """The custom kernel ran in every worker process, or, for stock, in none.
 

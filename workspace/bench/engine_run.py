@@ -90,6 +90,8 @@ class Result(BaseModel):
     kernels_source_hash: str
     environment: dict[str, str]
     vllm_folder: str
+    dtype: str
+    """What the engine computes in; it need not be the configuration's dtype."""
     warm_up: list[Round]
 
 
@@ -130,6 +132,7 @@ def main() -> None:
         launches=launches.read(job.launches),
         kernels_source_hash=build.source_hash(),
         environment=_environment(),
+        dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),
         vllm_folder=str(Path(vllm.__file__).parent),
     )
     write_file(job.folder / "result.json", result.model_dump_json().encode())

@@ -63,11 +63,6 @@ class Model:
         return int(self.config["vocab_size"])
 
     @property
-    def dtype(self) -> str:
-        """The dtype that the configuration names: "bfloat16" unless it says otherwise."""
-        return str(self.config.get("torch_dtype") or self.config.get("dtype") or "bfloat16")
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Size of keys and values of one token over all layers, in bytes, at 2 bytes a value."""
         heads = int(self.config["num_attention_heads"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BASELINE=pristine: the fork with its switch unset against the release without our patches.
 
-The release's Python files come from its tag in the fork's git, as a work tree of its own under
-.workspace; the compiled files, which git does not track, are linked in from the fork. The two
+The release's Python files come from its tag in the fork's git and are unpacked under .workspace;
+the compiled files, which git does not track, are linked in from the fork. The two
 sides then differ in nothing but our patches.
 """
 

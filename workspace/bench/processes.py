@@ -70,7 +70,7 @@ def explain(log: Path, status: int) -> str:
     clear = [line for line in found if not VAGUE.search(line)] or found
     memory = [line for line in clear if MEMORY.search(line)]
     if memory:
-        return f"out of memory ({memory[-1][:200]}); use a smaller MODEL or NUM_PROMPTS, or more TP"
+        return f"out of memory ({memory[-1][:200]}); use a smaller MODEL or a larger TP"
     if clear:
         return clear[-1][:300]
     if status == -signal.SIGKILL:

@@ -139,7 +139,9 @@ def launched(variant: VariantRecord) -> str:
 
 def agreement_line(agreement: Agreement) -> str:
     """How far the outputs agree, in one line."""
-    diverged = f", {agreement.diverged} prompts part at a near tie" if agreement.diverged else ""
+    diverged = f", {plural(agreement.diverged, 'prompt')} parted" if agreement.diverged else ""
+    if diverged and agreement.passed:
+        diverged += " at a near tie"
     return (
         f"{agreement.matched} of {agreement.tokens} greedy tokens match{diverged}; "
         f"log-probabilities differ by at most {agreement.largest:.3f} "

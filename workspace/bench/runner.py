@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of `make bench`, in the order in which they happen."""
 
+import errno
 import fcntl
 import os
 import re
@@ -84,9 +85,10 @@ def run(options: BenchOptions) -> None:
         WorkspaceError: it could not be run, or a proof failed; a failed proof leaves a record
             that says so.
     """
-    with _only_bench(), _signals_end_children():
+    with _only_bench(), _signals_end_children(), _disk_errors_in_one_line():
         device = detect_device()
         check_backend(options.backend, device)
+        remove_partial(models.MODELS)
         report.say("resolving the model …")
         made = plan(options, device, models.resolve(options.model, device.kind))
         check_memory(made)
@@ -110,7 +112,7 @@ def run(options: BenchOptions) -> None:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise WorkspaceError(
                 f"the run is not valid: {result.failures[0]}{more}; "
-                f"logs: {LOGS / run_id}, record: {path}"
+                f"logs: {report.shown(LOGS / run_id)}, record: {report.shown(path)}"
             )
 
 
@@ -119,7 +121,8 @@ def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ra
 
     Turning each pair around cancels a drift of the machine (heat, another load) to first order.
     """
-    shutil.rmtree(RUNS, ignore_errors=True)  # what a killed run left; we hold the lock
+    for left in RUNS.glob("*"):  # by a run that was killed; we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
     order = [
         (pair, side)
         for pair in range(plan.repeats)
@@ -164,9 +167,7 @@ def _make_record(
 ) -> record.Record:
     """Check every proof and put everything down."""
     baseline, candidate = ([ran for ran in done if ran.variant is side] for side in sides)
-    for ran in (*baseline, *candidate):  # in pairs of equal position from here on
-        assert ran.result.rounds, "a process without rounds would have failed before"
-    failures = []
+    failures = checks.same_sources([ran.result for ran in done])
     for ran in done:
         where = f"{ran.variant.name} (process {ran.order})"
         failures += checks.tokens(plan, where, ran.result)
@@ -174,7 +175,8 @@ def _make_record(
     for old, new in zip(baseline, candidate, strict=True):
         failures += checks.same_prompts(old.result, new.result)
 
-    tolerance = checks.TOLERANCES.get(plan.model.dtype, checks.TOLERANCES["bfloat16"])
+    first = done[0].result
+    tolerance = checks.TOLERANCES.get(first.dtype, checks.TOLERANCES["bfloat16"])
 
     def agreement(one: Ran, other: Ran) -> checks.Agreement:
         outputs = one.result.generations, other.result.generations
@@ -185,7 +187,6 @@ def _make_record(
     failures += worst.failures
     with_itself = agreement(baseline[0], baseline[1]) if len(baseline) > 1 else None
 
-    first = done[0].result
     gpu = first.environment.get("device")
     cpu = plan.device.kind == "cpu"
     return record.Record(
@@ -201,7 +202,7 @@ def _make_record(
             weights=plan.model.weights,
             seed=plan.model.seed,
             source=plan.model.source,
-            dtype=plan.model.dtype,
+            dtype=first.dtype,
             parameters=models.parameters(plan.model.config),
         ),
         device=plan.device.name if cpu else f"{plan.tp} x {gpu}",
@@ -318,6 +319,19 @@ def _only_bench() -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def _disk_errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise WorkspaceError(
+            f"cannot write {error.filename or STATE}: {error.strerror}; "
+            "free some space or make the folder writable, run again"
+        ) from error
 
 
 @contextmanager
