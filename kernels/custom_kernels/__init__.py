@@ -8,7 +8,6 @@ operation that has a folder here. Importing this package imports nothing else an
 from importlib import import_module
 from typing import Any
 
-
 _PREFIX = "custom_"
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m custom_kernels.bench OPERATION``: a backend against the reference, on this GPU.
 
-An operation is measured at the shapes of its ``cases.py``. Prints a table, writes one JSON record with its provenance
-and a picture beside it, and exits with 1 if a result is wrong or there is no GPU.
+An operation is measured at the shapes of its ``cases.py``. Prints a table, writes one JSON record
+with its provenance and a picture beside it, and exits with 1 if a result is wrong or there is no
+GPU.
 """
 
 import argparse
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__)
     parser.add_argument("operation", choices=registry.operations())
-    parser.add_argument("--model", action="append", help="a model of the operation's cases; repeatable")
+    parser.add_argument(
+        "--model", action="append", help="a model of the operation's cases; repeatable"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="values of M")
     parser.add_argument("--backend", help="default: the best for this device")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
@@ -45,9 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder for the record and the picture")
     options = parser.parse_args(arguments)
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if not torch.cuda.is_available():
-        print("error: kernel benchmarks need a GPU and torch sees none; run this on a GPU machine", file=sys.stderr)
+        print(
+            "error: kernel benchmarks need a GPU and torch sees none; run this on a GPU machine",
+            file=sys.stderr,
+        )
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = getattr(torch, options.dtype)
@@ -55,28 +61,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = options.model or list(definition.DEFAULT_MODELS)
     unknown = sorted(set(models) - set(definition.MODELS))
     if unknown:
-        print(f"error: no model {', '.join(unknown)}; there are: {', '.join(definition.MODELS)}", file=sys.stderr)
+        print(
+            f"error: no model {', '.join(unknown)}; there are: {', '.join(definition.MODELS)}",
+            file=sys.stderr,
+        )
         return 1
     try:
         backend = options.backend or registry.best(options.operation, device, dtype)
-        sides = [registry.runner(options.operation, name, device, dtype) for name in (backend, BASELINE)]
+        custom, baseline = (
+            registry.runner(options.operation, name, device, dtype) for name in (backend, BASELINE)
+        )
     except (registry.BackendError, build.BuildError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if backend == BASELINE:
-        print(f"error: {BASELINE} is what the others are compared with; name another --backend", file=sys.stderr)
+        print(
+            f"error: {BASELINE} is what the others are compared with; name another --backend",
+            file=sys.stderr,
+        )
         return 1
 
     exact = import_module(f"custom_kernels.{options.operation}.reference").exact
     limits = timing.ceilings(device)
     console.print(
-        f"{options.operation}.{backend} against {BASELINE}, {options.dtype}, on {torch.cuda.get_device_name(device)}: "
-        f"copies {limits.bytes_per_second / 1e12:.2f} TB/s, multiplies {limits.flops_per_second / 1e12:.0f} TFLOP/s"
+        f"{options.operation}.{backend} against {BASELINE}, {options.dtype}, on "
+        f"{torch.cuda.get_device_name(device)}: "
+        f"copies {limits.bytes_per_second / 1e12:.2f} TB/s, "
+        f"multiplies {limits.flops_per_second / 1e12:.0f} TFLOP/s"
     )
     rows, failures = [], []
     for case in definition.cases(models, options.tokens or definition.TOKENS, dtype):
         try:
-            result = timing.compare(case, *sides, exact, device, seconds=options.seconds)
+            result = timing.compare(case, custom, baseline, exact, device, options.seconds)
         except (timing.WrongResultError, torch.OutOfMemoryError) as error:
             failures.append(f"{case.labels}: {error}")
             continue
@@ -99,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(_table(rows))
     for name, summary in record["summary"].items():
         console.print(
-            f"{name}: geometric mean {summary['geometric_mean']:.3f}, lowest {summary['lowest']:.3f}, "
-            f"{summary['verdicts']}"
+            f"{name}: geometric mean {summary['geometric_mean']:.3f}, "
+            f"lowest {summary['lowest']:.3f}, {summary['verdicts']}"
         )
     path = _write(record, options.output or _results_folder())
     console.print(f"record: {path}")
@@ -127,7 +143,7 @@ def _row(result: Any, limits: Any) -> dict[str, Any]:
         "percent_of_matmul": 100 * case.flops / seconds / limits.flops_per_second,
         "percent_of_floor": 100 * floor / seconds,
         "input_sets": result.sets,
-        "pairs": result.pairs,
+        "blocks": result.blocks,
     }
 
 
@@ -160,7 +176,16 @@ def _table(rows: Iterable[dict[str, Any]]) -> Any:
     columns = ["model", "layer", "M", "N", "K"]
     for name in columns:
         table.add_column(name, justify="right" if name in "MNK" else "left")
-    for name in ("baseline µs", "custom µs", "p20-p80", "ratio", "TFLOP/s", "GB/s", "% of floor", "verdict"):
+    for name in (
+        "baseline µs",
+        "custom µs",
+        "p20-p80",
+        "ratio",
+        "TFLOP/s",
+        "GB/s",
+        "% of floor",
+        "verdict",
+    ):
         table.add_column(name, justify="right")
     colours = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow"}
     for row in rows:
@@ -189,7 +214,15 @@ def _provenance(torch: Any, device: Any, operation: str) -> dict[str, Any]:
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index)]),
+        "driver": _output(
+            [
+                "nvidia-smi",
+                "--query-gpu=driver_version",
+                "--format=csv,noheader",
+                "-i",
+                str(device.index),
+            ]
+        ),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
@@ -209,7 +242,9 @@ def _provenance(torch: Any, device: Any, operation: str) -> dict[str, Any]:
 
 
 def _dirty() -> bool | None:
-    status = _output(["git", "-C", str(build.PACKAGE), "status", "--porcelain", "--", str(build.PACKAGE)])
+    status = _output(
+        ["git", "-C", str(build.PACKAGE), "status", "--porcelain", "--", str(build.PACKAGE)]
+    )
     return None if status is None else bool(status)
 
 
@@ -247,7 +282,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(row["model"] for row in record["rows"]))
-    figure, panels = pyplot.subplots(1, len(models), figsize=(6 * len(models), 4.2), sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(models), figsize=(6 * len(models), 4.2), sharey=True, squeeze=False
+    )
     for panel, model in zip(panels[0], models, strict=True):
         rows = [row for row in record["rows"] if row["model"] == model]
         for layer in dict.fromkeys(row["layer"] for row in rows):
@@ -267,8 +304,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
         panel.legend(fontsize=7)
     panels[0][0].set_ylabel(f"{record['baseline']} time / {record['backend']} time")
     figure.suptitle(
-        f"{record['operation']}.{record['backend']} on {record['provenance']['device']}, {record['dtype']}, cold L2 "
-        "(above 1: faster)"
+        f"{record['operation']}.{record['backend']} on {record['provenance']['device']}, "
+        f"{record['dtype']}, cold L2 (above 1: faster)"
     )
     figure.tight_layout()
     figure.savefig(path, dpi=130)

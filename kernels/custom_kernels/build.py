@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile ``<operation>/<backend>.cu`` into a plain shared library behind apache-tvm-ffi.
 
-The name of a library holds the hash of everything that made it: the source and every file that it includes
-from this package, the flags, the versions of nvcc, of the host compiler and of tvm-ffi, the architectures.
-So "is it up to date" is "does this name exist", and nothing is ever rebuilt or loaded by mistake. A library is
-written in a folder of its own and renamed when whole: a compile that is killed leaves nothing that could be
-taken for a library, and the next one clears what it left.
+The name of a library holds the hash of everything that made it: the source and every file that it
+includes from this package, the flags, the versions of nvcc, of the host compiler and of tvm-ffi,
+the architectures. So "is it up to date" is "does this name exist", and nothing is ever rebuilt or
+loaded by mistake. A library is written in a folder of its own and renamed when whole: a compile
+that is killed leaves nothing that could be taken for a library, and the next one clears what it
+left.
 
 A source says what it links with in a comment, ``// link: cublasLt cublas``.
 
@@ -43,7 +44,8 @@ DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0a", "12.0a")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-Xptxas=-v")
 LIBRARIES = ("cudart",)
 KEPT_LIBRARIES = 8
-"""How many older libraries of a backend stay in the cache, for going back and forth between edits."""
+"""How many older libraries of a backend stay in the cache, for going back and forth between
+edits."""
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _LINK = re.compile(r"^\s*//\s*link:\s*(.+)$", re.MULTILINE)
@@ -53,7 +55,8 @@ log = logging.getLogger(__name__)
 
 
 class BuildError(RuntimeError):
-    """A kernel cannot be compiled. The message says why, with the compiler's own words where it has any."""
+    """A kernel cannot be compiled. The message says why, with the compiler's own words where it has
+    any."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Toolchain:
     include: tuple[Path, ...]
     library: tuple[Path, ...]
     origin: str
-    """``packages`` or ``conda`` for an environment's own nvcc, ``system`` for one from CUDA_HOME or PATH."""
+    """``packages`` or ``conda`` for an environment's own nvcc, ``system`` for one from CUDA_HOME or
+    PATH."""
 
     def versions(self) -> dict[str, str]:
         return {"nvcc": self.nvcc_version, "c++": self.cxx_version, "tvm-ffi": self.tvm_ffi_version}
@@ -111,7 +115,8 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of one kernel on one architecture: registers, and bytes per thread or block."""
+    """What the assembler says of one kernel on one architecture: registers, and bytes per thread or
+    block."""
 
     name: str
     architecture: str
@@ -135,7 +140,7 @@ class Built:
     seconds: float
 
 
-# --- what there is -------------------------------------------------------------------------------------------
+# --- what there is --------------------------------------------------------------------------------
 
 
 def sources() -> list[Source]:
@@ -154,7 +159,8 @@ def find(operation: str, backend: str) -> Source | None:
 
 
 def source_hash() -> str:
-    """sha256 over the names and contents of all sources in this package, for the provenance of a result."""
+    """sha256 over the names and contents of all sources in this package, for the provenance of a
+    result."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
         if path.suffix in {".py", ".cu", ".cuh"}:
@@ -169,8 +175,8 @@ def checkout() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries live: ``$CUSTOM_KERNELS_CACHE``, the checkout's ``.workspace/kernels``, or the
-    user's cache folder."""
+    """Where compiled libraries live: ``$CUSTOM_KERNELS_CACHE``, the checkout's
+    ``.workspace/kernels``, or the user's cache folder."""
     if configured := os.environ.get("CUSTOM_KERNELS_CACHE"):
         return Path(configured)
     if root := checkout():
@@ -192,25 +198,29 @@ def architecture(device: "torch.device") -> str:
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
-    # From Hopper on, the instructions that matter (wgmma, tcgen05) need the architecture-specific target.
+    # From Hopper on, the instructions that matter (wgmma, tcgen05) need the architecture-specific
+    # target.
     return f"{major}.{minor}{'a' if major >= 9 else ''}"
 
 
-# --- the tool chain ------------------------------------------------------------------------------------------
+# --- the tool chain -------------------------------------------------------------------------------
 
 
 @functools.cache
 def toolchain() -> Toolchain:
-    """Find nvcc, the host compiler and tvm-ffi. Raises BuildError with the remedy if one is missing."""
+    """Find nvcc, the host compiler and tvm-ffi. Raises BuildError with the remedy if one is
+    missing."""
     nvcc, origin = _find_nvcc()
     if origin == "system":
-        log.warning("compiling with %s, which is the system's: this environment holds no nvcc", nvcc)
+        log.warning(
+            "compiling with %s, which is the system's: this environment holds no nvcc", nvcc
+        )
     cxx = _find_cxx()
     tvm_ffi = importlib.util.find_spec("tvm_ffi")
     if tvm_ffi is None or not tvm_ffi.submodule_search_locations:
         raise BuildError(
-            f"apache-tvm-ffi is not installed for {sys.executable}, and kernels cannot be compiled without "
-            "its headers: run `make dev`, or install the package apache-tvm-ffi"
+            f"apache-tvm-ffi is not installed for {sys.executable}, and kernels cannot be compiled "
+            "without its headers: run `make dev`, or install the package apache-tvm-ffi"
         )
     cuda_package = _site_packages() / "nvidia" / "cu13"
     home = nvcc.parent.parent
@@ -224,7 +234,10 @@ def toolchain() -> Toolchain:
         tvm_ffi_version=importlib.metadata.version("apache-tvm-ffi"),
         include=tuple(folder / "include" for folder in folders if (folder / "include").is_dir()),
         library=tuple(
-            folder / lib for folder in folders for lib in ("lib", "lib64") if (folder / lib).is_dir()
+            folder / lib
+            for folder in folders
+            for lib in ("lib", "lib64")
+            if (folder / lib).is_dir()
         ),
         origin=origin,
     )
@@ -245,8 +258,8 @@ def _find_nvcc() -> tuple[Path, str]:
     if found := shutil.which("nvcc"):
         return Path(found).resolve(), "system"
     raise BuildError(
-        "there is no nvcc in this environment, under CUDA_HOME or on PATH: run `make dev`, which installs the "
-        "pinned one, or install the package nvidia-cuda-nvcc"
+        "there is no nvcc in this environment, under CUDA_HOME or on PATH: run `make dev`, which "
+        "installs the pinned one, or install the package nvidia-cuda-nvcc"
     )
 
 
@@ -271,11 +284,13 @@ def _version(command: list[str], pattern: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     match = re.search(pattern, result.stdout)
     if result.returncode != 0 or match is None:
-        raise BuildError(f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip()}")
+        raise BuildError(
+            f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip()}"
+        )
     return match.group(1)
 
 
-# --- compiling -----------------------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 
 def build_all(
@@ -285,8 +300,8 @@ def build_all(
 ) -> list[Built]:
     """Bring every kernel up to date for ``architectures`` (default: the pinned ones), in parallel.
 
-    ``progress`` is called with each library as it becomes ready. Raises BuildError, after all others are
-    built, with the compiler's messages of those that failed.
+    ``progress`` is called with each library as it becomes ready. Raises BuildError, after all
+    others are built, with the compiler's messages of those that failed.
     """
     architectures = tuple(architectures or pinned_architectures())
     remove_stale()
@@ -319,7 +334,8 @@ def build_all(
 def build(source: Source, architectures: Sequence[str], force: bool = False) -> Built:
     """Bring one kernel up to date for ``architectures`` and return its library.
 
-    Two processes that want the same library at once compile it once: the second waits for the first.
+    Two processes that want the same library at once compile it once: the second waits for the
+    first.
     """
     started = time.perf_counter()
     architectures = tuple(architectures)
@@ -332,7 +348,9 @@ def build(source: Source, architectures: Sequence[str], force: bool = False) -> 
                 _compile(source, architectures, path)
                 _drop_old(source.name)
                 compiled = True
-    kernels = tuple(Kernel(**item) for item in json.loads(_report_path(path).read_text())["kernels"])
+    kernels = tuple(
+        Kernel(**item) for item in json.loads(_report_path(path).read_text())["kernels"]
+    )
     seconds = time.perf_counter() - started
     return Built(source, path, architectures, kernels, compiled, seconds)
 
@@ -374,8 +392,9 @@ def unavailable(source: Source, device_architecture: str) -> str | None:
 def load(operation: str, backend: str, device: "torch.device | None" = None) -> Any:
     """Load a backend's library as a ``tvm_ffi.Module``; compile it first if it is not up to date.
 
-    Any library that holds the device's architecture serves; one that must be compiled is compiled for this
-    architecture alone. Without ``device`` (or on the CPU) it is the library for the pinned architectures.
+    Any library that holds the device's architecture serves; one that must be compiled is compiled
+    for this architecture alone. Without ``device`` (or on the CPU) it is the library for the pinned
+    architectures.
     """
     # torch first: it brings the CUDA libraries, and a library that is loaded is not loaded twice.
     import torch
@@ -434,7 +453,9 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
         ]
         # nvcc's own temporary files go where they are cleared with the rest if it is killed.
         environment = {**os.environ, "TMPDIR": str(scratch)}
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
         if result.returncode != 0:
             messages = "\n".join(
                 line
@@ -470,9 +491,11 @@ def _code_flags(architectures: Iterable[str]) -> list[str]:
 
 
 def _link_flags(tools: Toolchain, name: str) -> list[str]:
-    """Packages hold only ``lib<name>.so.<major>``, without the plain link name: so link by file name.
+    """Packages hold only ``lib<name>.so.<major>``, without the plain link name: so link by file
+    name.
 
-    The library then asks for ``lib<name>.so.<major>`` by name, which is the one that torch has loaded.
+    The library then asks for ``lib<name>.so.<major>`` by name, which is the one that torch has
+    loaded.
     """
     for folder in tools.library:
         for candidate in [*sorted(folder.glob(f"lib{name}.so.*")), folder / f"lib{name}.so"]:
@@ -523,12 +546,12 @@ def _drop_old(name: str) -> None:
 
 def _not_writable(folder: Path, error: OSError) -> BuildError:
     return BuildError(
-        f"cannot write compiled kernels to {folder} ({error.strerror or error}): make room or make it "
-        "writable, or set CUSTOM_KERNELS_CACHE to another folder"
+        f"cannot write compiled kernels to {folder} ({error.strerror or error}): make room or make "
+        "it writable, or set CUSTOM_KERNELS_CACHE to another folder"
     )
 
 
-# --- what the assembler says ---------------------------------------------------------------------------------
+# --- what the assembler says ----------------------------------------------------------------------
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P<sm>\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -537,7 +560,8 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def _parse_ptxas(text: str) -> list[Kernel]:
-    """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared memory."""
+    """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared
+    memory."""
     kernels: list[Kernel] = []
     entry: dict[str, str] | None = None
     memory = (0, 0, 0)
@@ -552,7 +576,11 @@ def _parse_ptxas(text: str) -> list[Kernel]:
             target = f"{number[1]}.{number[2]}{number[3]}" if number else entry["sm"]
             kernels.append(
                 Kernel(
-                    entry["name"], target, int(match["registers"]), *memory, int(shared[1]) if shared else 0
+                    entry["name"],
+                    target,
+                    int(match["registers"]),
+                    *memory,
+                    int(shared[1]) if shared else 0,
                 )
             )
             entry = None
@@ -573,8 +601,12 @@ def _parse_ptxas(text: str) -> list[Kernel]:
 
 def main() -> int:
     """``python -m custom_kernels.build``: compile what changed, print a line per kernel."""
-    parser = argparse.ArgumentParser(prog="python -m custom_kernels.build", description=main.__doc__)
-    parser.add_argument("--arch", action="append", help="for example 9.0a; repeatable (default: the pinned)")
+    parser = argparse.ArgumentParser(
+        prog="python -m custom_kernels.build", description=main.__doc__
+    )
+    parser.add_argument(
+        "--arch", action="append", help="for example 9.0a; repeatable (default: the pinned)"
+    )
     parser.add_argument("--force", action="store_true", help="compile even what is up to date")
     arguments = parser.parse_args()
 

@@ -2,12 +2,14 @@
 """Count kernel launches, so that a measurement can prove which kernel ran.
 
 Every call of an operation is counted in its process. With ``CUSTOM_KERNELS_LAUNCH_LOG=<folder>`` in
-the environment each process also keeps its counts in the memory-mapped file ``<folder>/launches-<pid>``.
-The kernel of the operating system owns those pages, so the file is right however the process ends,
-SIGKILL included. Replays of a CUDA graph are not calls and are not counted.
+the environment each process also keeps its counts in the memory-mapped file
+``<folder>/launches-<pid>``. Those pages belong to the operating system, so the file is right
+however the process ends, SIGKILL included. Replays of a CUDA graph are not calls and so
+not counted.
 
-File layout: records of 64 bytes, each a name ``operation.backend`` in UTF-8 padded with NUL to 56 bytes
-and a count as a little-endian unsigned 64-bit integer. The first record without a name ends the file.
+File layout: records of 64 bytes, each a name ``operation.backend`` in UTF-8 padded with NUL to 56
+bytes and a count as a little-endian unsigned 64-bit integer. The first record without a name ends
+the file.
 """
 
 import mmap
@@ -28,7 +30,7 @@ _lock = threading.Lock()
 _counts: dict[tuple[str, str], int] = {}
 _slots: dict[tuple[str, str], int] = {}
 _file: memoryview | None = None
-"""The mapped file as 64-bit words: storing one is a single instruction, so no count is ever torn."""
+"""The mapped file as 64-bit words: one is stored by a single instruction, so no count is torn."""
 
 
 def record(operation: str, backend: str) -> None:

@@ -4,13 +4,14 @@
 Everything is found by looking at the folders, so there is no list to edit:
 
 - an operation is a sub-folder of this package with a ``reference.py``;
-- a backend is a file in that folder: ``<backend>.py``, ``<backend>.cu``, or both (``cases.py``, which says
-  what to measure, and names with a leading underscore are not backends);
+- a backend is a file in that folder: ``<backend>.py``, ``<backend>.cu``, or both (``cases.py``,
+  which says what to measure, and names with a leading underscore are not backends);
 - the operation's ``__init__.py`` declares ``PREFERENCE``, its backends per device type, best first.
 
-A ``<backend>.py`` has ``run(*arguments) -> Tensor`` and may have ``unavailable(device) -> str | None`` with the
-reason why it cannot run there. A ``<backend>.cu`` without a Python file exports a function named like the
-operation, called with the operation's arguments and the output made by its ``empty_output``.
+A ``<backend>.py`` has ``run(*arguments) -> Tensor`` and may have ``unavailable(device) -> str |
+None`` with the reason why it cannot run there. A ``<backend>.cu`` without a Python file exports a
+function named like the operation, called with the operation's arguments and the output made by its
+``empty_output``.
 """
 
 import functools
@@ -38,7 +39,8 @@ def operations() -> list[str]:
 
 
 def backends(operation: str) -> list[str]:
-    """Names of an operation's backends: those it prefers (on any device) first, then the others by name."""
+    """Names of an operation's backends: those it prefers (on any device) first, then the others by
+    name."""
     found = _backend_files(operation)
     preference = getattr(_operation(operation), "PREFERENCE", {})
     ranked = list(dict.fromkeys(name for names in preference.values() for name in names))
@@ -46,7 +48,8 @@ def backends(operation: str) -> list[str]:
 
 
 def available(operation: str, backend: str, device: "torch.device | str") -> str | None:
-    """None if ``backend`` can run ``operation`` on ``device``, else the reason why not. Compiles nothing."""
+    """None if ``backend`` can run ``operation`` on ``device``, else the reason why not. Compiles
+    nothing."""
     import torch
 
     device = torch.device(device)
@@ -70,7 +73,8 @@ def available(operation: str, backend: str, device: "torch.device | str") -> str
 
 
 def require(operation: str, backend: str, device: "torch.device") -> None:
-    """Raise BackendError, with the reason and what would run instead, unless the backend can run there."""
+    """Raise BackendError, with the reason and what would run instead, unless the backend can run
+    there."""
     if available(operation, backend, device) is not None:
         raise BackendError(_explain(operation, backend, device))
 
@@ -82,7 +86,8 @@ def takes(operation: str, backend: str, dtype: "torch.dtype") -> bool:
 
 
 def preferred(operation: str, device: "torch.device") -> str:
-    """The first backend that can run, in the order that the operation declares for this type of device."""
+    """The first backend that can run, in the order that the operation declares for this type of
+    device."""
     for backend in _operation(operation).PREFERENCE.get(device.type, ()):
         if available(operation, backend, device) is None:
             return str(backend)
@@ -91,7 +96,8 @@ def preferred(operation: str, device: "torch.device") -> str:
 
 @functools.cache
 def best(operation: str, device: "torch.device", dtype: "torch.dtype") -> str:
-    """The first backend that can run there and takes ``dtype``, in the operation's order of preference."""
+    """The first backend that can run there and takes ``dtype``, in the operation's order of
+    preference."""
     for backend in _operation(operation).PREFERENCE.get(device.type, ()):
         if takes(operation, backend, dtype) and available(operation, backend, device) is None:
             return str(backend)
@@ -109,7 +115,9 @@ def runner(
     require(operation, backend, device)
     if not takes(operation, backend, dtype):
         able = [name for name in backends(operation) if takes(operation, name, dtype)]
-        raise BackendError(f"{operation}.{backend} does not take {dtype}; these do: {', '.join(able)}")
+        raise BackendError(
+            f"{operation}.{backend} does not take {dtype}; these do: {', '.join(able)}"
+        )
     module = _backend(operation, backend)
     if module is not None:
         run: Callable[..., torch.Tensor] = module.run
@@ -130,8 +138,13 @@ def _explain(operation: str, backend: str | None, device: "torch.device") -> str
     reasons = {name: available(operation, name, device) for name in backends(operation)}
     usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
     if backend is None:
-        problem = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
-        return f"{operation} has no preferred backend that runs on {device} ({problem}); available: {usable}"
+        problem = "; ".join(
+            f"{name}: {reason}" for name, reason in reasons.items() if reason is not None
+        )
+        return (
+            f"{operation} has no preferred backend that runs on {device} ({problem}); "
+            f"available: {usable}"
+        )
     reason = reasons.get(backend, "there is no such backend")
     return f"{operation} cannot use backend {backend!r} on {device}: {reason}; available: {usable}"
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time two implementations of an operation against each other on a GPU, as inference would run them.
+"""Time two implementations of an operation against each other on a GPU, as inference would run
+them.
 
-- **Cold L2.** In inference a layer's weights come from HBM: by the time its turn comes again, the other layers
-  have pushed them out. So each CUDA graph runs over several input sets in turn, together at least twice the size of L2.
+- **Cold L2.** In inference a layer's weights come from HBM: by the time its turn comes again, the
+  other layers have pushed them out. So each CUDA graph runs over several input sets in turn,
+  together at least twice the size of L2.
 - **No launch gaps.** Both sides are captured into CUDA graphs and timed by events around a replay.
-- **Interleaved.** Replays alternate (A B, B A, ...) and are compared pair by pair, so that a drift of clocks or
-  temperature hits both sides alike.
-- **Checked while measured.** Inputs are fresh random numbers in every repetition. Before the first and after the
-  last repetition the outputs are poisoned with NaN, and what a replay leaves there is compared with float64.
+- **Interleaved.** Replays alternate in blocks A B B A without a pause, and are compared block by
+  block, so that a drift of clocks or temperature hits both sides alike.
+- **Checked while measured.** Inputs are fresh random numbers in every repetition. Before the first
+  and after the last repetition the outputs are poisoned with NaN, and what a replay leaves there is
+  compared with float64.
 """
 
 import math
@@ -18,8 +21,10 @@ from typing import Any
 
 import torch
 
-SAME_WITHIN = 0.01
-"""Two sides within one percent of each other are called the same."""
+DIFFERENT_FROM = 0.01
+"""Two sides are called different when their ratio is surely further than this from 1 ..."""
+SAME_WITHIN = 0.02
+"""... and the same when it is surely within this."""
 
 _CHECKED_ROWS = 48
 
@@ -37,7 +42,8 @@ class Case:
     flops: float
     """Floating-point operations of one call."""
     bytes: float
-    """The fewest bytes one call moves through HBM: each input read once, the output written once."""
+    """The fewest bytes one call moves through HBM: each input read once, the output written
+    once."""
     tolerance: float
     """Largest acceptable ‖out - exact‖ / ‖exact‖."""
 
@@ -61,19 +67,21 @@ class Comparison:
     custom: Side
     baseline: Side
     ratio: float
-    """Median over pairs of baseline time / custom time: above 1 the custom side is faster."""
+    """Median over blocks of baseline time / custom time: above 1 the custom side is faster."""
     low: float
     high: float
     """95 % confidence interval of the ratio."""
     sets: int
-    pairs: int
+    """Input sets that each replay goes through."""
+    blocks: int
+    """Blocks of four replays that the ratio is the median of."""
 
     @property
     def verdict(self) -> str:
         """SAME, FASTER, SLOWER, or AMBIGUOUS when the interval does not settle it."""
-        if self.low > 1 + SAME_WITHIN:
+        if self.low > 1 + DIFFERENT_FROM:
             return "FASTER"
-        if self.high < 1 - SAME_WITHIN:
+        if self.high < 1 - DIFFERENT_FROM:
             return "SLOWER"
         if self.low >= 1 - SAME_WITHIN and self.high <= 1 + SAME_WITHIN:
             return "SAME"
@@ -105,8 +113,8 @@ def compare(
 ) -> Comparison:
     """Measure ``custom`` against ``baseline`` at ``case``, for about ``seconds`` of device time.
 
-    Raises WrongResultError if an output differs from ``exact`` by more than the case's tolerance or has an element
-    that was not written.
+    Raises WrongResultError if an output differs from ``exact`` by more than the case's tolerance or
+    has an element that was not written.
     """
     sets = _input_sets(case, device)
     sides = {"custom": _Graph(custom, sets), "baseline": _Graph(baseline, sets)}
@@ -120,17 +128,26 @@ def compare(
 
     check()
     once = max(side.replay_seconds() for side in sides.values())
-    pairs = max(4, min(24, math.ceil(seconds / repetitions / (2 * once))))
+    blocks = max(3, min(100, math.ceil(seconds / repetitions / (4 * once))))
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repetitions):
         for inputs in sets:
             case.fill(inputs)
-        for pair in range(pairs):
-            order = ("custom", "baseline") if pair % 2 == 0 else ("baseline", "custom")
-            events = {name: sides[name].timed_replay() for name in order}
-            for name, (start, end) in events.items():
-                end.synchronize()
-                times[name].append(start.elapsed_time(end) * 1e3 / len(sets))
+        # A B B A: whatever drifts, and whatever the one leaves behind for the next, weighs on both
+        # sides alike.
+        events = [
+            (name, sides[name].timed_replay())
+            for _ in range(blocks)
+            for name in ("custom", "baseline", "baseline", "custom")
+        ]
+        torch.cuda.synchronize(device)
+        elapsed = [
+            (name, start.elapsed_time(end) * 1e3 / len(sets)) for name, (start, end) in events
+        ]
+        for block in range(blocks):
+            for name in sides:
+                two = [time for side, time in elapsed[4 * block : 4 * block + 4] if side == name]
+                times[name].append(statistics.mean(two))
     check()
 
     ratios = [base / ours for base, ours in zip(times["baseline"], times["custom"], strict=True)]
@@ -143,7 +160,7 @@ def compare(
         low=low,
         high=high,
         sets=len(sets),
-        pairs=len(ratios),
+        blocks=len(ratios),
     )
 
 
@@ -161,7 +178,9 @@ def ceilings(device: torch.device) -> Ceilings:
 class _Graph:
     """One side, captured once over all input sets."""
 
-    def __init__(self, function: Callable[..., torch.Tensor], sets: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(
+        self, function: Callable[..., torch.Tensor], sets: Sequence[tuple[Any, ...]]
+    ) -> None:
         self._sets = sets
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -192,17 +211,27 @@ class _Graph:
         self._graph.replay()
         for output in self._outputs:
             if not torch.isfinite(output).all():
-                raise WrongResultError(f"{case.labels}: the output has elements that are not finite or not written")
+                raise WrongResultError(
+                    f"{case.labels}: the output has elements that are not finite or not written"
+                )
         worst = 0.0
-        for inputs, output in {0: (self._sets[0], self._outputs[0]), -1: (self._sets[-1], self._outputs[-1])}.values():
+        for inputs, output in {
+            0: (self._sets[0], self._outputs[0]),
+            -1: (self._sets[-1], self._outputs[-1]),
+        }.values():
             worst = max(worst, _relative_error(inputs, output, exact))
         if worst > case.tolerance:
-            raise WrongResultError(f"{case.labels}: relative error {worst:.1e}, {case.tolerance:.1e} is allowed")
+            raise WrongResultError(
+                f"{case.labels}: relative error {worst:.1e}, {case.tolerance:.1e} is allowed"
+            )
         return worst
 
 
-def _relative_error(inputs: tuple[Any, ...], output: torch.Tensor, exact: Callable[..., torch.Tensor]) -> float:
-    """‖out - exact‖ / ‖exact‖ over some rows, the first and the last among them; the first input has a row per token."""
+def _relative_error(
+    inputs: tuple[Any, ...], output: torch.Tensor, exact: Callable[..., torch.Tensor]
+) -> float:
+    """‖out - exact‖ / ‖exact‖ over some rows, the first and the last among them; the first input
+    has a row per token."""
     x, *others = inputs
     rows = torch.linspace(0, x.shape[0] - 1, min(_CHECKED_ROWS, x.shape[0])).long().to(x.device)
     wanted = exact(x[rows], *others)
@@ -225,7 +254,8 @@ def _side(times: list[float], error: float) -> Side:
 
 
 def _median_interval(values: list[float]) -> tuple[float, float]:
-    """95 % confidence interval of the median from order statistics, without any assumed distribution."""
+    """95 % confidence interval of the median from order statistics, without any assumed
+    distribution."""
     ordered = sorted(values)
     middle, reach = len(ordered) / 2, 0.98 * math.sqrt(len(ordered))
     low = max(0, math.floor(middle - reach))

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from custom_kernels import build
 
 
 @dataclass(frozen=True)
 class PackageCopy:
-    """``package`` is a copy of custom_kernels without its operations; ``cache`` is where it compiles to."""
+    """``package`` is a copy of custom_kernels without its operations; ``cache`` is where it
+    compiles to."""
 
     root: Path
     cache: Path

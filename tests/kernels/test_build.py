@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from custom_kernels import build
+
 from tests.kernels.conftest import PackageCopy
 
 ARCHITECTURE = "8.0"
@@ -148,7 +148,7 @@ def test_a_source_that_changes_while_it_compiles_is_not_stored(
         return result
 
     monkeypatch.setattr(subprocess, "run", edit_meanwhile)
-    with pytest.raises(build.BuildError, match="changed while it was compiled"):
+    with pytest.raises(build.BuildError, match=r"changed while it was compiled"):
         build.build_all([ARCHITECTURE])
     assert not list(toy.cache.glob("*.so"))
 
@@ -159,12 +159,12 @@ def test_a_missing_tool_is_one_clear_error(
     monkeypatch.setenv("PATH", str(tmp_path))
     build.toolchain.cache_clear()
     try:
-        with pytest.raises(build.BuildError, match="no C\\+\\+ compiler: install g\\+\\+"):
+        with pytest.raises(build.BuildError, match=r"no C\+\+ compiler: install g\+\+"):
             build.build_all([ARCHITECTURE])
         monkeypatch.setattr(build, "_site_packages", lambda: tmp_path)
         for variable in ("CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(variable, raising=False)
-        with pytest.raises(build.BuildError, match="no nvcc in this environment.*make dev"):
+        with pytest.raises(build.BuildError, match=r"no nvcc in this environment.*make dev"):
             build.build_all([ARCHITECTURE])
     finally:
         build.toolchain.cache_clear()
@@ -175,14 +175,19 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CUSTOM_KERNELS_CACHE", str(tmp_path / "file" / "below"))
-    with pytest.raises(build.BuildError, match="cannot write compiled kernels to .*CUSTOM_KERNELS_CACHE"):
+    with pytest.raises(
+        build.BuildError, match=r"cannot write compiled kernels to .*CUSTOM_KERNELS_CACHE"
+    ):
         build.build_all([ARCHITECTURE])
 
 
 def test_nothing_to_do_takes_no_time_and_imports_no_torch() -> None:
     build.build_all()
     started = time.perf_counter()
-    program = "import sys; from custom_kernels import build; build.build_all(); print('torch' in sys.modules)"
+    program = (
+        "import sys; from custom_kernels import build; build.build_all(); "
+        "print('torch' in sys.modules)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

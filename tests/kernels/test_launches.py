@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from custom_kernels import launches
 
 
@@ -62,9 +61,7 @@ def test_threads_lose_no_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert launches.read(tmp_path) == {os.getpid(): {"gemm.a": 20_000}}
 
 
-def test_a_forked_child_counts_for_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_forked_child_counts_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launches.ENVIRONMENT, str(tmp_path))
     launches.record("gemm", "a")
     child = multiprocessing.get_context("fork").Process(
@@ -82,7 +79,7 @@ def test_a_name_that_does_not_fit_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(launches.ENVIRONMENT, str(tmp_path))
-    with pytest.raises(ValueError, match="launch log: .* shorten the backend's file name"):
+    with pytest.raises(ValueError, match=r"launch log: .* shorten the backend's file name"):
         launches.record("gemm", "b" * 80)
 
 

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 import torch
-
 from custom_kernels import build, registry
+
 from tests.kernels.conftest import PackageCopy
 
-OPERATION = '''
+OPERATION = """
 import torch
 PREFERENCE = {"cpu": ("twice", "reference")}
 def custom_double(x): return torch.ops.custom_kernels.double(x)
 def empty_output(x): return torch.empty_like(x)
-'''
-PROGRAM = '''
+"""
+PROGRAM = """
 import torch, custom_kernels
 from custom_kernels import registry
 print(registry.operations())
@@ -30,7 +30,7 @@ print(registry.available("double", "compiled", cpu))
 print(registry.available("double", "broken", cpu))
 print(registry.available("double", "picky", cpu))
 print(custom_kernels.custom_double.__name__)
-'''
+"""
 
 
 def test_an_operation_and_its_backends_are_found_by_dropping_files(
@@ -40,7 +40,7 @@ def test_an_operation_and_its_backends_are_found_by_dropping_files(
     package_copy.add("double/reference.py", "def run(x): return 2 * x\n")
     package_copy.add("double/twice.py", "def run(x): return x + x\n")
     package_copy.add("double/compiled.cu", "// no Python half\n")
-    package_copy.add("double/broken.py", "import a_library_that_is_not_there\n")
+    package_copy.add("double/broken.py", "import absent_library\n")
     package_copy.add(
         "double/picky.py", "def unavailable(device): return f'not on {device}'\ndef run(x): ...\n"
     )
@@ -52,7 +52,7 @@ def test_an_operation_and_its_backends_are_found_by_dropping_files(
         "twice",
         "[2.0, 2.0]",
         "it runs on CUDA devices only",
-        "importing it failed: ModuleNotFoundError(\"No module named 'a_library_that_is_not_there'\")",
+        "importing it failed: ModuleNotFoundError(\"No module named 'absent_library'\")",
         "not on cpu",
         "custom_double",
     ], result.stderr
@@ -67,7 +67,7 @@ def test_a_misspelt_backend_is_one_line_with_those_that_run() -> None:
 
 
 def test_an_unknown_operation_is_one_line_with_those_that_exist() -> None:
-    with pytest.raises(registry.BackendError, match="no operation 'gem'; there are: .*gemm"):
+    with pytest.raises(registry.BackendError, match=r"no operation 'gem'; there are: .*gemm"):
         registry.backends("gem")
 
 
@@ -82,7 +82,10 @@ def test_a_compiled_backend_without_a_compiler_says_so(monkeypatch: pytest.Monke
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
-    program = "import sys, custom_kernels; print([m for m in sys.modules if m.startswith(('torch', 'tvm'))])"
+    program = (
+        "import sys, custom_kernels; "
+        "print([name for name in sys.modules if name.startswith(('torch', 'tvm'))])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEMM: y = x · Wᵀ + b, the unquantized linear layer.
 
-This file is the operation: its public function, its argument checks (here and nowhere else), and its registration
-with torch as ``torch.ops.custom_kernels.gemm``, so that it is one node under torch.compile and in vLLM.
+This file is the operation: its public function, its argument checks (here and nowhere else), and
+its registration with torch as ``torch.ops.custom_kernels.gemm``, so that it is one node under
+torch.compile and in vLLM.
 """
 
 import torch
@@ -20,30 +21,35 @@ def custom_gemm(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Apply a linear layer: ``y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n]``, summed in float32.
+    """Apply a linear layer: ``y[..., n] = sum_k x[..., k] * weight[n, k] + bias[n]``.
 
-    For inference: there is no gradient.
+    Products are summed in float32, or in x's own precision if that is higher. For inference: there
+    is no gradient.
 
     Args:
-        x: [..., K], floating point. Rows may be any distance apart; where elements of a row are not adjacent, x is
-            copied first.
-        weight: [N, K], dtype and device of x, elements of a row adjacent.
+        x: [..., K], floating point. Rows may be any distance apart; where the elements of a row are
+            not adjacent, x is copied first.
+        weight: [N, K], dtype and device of x, the elements of a row adjacent.
         bias: [N], dtype and device of x, or None.
-        backend: a name from ``registry.backends("gemm")``; None takes the best for x's device and dtype.
+        backend: a name from ``registry.backends("gemm")``; None takes the best for x's device and
+            dtype.
 
     Returns:
-        [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the bias.
+        [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the
+        bias.
 
     Raises:
         TypeError: the dtypes differ, or are not floating point.
         ValueError: shapes, devices or the weight's layout do not fit.
-        registry.BackendError: the backend does not exist, cannot run here, or does not take this dtype.
+        registry.BackendError: the backend does not exist, cannot run here, or does not take this
+            dtype.
     """
-    return torch.ops.custom_kernels.gemm(x, weight, bias, backend or "")
+    return _op(x, weight, bias, backend or "")
 
 
 def on_engine_start() -> None:
-    """vLLM loads its plugins: from now on the first, largest call of a layer plans its smaller batches too."""
+    """vLLM loads its plugins: from now on the first, largest call of a layer plans its smaller
+    batches too."""
     from custom_kernels.gemm import cublaslt
 
     cublaslt.plan_smaller_batches = True
@@ -52,30 +58,41 @@ def on_engine_start() -> None:
 def empty_output(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The output, not yet written: [..., N], contiguous. It is also what torch.compile traces with."""
+    """The output, not yet written: [..., N], contiguous. It is also what torch.compile traces
+    with."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"gemm: x must be [..., K] and weight [N, K], got {list(x.shape)} and {list(weight.shape)}"
+            f"gemm: x must be [..., K] and weight [N, K], "
+            f"got {list(x.shape)} and {list(weight.shape)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise ValueError(f"gemm: bias must be [{weight.shape[0]}], one per row of weight, got {list(bias.shape)}")
-    if not x.is_floating_point() or weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(
+            f"gemm: bias must be [{weight.shape[0]}], one per row of weight, got {list(bias.shape)}"
+        )
+    if (
+        not x.is_floating_point()
+        or weight.dtype != x.dtype
+        or (bias is not None and bias.dtype != x.dtype)
+    ):
         others = f"{weight.dtype}" + ("" if bias is None else f" and {bias.dtype}")
         raise TypeError(
-            f"gemm: x, weight and bias must share one floating dtype, got {x.dtype}, {others}; convert once, "
-            "when the weights are loaded"
+            f"gemm: x, weight and bias must share one floating dtype, got {x.dtype}, {others}; "
+            "convert once, when the weights are loaded"
         )
     if weight.device != x.device or (bias is not None and bias.device != x.device):
         others = f"{weight.device}" + ("" if bias is None else f" and {bias.device}")
-        raise ValueError(f"gemm: x, weight and bias must be on one device, got {x.device}, {others}")
+        raise ValueError(
+            f"gemm: x, weight and bias must be on one device, got {x.device}, {others}"
+        )
     if not _rows_adjacent(weight):
         raise ValueError(
-            f"gemm: the elements of each row of weight must be adjacent, got strides {list(weight.stride())}; "
-            "call .contiguous() once, when the weights are loaded"
+            "gemm: the elements of each row of weight must be adjacent, "
+            f"got strides {list(weight.stride())}; call .contiguous() once, when the weights "
+            "are loaded"
         )
 
 
@@ -84,7 +101,9 @@ def _rows_adjacent(matrix: torch.Tensor) -> bool:
     return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
 
 
-def _gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _gemm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:
     _check(x, weight, bias)
     backend = backend or registry.best("gemm", x.device, x.dtype)
     run = registry.runner("gemm", backend, x.device, x.dtype)
@@ -102,15 +121,19 @@ def _gemm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, back
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+def _fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:
     _check(x, weight, bias)
     return empty_output(x, weight, bias)
 
 
-# The library object keeps the registration alive. Low-level registration: a call costs the dispatcher and this
-# Python function, without the wrappers that torch.library.custom_op adds around it.
+# The library object keeps the registration alive. Low-level registration: a call costs the
+# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
+# it.
 _library = torch.library.Library("custom_kernels", "FRAGMENT")
 _library.define("gemm(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
 for _device_type in PREFERENCE:
     _library.impl("gemm", _gemm, _device_type.upper())
 torch.library.register_fake("custom_kernels::gemm", _fake, lib=_library)
+_op = torch.ops.custom_kernels.gemm.default

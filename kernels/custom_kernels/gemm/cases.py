@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear layers of real models: where GEMM is measured.
 
-Shapes follow from the models' published configurations; query, key and value are one layer, gate and up another, as
-vLLM runs them.
+Shapes follow from the models' published configurations; query, key and value are one layer, gate
+and up another, as vLLM runs them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,10 +13,12 @@ import torch
 from custom_kernels.timing import Case
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""M: a decode step has as many rows as there are running requests, a prefill step up to vLLM's batch limit."""
+"""M: a decode step has as many rows as there are running requests, a prefill step up to vLLM's
+batch limit."""
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
-"""‖out - exact‖ / ‖exact‖: rounding the output once to 8 or 11 bits gives about 1.7e-3 or 2.1e-4."""
+"""‖out - exact‖ / ‖exact‖: rounding the output once to 8 or 11 bits gives about 1.7e-3 or
+2.1e-4."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,21 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: torch.dtype) -> I
     for name in models:
         for layer, (n, k, has_bias) in MODELS[name].layers().items():
             for m in tokens:
-                yield case({"model": name, "layer": layer, "M": m, "N": n, "K": k}, m, n, k, has_bias, dtype)
+                yield case(
+                    {"model": name, "layer": layer, "M": m, "N": n, "K": k},
+                    m,
+                    n,
+                    k,
+                    has_bias,
+                    dtype,
+                )
 
 
 def case(
     labels: dict[str, str | int], m: int, n: int, k: int, has_bias: bool, dtype: torch.dtype
 ) -> Case:
-    """x of variance 1 and weights of variance 1/K, so that outputs have variance about 1 at every shape."""
+    """x of variance 1 and weights of variance 1/K, so that outputs have variance about 1 at every
+    shape."""
 
     def empty_inputs(device: torch.device) -> tuple[torch.Tensor | None, ...]:
         def empty(*shape: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = x · Wᵀ + b in plain torch: at torch's own speed, and exactly.
 
-Tests and benchmarks compare every backend with ``exact``; ``run`` is what the operation costs without any kernel
-of ours, and the backend of last resort in the engine.
+Tests and benchmarks compare every backend with ``exact``; ``run`` is what the operation costs
+without any kernel of ours, and the backend of last resort in the engine.
 """
 
 import torch
@@ -15,5 +15,5 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tor
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same in float64 from the inputs as they are, [M, N] float64: the one definition of what is right."""
+    """The same in float64, [M, N] float64: the one definition of what is right."""
     return linear(x.double(), weight.double(), None if bias is None else bias.double())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugin that vLLM loads in every one of its processes (entry point group ``vllm.general_plugins``)."""
+"""The plugin that vLLM loads in each of its processes (entry point group vllm.general_plugins)."""
 
 from importlib import import_module
 
@@ -7,7 +7,7 @@ from custom_kernels import registry
 
 
 def register() -> None:
-    """Make every operation known to torch and tell it that an engine starts. Compiles and chooses nothing."""
+    """Make every operation known to torch and tell it that an engine starts. Compiles nothing."""
     for operation in registry.operations():
         module = import_module(f"custom_kernels.{operation}")
         if hasattr(module, "on_engine_start"):
