@@ -2,6 +2,7 @@
 """The proofs: each passes on a sound result and catches its planted fault."""
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -188,6 +189,13 @@ def test_custom_kernels_ran_in_every_worker(
 ) -> None:
     found = checks.launches(plan(**settings), "custom", result(launches=launches), expected=True)
     assert (not found) == passes
+
+
+def test_a_tree_of_its_own_is_the_one_that_ran() -> None:
+    ran = result().model_copy(update={"vllm_folder": "/trees/pristine/vllm"})
+    assert checks.tree("pristine", ran, Path("/trees/pristine")) == []
+    assert checks.tree("stock", ran, None) == []
+    assert "not from" in checks.tree("pristine", ran, Path("/trees/other"))[0]
 
 
 def test_stock_must_not_launch_anything_of_ours() -> None:

@@ -7,6 +7,7 @@ Each check returns its failures as lines of text; an empty list is a pass.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from pydantic import BaseModel, ConfigDict
@@ -174,6 +175,13 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
     if plan.backend and others:
         failures.append(f"{variant}: {', '.join(sorted(others))} ran as well")
     return failures
+
+
+def tree(variant: str, result: Result, python_path: Path | None) -> list[str]:
+    """A variant with a vLLM tree of its own was run from it."""
+    if python_path is None or Path(result.vllm_folder).is_relative_to(python_path):
+        return []
+    return [f"{variant}: ran vLLM from {result.vllm_folder}, not from {python_path}"]
 
 
 def sum_launches(result: Result) -> dict[str, int]:

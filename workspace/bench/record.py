@@ -35,6 +35,7 @@ class ProcessRecord(_Strict):
 
     order: int
     pair: int
+    vllm_folder: str
     engine_start_s: float
     warm_up: list[Round]
     rounds: list[Round]

@@ -172,6 +172,7 @@ def _make_record(
         where = f"{ran.variant.name} (process {ran.order})"
         failures += checks.tokens(plan, where, ran.result)
         failures += checks.launches(plan, where, ran.result, ran.variant.launches)
+        failures += checks.tree(where, ran.result, ran.variant.python_path)
     for old, new in zip(baseline, candidate, strict=True):
         failures += checks.same_prompts(old.result, new.result)
 
@@ -260,6 +261,7 @@ def _variant(plan: Plan, variant: Variant, ran: list[Ran]) -> record.VariantReco
             record.ProcessRecord(
                 order=one.order,
                 pair=one.pair + 1,
+                vllm_folder=report.shown(Path(one.result.vllm_folder)),
                 engine_start_s=one.result.engine_start_s,
                 warm_up=one.result.warm_up,
                 rounds=one.result.rounds,
