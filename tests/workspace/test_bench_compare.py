@@ -93,6 +93,9 @@ def test_more_tokens_per_second_and_fewer_seconds_are_the_same_verdict(
         # Each pair is sure of itself, but they contradict one another.
         ([[100] * 5] * 2, [[130] * 5, [70] * 5], True, "ambiguous"),
         ([[100] * 10], [[200] * 10], True, "ambiguous"),
+        # Another program ran during the first half: rounds differ more than the variants do.
+        ([[100] * 5, [10] * 5], [[70] * 5, [6] * 5], True, "ambiguous"),
+        ([[100, 101, 99, 100, 100]] * 2, [[95, 96, 94, 95, 95]] * 2, True, "slower"),
         ([[100] * 2] * 2, [[200] * 2] * 2, True, "ambiguous"),
     ],
 )

@@ -8,7 +8,7 @@ a distribution-free interval from order statistics.
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, quantiles
 from typing import Literal
 
 from pydantic import BaseModel
@@ -24,13 +24,15 @@ class Comparison(BaseModel):
     """The ratio candidate / baseline of the measured figure.
 
     `interval` covers the true median with probability `coverage`; `pairs` are the medians of the
-    single pairs of processes; `verdict` speaks of speed, whichever way the figure points.
+    single pairs of processes; `scatter` is that of the noisier side; `verdict` speaks of speed,
+    whichever way the figure points.
     """
 
     ratio: float
     interval: tuple[float, float]
     coverage: float
     pairs: list[float]
+    scatter: float
     verdict: Verdict
     because: str
 
@@ -53,6 +55,18 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     while best < n - best and _coverage(n, best + 1) >= CONFIDENCE:
         best += 1
     return ordered[best - 1], ordered[n - best], _coverage(n, best)
+
+
+def scatter(values: Sequence[float]) -> float:
+    """How far rounds of one variant lie apart: the interquartile range of their logarithms.
+
+    0.05 means about 5 %. Rounds of one process are not independent of each other, so the interval
+    alone would take a machine that was busy for a minute for a slow kernel; this notices it.
+    """
+    if len(values) < 2:
+        return 0.0
+    lower, _, upper = quantiles([math.log(value) for value in values], n=4, method="inclusive")
+    return upper - lower
 
 
 def compare(
@@ -83,12 +97,16 @@ def compare(
     flat = [ratio for rounds in ratios for ratio in rounds]
     low, high, coverage = median_interval(flat)
     pairs = [median(rounds) for rounds in ratios]
-    verdict, because = _verdict(low, high, coverage, pairs, higher_is_better)
+    noise = max(
+        scatter([value for rounds in side for value in rounds]) for side in (baseline, candidate)
+    )
+    verdict, because = _verdict(low, high, coverage, pairs, noise, higher_is_better)
     return Comparison(
         ratio=median(flat),
         interval=(low, high),
         coverage=coverage,
         pairs=pairs,
+        scatter=noise,
         verdict=verdict,
         because=because,
     )
@@ -100,7 +118,12 @@ def _coverage(n: int, k: int) -> float:
 
 
 def _verdict(
-    low: float, high: float, coverage: float, pairs: Sequence[float], higher_is_better: bool
+    low: float,
+    high: float,
+    coverage: float,
+    pairs: Sequence[float],
+    noise: float,
+    higher_is_better: bool,
 ) -> tuple[Verdict, str]:
     if len(pairs) < 2:
         return (
@@ -113,6 +136,8 @@ def _verdict(
         return "same", f"the interval lies within {SAME_WITHIN:.0%} of 1"
     if low <= 1 <= high:
         return "ambiguous", "the interval holds 1 and is wide"
+    if min(abs(math.log(low)), abs(math.log(high))) < noise:
+        return "ambiguous", f"rounds of one variant scatter by {noise:.0%}; is the machine busy?"
     above = low > 1
     if any((pair > 1) != above for pair in pairs):
         return "ambiguous", "the pairs point in different directions"
