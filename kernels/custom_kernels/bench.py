@@ -81,6 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
 
+    tokens = options.tokens or list(definition.TOKENS)
+    # What repeats this run; where its record goes is not part of it.
+    command = shlex.join(
+        ["python", "-m", "custom_kernels.bench", options.operation]
+        + [word for model in models for word in ("--model", model)]
+        + ["--tokens", *map(str, tokens), "--backend", backend]
+        + ["--dtype", options.dtype, "--seconds", str(options.seconds)]
+    )
     exact = import_module(f"custom_kernels.{options.operation}.reference").exact
     limits = timing.ceilings(device)
     console.print(
@@ -90,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"multiplies {limits.flops_per_second / 1e12:.0f} TFLOP/s"
     )
     rows, failures = [], []
-    for case in definition.cases(models, options.tokens or definition.TOKENS, dtype):
+    for case in definition.cases(models, tokens, dtype):
         try:
             result = timing.compare(case, custom, baseline, exact, device, options.seconds)
         except (timing.WrongResultError, torch.OutOfMemoryError) as error:
@@ -110,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "summary": _summary(rows),
         "failures": failures,
         "rows": rows,
-        "provenance": _provenance(torch, device, options.operation),
+        "provenance": _provenance(torch, device, options.operation, command),
     }
     console.print(_table(rows))
     for name, summary in record["summary"].items():
@@ -206,11 +214,12 @@ def _table(rows: Iterable[dict[str, Any]]) -> Any:
     return table
 
 
-def _provenance(torch: Any, device: Any, operation: str) -> dict[str, Any]:
+def _provenance(torch: Any, device: Any, operation: str, command: str) -> dict[str, Any]:
+    commit = _output(["git", "-C", str(build.PACKAGE), "rev-parse", "HEAD"])
     properties = torch.cuda.get_device_properties(device)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "custom_kernels.bench", *sys.argv[1:]]),
+        "command": command,
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
@@ -226,8 +235,8 @@ def _provenance(torch: Any, device: Any, operation: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "git_commit": _output(["git", "-C", str(build.PACKAGE), "rev-parse", "HEAD"]),
-        "git_dirty": _dirty(),
+        "git_commit": commit,
+        "git_dirty": None if commit is None else _dirty(),
         "kernel_source_hash": build.source_hash(),
         "compiled": {
             built.source.name: {"library": built.path.name, "architectures": built.architectures}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -199,3 +200,13 @@ def test_source_hash_follows_every_source(toy: PackageCopy) -> None:
     before = build.source_hash()
     toy.add("toy/scale.cuh", "#define SCALE 4.f\n")
     assert build.source_hash() != before
+
+
+def test_the_kernel_in_the_readme_compiles_and_exports_its_function(toy: PackageCopy) -> None:
+    readme = Path(__file__).parents[2] / "kernels" / "README.md"
+    (example,) = re.findall(r"```cuda\n(.*?)```", readme.read_text(), re.DOTALL)
+    toy.add("toy/cuda.cu", example)
+    assert build.load("toy", "cuda")["gemm"] is not None
+    (source,) = build.sources()
+    kernels = build.build(source, build.pinned_architectures()).kernels
+    assert {kernel.architecture for kernel in kernels} == set(build.pinned_architectures())

@@ -37,11 +37,9 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     to the best one that does, and that is announced. Raises registry.BackendError for a name that
     is wrong or cannot run here.
     """
-    device = (
-        torch.device(device_type, torch.accelerator.current_device_index())
-        if device_type != "cpu"
-        else (torch.device("cpu"))
-    )
+    device = torch.device(device_type)
+    if device.type != "cpu":
+        device = torch.device(device_type, torch.accelerator.current_device_index())
     wanted = envs.VLLM_CUSTOM_GEMM_BACKEND or registry.preferred("gemm", device)
     registry.require("gemm", wanted, device)
     if registry.takes("gemm", wanted, dtype):
