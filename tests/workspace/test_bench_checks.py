@@ -166,8 +166,11 @@ def test_both_sides_must_get_the_same_prompts() -> None:
 
 def test_sources_must_not_change_during_the_run() -> None:
     edited = result().model_copy(update={"kernels_source_hash": "1" * 64})
-    assert checks.same_sources([result(), result()]) == []
-    assert checks.same_sources([result(), edited]) != []
+    assert checks.same_kernels([result(), result()]) == []
+    assert checks.same_kernels([result(), edited]) != []
+    upgraded = result().model_copy(update={"environment": {"vllm": "0.26"}})
+    assert checks.same_versions([result(), edited]) == []
+    assert checks.same_versions([result(), upgraded]) != []
 
 
 @pytest.mark.parametrize(

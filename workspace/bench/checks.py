@@ -145,10 +145,16 @@ def same_prompts(baseline: Result, candidate: Result) -> list[str]:
     return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
 
 
-def same_sources(results: Sequence[Result]) -> list[str]:
-    """No kernel was edited, and no other vLLM installed, between the first and the last process."""
-    sources = {(r.kernels_source_hash, tuple(sorted(r.environment.items()))) for r in results}
-    return [] if len(sources) == 1 else ["kernels or versions changed during the run; run again"]
+def same_versions(results: Sequence[Result]) -> list[str]:
+    """Nothing else was installed between the first and the last process."""
+    found = {tuple(sorted(r.environment.items())) for r in results}
+    return [] if len(found) == 1 else ["installed versions changed during the run; run again"]
+
+
+def same_kernels(results: Sequence[Result]) -> list[str]:
+    """The kernels were not edited between these processes, which are those that run them."""
+    found = {r.kernels_source_hash for r in results}
+    return [] if len(found) <= 1 else ["the kernels' sources changed during the run; run again"]
 
 
 def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:

@@ -167,7 +167,8 @@ def _make_record(
 ) -> record.Record:
     """Check every proof and put everything down."""
     baseline, candidate = ([ran for ran in done if ran.variant is side] for side in sides)
-    failures = checks.same_sources([ran.result for ran in done])
+    failures = checks.same_versions([ran.result for ran in done])
+    failures += checks.same_kernels([ran.result for ran in done if ran.variant.launches])
     for ran in done:
         where = f"{ran.variant.name} (process {ran.order})"
         failures += checks.tokens(plan, where, ran.result)
@@ -223,7 +224,7 @@ def _make_record(
         baseline_with_itself=with_itself,
         provenance=provenance.collect(
             Path(candidate[0].result.vllm_folder),
-            first.kernels_source_hash,
+            candidate[0].result.kernels_source_hash,
             first.environment,
             load,
         ),
