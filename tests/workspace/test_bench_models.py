@@ -105,7 +105,7 @@ def test_local_folder_without_weights_is_dummy(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny_model.CONFIG))
     model = models.resolve(str(folder), "cpu", tmp_path / "models")
-    assert model.weights == "dummy"
+    assert (model.weights, model.path_asked_for) == ("dummy", folder)
     assert (model.tokenizer / "tokenizer.json").is_file()
 
 

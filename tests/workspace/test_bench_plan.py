@@ -144,5 +144,5 @@ def test_missing_engine_or_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_folder_is_repeated_by_its_path() -> None:
-    local = replace(MODEL, source="local folder", folder=Path("/a b/c"), name="c")
+    local = replace(MODEL, folder=Path("/made"), name="c", path_asked_for=Path("/a b/c"))
     assert 'MODEL="/a b/c"' in repeat_command(sample(model=local))

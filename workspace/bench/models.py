@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class Model:
     source: str
     config: dict[str, Any]
     seed: int | None = None
+    path_asked_for: Path | None = None
+    """The local folder that MODEL named, if it named one."""
 
     @property
     def weights_label(self) -> str:
@@ -86,7 +88,7 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
     if name == TINY:
         return _tiny(folder)
     if (path := Path(name).expanduser()).is_dir():
-        return _local(path.resolve(), folder)
+        return replace(_local(path.resolve(), folder), path_asked_for=path.resolve())
     if cached := _from_cache(name):
         return _real(name, cached, "local hub cache")
     downloaded, why_not = _from_hub(name)

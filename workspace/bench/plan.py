@@ -209,10 +209,8 @@ def check_memory(plan: Plan) -> None:
 
 def repeat_command(plan: Plan) -> str:
     """The `make` line that runs the same benchmark again, every default written out."""
-    model = plan.model
-    name = str(model.folder) if model.source.startswith("local folder") else model.name
     values = {
-        "MODEL": name,
+        "MODEL": plan.model.path_asked_for or plan.model.name,
         "METRIC": plan.metric,
         "INPUT_LEN": plan.input_len,
         "OUTPUT_LEN": plan.output_len,
