@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from workspace import index  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
+from workspace.files import write_file  # noqa: E402
 from workspace.paths import LOCKS, PINS, STATE  # noqa: E402
 
 TOOLS = STATE / "tools"
@@ -290,9 +291,7 @@ def ensure_environment(mode: str) -> Path:
             _uv_environment(prefix, uv, python, files)
         else:
             _conda_environment(prefix, uv, files)
-    temporary = stamp.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**wanted, "python": python}))
-    temporary.replace(stamp)
+    write_file(stamp, json.dumps({**wanted, "python": python}).encode())
     return own
 
 

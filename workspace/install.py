@@ -25,6 +25,7 @@ from rich.console import Console
 
 from workspace import bootstrap
 from workspace.errors import WorkspaceError
+from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
 from workspace.paths import FORK_SRC, KERNELS
@@ -136,9 +137,7 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
         "device": device,
         "files": {member.filename: member.CRC for member in members},
     }
-    temporary = MANIFEST.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(MANIFEST)
+    write_file(MANIFEST, json.dumps(record).encode())
     return True
 
 
@@ -178,9 +177,7 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
         raise WorkspaceError(
             f"installing {folder} failed: {lines[-1] if lines else 'no message'}; see {log}"
         )
-    temporary = stamp.with_suffix(".tmp")
-    temporary.write_text(wanted)
-    temporary.replace(stamp)
+    write_file(stamp, wanted.encode())
     # An editable install is a .pth file, which Python reads at its start only.
     site.addsitedir(sysconfig.get_path("purelib"))
     importlib.invalidate_caches()

@@ -17,6 +17,7 @@ from pathlib import Path
 from workspace import index
 from workspace.bootstrap import TOOLS
 from workspace.errors import WorkspaceError
+from workspace.files import write_file
 from workspace.paths import LOCKS, ROOT
 from workspace.pins import Pins, load
 
@@ -115,12 +116,6 @@ def environment_yml(pins: Pins) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def run(*, upgrade: bool = False) -> list[Path]:
     """Write all locks and environment.yml; returns the files."""
     pins = load()
@@ -132,7 +127,7 @@ def run(*, upgrade: bool = False) -> list[Path]:
             (lock_path(version), everywhere),
             (lock_path(version, gpu=True), gpu),
         ):
-            _write(path, header(pins, version) + text)
+            write_file(path, (header(pins, version) + text).encode())
             written.append(path)
-    _write(ENVIRONMENT_YML, environment_yml(pins))
+    write_file(ENVIRONMENT_YML, environment_yml(pins).encode())
     return [*written, ENVIRONMENT_YML]

@@ -4,8 +4,8 @@
 import io
 from pathlib import Path
 
-from workspace.bench.files import write_file
 from workspace.bench.record import Record
+from workspace.files import write_file
 
 GREY, ACCENT, INK = "#7b8794", "#2f6fde", "#1f2933"
 

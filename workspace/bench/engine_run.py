@@ -25,9 +25,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from workspace.bench.files import write_file
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Metric
+from workspace.files import write_file
 
 WARM_ROUNDS = (2, 8)
 """At least and at most so many rounds warm up."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workspace.bench import made_tokenizer, tiny_model
-from workspace.bench.files import new_folder
 from workspace.errors import WorkspaceError
+from workspace.files import new_folder
 from workspace.paths import STATE
 
 Weights = Literal["real", "dummy", "random"]

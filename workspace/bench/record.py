@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict
 from workspace.bench.checks import Agreement
 from workspace.bench.compare import Comparison
 from workspace.bench.engine_run import Round
-from workspace.bench.files import write_file
 from workspace.bench.models import Weights
 from workspace.bench.plan import Metric
 from workspace.bench.provenance import Provenance
+from workspace.files import write_file
 
 
 class _Strict(BaseModel):

@@ -19,7 +19,6 @@ from types import FrameType
 from workspace.bench import chart, checks, models, pristine, processes, provenance, record, report
 from workspace.bench.compare import compare
 from workspace.bench.engine_run import Job, Result
-from workspace.bench.files import remove_partial
 from workspace.bench.plan import (
     BenchOptions,
     Plan,
@@ -39,6 +38,7 @@ from workspace.bench.variants import (
     stock_and_custom,
 )
 from workspace.errors import WorkspaceError
+from workspace.files import remove_partial
 from workspace.paths import RESULTS, STATE
 
 LOCK = STATE / "bench.lock"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace.bench import made_tokenizer
-from workspace.bench.files import new_folder
+from workspace.files import new_folder
 
 SEED = 20251
 FAVOUR = 1.0

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write files and folders that are whole or not there at all, whenever the process dies."""
+"""Write files and folders that are whole or not there at all, whenever the process dies.
+
+Standard library only: this serves before the environment exists.
+"""
+
+from __future__ import annotations
 
 import os
 import shutil

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from workspace.bench.files import PARTIAL, new_folder, remove_partial, write_file
 from workspace.errors import WorkspaceError
+from workspace.files import PARTIAL, new_folder, remove_partial, write_file
 from workspace.paths import ROOT
 
 FULL = Path("/dev/full")
@@ -31,7 +31,7 @@ def test_killed_at_any_moment_the_file_is_old_or_new_and_never_half(tmp_path: Pa
     old, new = b"a" * 4_000_000, b"b" * 4_000_000
     write_file(path, old)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom workspace.bench.files import write_file\n"
+        "import sys\nfrom pathlib import Path\nfrom workspace.files import write_file\n"
         "print('ready', flush=True)\n"
         "while True:\n"
         f"    write_file(Path(sys.argv[1]), b'b' * {len(new)})\n"
