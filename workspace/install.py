@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -28,7 +29,7 @@ from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
-from workspace.paths import FORK_SRC, KERNELS
+from workspace.paths import FORK_SRC, KERNELS, ROOT
 from workspace.pins import Artifact, Device, load
 
 MANIFEST = FORK_SRC / ".git" / "workspace-binaries.json"
@@ -110,10 +111,8 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
     listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(_version()), tree=FORK_SRC)
     # setup.py writes what the release leaves out, e.g. vllm/_version.py.
     tracked = {*listing.split("\0"), *GENERATED}
-    with (
-        zipfile.ZipFile(wheel_path) as wheel,
-        console.status(f"taking the {device} binaries from {artifact.filename}"),
-    ):
+    console.print(f"· taking the {device} binaries from {artifact.filename}")
+    with zipfile.ZipFile(wheel_path) as wheel:
         members = binary_members(wheel, tracked)
         for member in members:
             target = FORK_SRC / member.filename
@@ -154,6 +153,13 @@ def _installer() -> list[str]:
     return [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
 
 
+def _complaint(stderr: str) -> str:
+    """The last line that speaks of an error; uv and pip may end with a hint instead."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"error\b|fatal\b", line, re.IGNORECASE)]
+    return (errors or lines or ["no message"])[-1]
+
+
 def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = None) -> bool:
     """Install `folder` editable unless that was done for the same fingerprint."""
     stamp = Path(sys.prefix) / f"workspace-{folder.name}.json"
@@ -161,22 +167,19 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     if stamp.exists() and stamp.read_text() == wanted:
         return False
     stamp.unlink(missing_ok=True)
-    with console.status(f"installing {folder.parent.name}/{folder.name}, editable"):
-        result = subprocess.run(
-            [*_installer(), "--no-deps", "--no-build-isolation", "-e", str(folder)],
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    console.print(f"· installing {folder.relative_to(ROOT)}, editable")
+    result = subprocess.run(
+        [*_installer(), "--no-deps", "--no-build-isolation", "-e", str(folder)],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if result.returncode:
         log = bootstrap.STATE / "logs" / f"install-{folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(result.stdout + result.stderr)
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        raise WorkspaceError(
-            f"installing {folder} failed: {lines[-1] if lines else 'no message'}; see {log}"
-        )
+        raise WorkspaceError(f"installing {folder} failed: {_complaint(result.stderr)}; see {log}")
     write_file(stamp, wanted.encode())
     # An editable install is a .pth file, which Python reads at its start only.
     site.addsitedir(sysconfig.get_path("purelib"))
