@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import typer
@@ -31,16 +32,32 @@ def option(variable: str, help_text: str) -> Any:
 Text = str | None
 
 
-def set_up(*, engine: bool = True) -> None:
-    """Bring fork, install and kernels up to date, then let the next make in."""
-    from workspace import install
+def set_up(*, engine: bool = True, arch: str | None = None) -> None:
+    """Bring fork, install and kernels up to date, then let the next make in.
 
-    if engine:
-        from workspace import fork
+    Kernels are compiled while the fork is unpacked and installed: neither needs the other.
+    """
+
+    def fork_and_engine() -> None:
+        from workspace import fork, install
 
         fork.ensure()
         install.install_fork(device())  # type: ignore[arg-type]
-    install.install_kernels()
+
+    def kernels_package() -> None:
+        from workspace import install
+
+        install.install_kernels()
+        from workspace import kernels
+
+        kernels.run(arch)
+
+    with ThreadPoolExecutor() as pool:
+        lanes = [pool.submit(kernels_package)]
+        if engine:
+            lanes.append(pool.submit(fork_and_engine))
+        for lane in reversed(lanes):
+            lane.result()
     descriptor = os.environ.pop(LOCK_VARIABLE, None)
     if descriptor:
         os.close(int(descriptor))
@@ -50,9 +67,6 @@ def set_up(*, engine: bool = True) -> None:
 def dev() -> None:
     """Set everything up: environment, fork, binaries, kernels."""
     set_up()
-    from workspace import kernels
-
-    kernels.run()
 
 
 @app.command()
@@ -68,10 +82,7 @@ def kernels(
     arch: Annotated[Text, option("ARCH", "GPU architectures, e.g. 9.0a or 8.0,9.0a.")] = None,
 ) -> None:
     """Compile the kernels that changed."""
-    set_up(engine=False)
-    from workspace import kernels as module
-
-    module.run(arch)
+    set_up(engine=False, arch=arch)
 
 
 @app.command()
@@ -100,9 +111,6 @@ def bench(
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
     set_up()
-    from workspace import kernels
-
-    kernels.run()
     module.run(options)
 
 

@@ -9,14 +9,11 @@ there already is only ever changed when it holds nothing but what we put into it
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import tarfile
+import subprocess
 import tempfile
-import zlib
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -58,22 +55,13 @@ def _identity(name: str, email: str, date: str) -> dict[str, str]:
 
 def unpack(sdist: Path, folder: Path) -> Path:
     """Unpack the sdist into `folder`; returns the one folder that is in it."""
-    trusted: dict[str, Any] = {"filter": "fully_trusted"} if hasattr(tarfile, "data_filter") else {}
-    try:
-        with tarfile.open(sdist) as archive:
-            # What the filter "data" would refuse; Debian 12's Python 3.11.2 does not have it.
-            for member in archive.getmembers():
-                if not (member.isfile() or member.isdir()):
-                    raise tarfile.TarError(f"{member.name} is neither a file nor a folder")
-                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
-                    raise tarfile.TarError(f"{member.name} leaves the archive's folder")
-                member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
-                member.uid, member.gid = os.getuid(), os.getgid()
-                archive.extract(member, folder, **trusted)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise WorkspaceError(
-            f"{sdist} cannot be unpacked ({error}); delete it and run again"
-        ) from None
+    # Python's tarfile takes five times as long, and Debian 12's lacks the filters.
+    command = ["tar", "-xzf", str(sdist), "-C", str(folder), "--no-same-owner"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[0].removeprefix("tar: ")
+        # Its content has the pinned hash, so what is wrong is the place, mostly a full disk.
+        raise WorkspaceError(f"{sdist.name} cannot be unpacked into {folder}: {reason}")
     (tree,) = folder.iterdir()
     return tree
 
@@ -177,12 +165,12 @@ def create(version: str, release: Release, patches: list[Path]) -> None:
     work = Path(tempfile.mkdtemp(dir=FORK, prefix=".src-"))
     try:
         sdist = fetch(release.sdist)
-        with console.status(f"unpacking vLLM {version} and applying {len(patches)} patch(es)"):
-            tree = unpack(sdist, work)
-            commit_pristine(tree, version, release)
-            tip = commit_patches(tree, upstream_tag(version), patches)
-            _move_to(tree, tip, patches_digest(patches))
-            tree.replace(FORK_SRC)
+        console.print(f"· unpacking vLLM {version}, applying {len(patches)} patches")
+        tree = unpack(sdist, work)
+        commit_pristine(tree, version, release)
+        tip = commit_patches(tree, upstream_tag(version), patches)
+        _move_to(tree, tip, patches_digest(patches))
+        tree.replace(FORK_SRC)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

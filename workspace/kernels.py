@@ -45,8 +45,7 @@ def run(arch: str | None = None) -> None:
             )
 
     try:
-        with console.status("compiling kernels"):
-            build.build_all(architectures(arch), progress=report)
+        build.build_all(architectures(arch), progress=report)
     except build.BuildError as error:
         first, _, rest = str(error).partition("\n")
         if rest:
