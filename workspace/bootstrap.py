@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from workspace import index  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
-from workspace.paths import LOCKS, PINS, STATE  # noqa: E402
+from workspace.paths import LOCKS, PINS, STATE, cache_folder  # noqa: E402
 
 TOOLS = STATE / "tools"
 ENVIRONMENTS = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}
@@ -42,7 +42,13 @@ def say(message: str) -> None:
     print(f"· {message}", file=sys.stderr, flush=True)
 
 
-def run(command: list[str], *, env: dict[str, str] | None = None, quiet: bool = False) -> str:
+def run(
+    command: list[str],
+    *,
+    env: dict[str, str] | None = None,
+    cwd: str | None = None,
+    quiet: bool = False,
+) -> str:
     """Run a command that must succeed; its last line of complaint becomes the error.
 
     The set-up lock is passed on: where this process is killed and the command lives on, the
@@ -52,6 +58,7 @@ def run(command: list[str], *, env: dict[str, str] | None = None, quiet: bool = 
     result = subprocess.run(
         command,
         env={**os.environ, **(env or {})},
+        cwd=cwd,
         stdout=subprocess.PIPE if quiet else sys.stderr,
         stderr=subprocess.PIPE if quiet else None,
         text=True,
@@ -124,31 +131,27 @@ def _distribution_pip() -> Path:
     Their bare python3 has neither pip nor ensurepip. apt works here without root because lists
     and cache are kept in our own folder.
     """
-    wheels = list((TOOLS / "apt").glob("usr/share/python-wheels/pip-*.whl"))
-    if wheels:
-        return wheels[0]
+    folder = TOOLS / "pip"
+    for wheel in folder.glob("pip-*.whl"):
+        return wheel
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise WorkspaceError(
             "this Python has no pip, which is needed once to fetch uv; install your "
             "distribution's python3-pip, or give PYTHON=<a Python with pip>"
         )
     say("this Python has no pip: unpacking the distribution's (nothing is installed)")
-    folder = TOOLS / "apt"
-    for name in ("lists/partial", "cache/archives/partial"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    options = [
-        "-qq",
-        "-o", f"Dir::State::Lists={folder / 'lists'}",
-        "-o", f"Dir::Cache={folder / 'cache'}",
-        "-o", "APT::Sandbox::User=",
-    ]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        run(["apt-get", *options, "update"], quiet=True)
-        command = f'cd "{work}" && exec apt-get "$@" download python3-pip-whl'
-        run(["sh", "-c", command, "apt-get", *options], quiet=True)
+        for name in ("lists/partial", "cache/archives/partial"):
+            (Path(work) / name).mkdir(parents=True)
+        apt = ["apt-get", "-qq", "-o", f"Dir::State::Lists={work}/lists"]
+        apt += ["-o", f"Dir::Cache={work}/cache", "-o", "APT::Sandbox::User="]
+        run([*apt, "update"], quiet=True)
+        run([*apt, "download", "python3-pip-whl"], quiet=True, cwd=work)
         (package,) = Path(work).glob("*.deb")
-        run(["dpkg-deb", "-x", str(package), str(folder)], quiet=True)
-    return next((folder / "usr/share/python-wheels").glob("pip-*.whl"))
+        run(["dpkg-deb", "-x", str(package), work], quiet=True)
+        (wheel,) = Path(work).glob("usr/share/python-wheels/pip-*.whl")
+        return wheel.replace(folder / wheel.name)
 
 
 def _pip_command(python: str) -> list[str]:
@@ -158,17 +161,16 @@ def _pip_command(python: str) -> list[str]:
     return [python, str(_distribution_pip() / "pip")]
 
 
-def obtain_uv(python: str, pins: dict) -> Path:
-    """The pinned uv, fetched once through pip (and so through the user's index settings)."""
-    version = pins["uv"]["version"]
-    binary = TOOLS / f"uv-{version}" / "uv"
-    if binary.exists():
-        return binary
-    hashes = [f"--hash=sha256:{value}" for value in pins["uv"]["sha256"].values()]
-    TOOLS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=TOOLS, prefix="uv-") as work:
+def _fetch_uv(python: str, version: str, sha256: str) -> Path:
+    """The wheel of uv, from the cache or through pip (and so the user's index settings)."""
+    folder = cache_folder(sha256)
+    cached = folder / f"uv-{version}.whl"
+    if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == sha256:
+        return cached
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         requirement = Path(work) / "uv.txt"
-        requirement.write_text(f"uv=={version} " + " ".join(hashes) + "\n")
+        requirement.write_text(f"uv=={version} --hash=sha256:{sha256}\n")
         say(f"fetching uv {version}")
         run(
             [*_pip_command(python), "download", "-q", "--no-deps", "--only-binary=:all:",
@@ -176,13 +178,21 @@ def obtain_uv(python: str, pins: dict) -> Path:
             quiet=True,
         )  # fmt: skip
         (wheel,) = Path(work).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            member = next(n for n in archive.namelist() if n.endswith("/scripts/uv"))
-            extracted = Path(work) / "uv"
-            extracted.write_bytes(archive.read(member))
-        extracted.chmod(0o755)
-        binary.parent.mkdir(exist_ok=True)
-        extracted.replace(binary)
+        wheel.replace(cached)
+    return cached
+
+
+def obtain_uv(python: str, pins: dict) -> Path:
+    """The pinned uv, in the checkout's own tools."""
+    version, machine = pins["uv"]["version"], platform.machine()
+    binary = TOOLS / f"uv-{version}" / "uv"
+    if binary.exists():
+        return binary
+    if machine not in pins["uv"]["sha256"]:
+        raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
+    with zipfile.ZipFile(_fetch_uv(python, version, pins["uv"]["sha256"][machine])) as archive:
+        member = next(name for name in archive.namelist() if name.endswith("/scripts/uv"))
+        write_file(binary, archive.read(member), mode=0o755)
     return binary
 
 

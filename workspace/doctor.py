@@ -128,10 +128,10 @@ def tool_chain(release: Release, mode: str) -> Iterator[Check]:
     missing = [name for name in release.cuda.wheels if components[name] is None]
     if mixed:
         text = ", ".join(f"{name} {version}" for name, version in sorted(mixed.items()))
-        yield Check(
-            "CUDA release", "problem", f"mixed with {release.cuda.release}: {text}",
-            "pin them to one release in pins.toml, then: make lock dev",
-        )  # fmt: skip
+        # The packages of a host are its own affair, and not ours to change.
+        status: Status = "note" if mode == "system" else "problem"
+        remedy = "" if mode == "system" else "pin one release in pins.toml, then: make lock dev"
+        yield Check("CUDA release", status, f"mixed with {release.cuda.release}: {text}", remedy)
     elif missing and mode != "system":
         yield Check("CUDA release", "problem", f"missing: {', '.join(missing)}", "make dev")
     else:

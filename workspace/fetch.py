@@ -35,15 +35,8 @@ from urllib3.util import Retry
 
 from workspace import index
 from workspace.errors import WorkspaceError
+from workspace.paths import cache_folder
 from workspace.pins import Artifact
-
-
-def cache_folder() -> Path:
-    """$WORKSPACE_CACHE, else vllm-kernels in the user's cache folder."""
-    given = os.environ.get("WORKSPACE_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-kernels"
 
 
 def sha256(path: Path) -> str:
@@ -127,7 +120,7 @@ def fetch(artifact: Artifact) -> Path:
     Raises:
         WorkspaceError: no network, not in the index, or a sha256 that is not the pinned one.
     """
-    folder = cache_folder() / artifact.sha256[:16]
+    folder = cache_folder(artifact.sha256)
     target = folder / artifact.filename
     if target.exists():
         if sha256(target) == artifact.sha256:

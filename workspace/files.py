@@ -19,7 +19,7 @@ PARTIAL = ".partial-"
 """How the name of every unfinished file or folder begins."""
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write `content` beside `path`, then rename it into place.
 
     Raises:
@@ -33,7 +33,7 @@ def write_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)  # mkstemp's 0600 would hide a shared record from others
+        os.chmod(partial, mode)  # mkstemp's 0600 would hide a shared record from others
         os.replace(partial, path)
     except OSError as error:
         if partial is not None:

@@ -63,7 +63,8 @@ def git(
         raise WorkspaceError("git is missing; install it, e.g. apt-get install git") from None
     if check and result.returncode:
         complaint = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise WorkspaceError(f"git {arguments[0]} in {tree}: {complaint[-1]}")
+        verb = next(word for word in arguments if word[0] != "-" and "=" not in word)
+        raise WorkspaceError(f"git {verb} in {tree}: {complaint[-1]}")
     return result.stdout.decode(errors="surrogateescape") if not result.returncode else ""
 
 

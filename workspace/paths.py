@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where things live in a checkout. Nothing else spells these paths out."""
 
+from __future__ import annotations
+
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,3 +17,13 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 STATE = ROOT / ".workspace"
 """What the workspace makes and can make again: tools, logs, compiled kernels, models."""
+
+
+def cache_folder(sha256: str) -> Path:
+    """Where a fetched file with this sha256 is kept, for all checkouts of this user.
+
+    In $WORKSPACE_CACHE, else in vllm-kernels of the user's cache folder.
+    """
+    given = os.environ.get("WORKSPACE_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else home / "vllm-kernels") / sha256[:16]

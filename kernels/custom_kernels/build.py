@@ -211,10 +211,6 @@ def toolchain() -> Toolchain:
     """Find nvcc, the host compiler and tvm-ffi. Raises BuildError with the remedy if one is
     missing."""
     nvcc, origin = _find_nvcc()
-    if origin == "system":
-        log.warning(
-            "compiling with %s, which is the system's: this environment holds no nvcc", nvcc
-        )
     cxx = _find_cxx()
     tvm_ffi = importlib.util.find_spec("tvm_ffi")
     if tvm_ffi is None or not tvm_ffi.submodule_search_locations:
@@ -222,7 +218,7 @@ def toolchain() -> Toolchain:
             f"apache-tvm-ffi is not installed for {sys.executable}, and kernels cannot be compiled "
             "without its headers: run `make dev`, or install the package apache-tvm-ffi"
         )
-    cuda_package = _site_packages() / "nvidia" / "cu13"
+    cuda_package = _cuda_package()
     home = nvcc.parent.parent
     folders = [cuda_package, *home.glob("targets/x86_64-linux"), home]
     return Toolchain(
@@ -248,7 +244,7 @@ def _find_nvcc() -> tuple[Path, str]:
     prefix = Path(sys.prefix)
     if (prefix / "conda-meta").is_dir() and (prefix / "bin" / "nvcc").is_file():
         return prefix / "bin" / "nvcc", "conda"
-    packaged = _site_packages() / "nvidia" / "cu13" / "bin" / "nvcc"
+    packaged = _cuda_package() / "bin" / "nvcc"
     if packaged.is_file():
         return packaged, "packages"
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -276,8 +272,12 @@ def _find_cxx() -> Path:
     )
 
 
-def _site_packages() -> Path:
-    return Path(sysconfig.get_path("purelib"))
+def _cuda_package() -> Path:
+    """nvidia/cu13, in whichever of this interpreter's folders the packages are."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(name) for name in (spec.submodule_search_locations or [])] if spec else []
+    found = [folder / "cu13" for folder in folders if (folder / "cu13").is_dir()]
+    return found[0] if found else Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 
 
 def _version(command: list[str], pattern: str) -> str:
@@ -426,6 +426,10 @@ def _existing(source: Source, device_architecture: str) -> Path | None:
 
 def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
     tools = toolchain()
+    if tools.origin == "system":
+        log.warning(
+            "compiling with %s, which is the system's: this environment holds no nvcc", tools.nvcc
+        )
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f"{source.name}-", suffix=".tmp", dir=path.parent))
     except OSError as error:

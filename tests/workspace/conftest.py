@@ -92,6 +92,8 @@ def sdist_bytes(files: dict[str, str], folder: str = "vllm-0.25.1") -> bytes:
         for name, text in files.items():
             entry = tarfile.TarInfo(f"{folder}/{name}")
             entry.size, entry.mode = len(text.encode()), 0o644
+            # A user that every Debian has and that is not the one who runs this.
+            entry.uname, entry.gname, entry.uid, entry.gid = "games", "games", 5, 60
             archive.addfile(entry, io.BytesIO(text.encode()))
     return buffer.getvalue()
 

@@ -9,6 +9,7 @@ import pytest
 from tests.workspace.bench_samples import plan
 from workspace.bench import variants
 from workspace.bench.plan import Device
+from workspace.paths import ROOT
 
 LOG = Path("log")
 
@@ -104,3 +105,10 @@ def test_a_gpu_gets_none_of_the_settings_for_the_cpu() -> None:
     assert "--max-num-seqs" not in variants.arguments(on_gpu)
     settings = variants.common_settings(on_gpu)
     assert not [name for name in settings if "CPU" in name or "MULTIPROCESSING" in name]
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine() -> None:
+    model = replace(plan().model, folder=ROOT / ".workspace/models/x", tokenizer=ROOT / "tokens")
+    line = variants.command_line(plan(model=model), variants.Variant("stock"))
+    assert "--model .workspace/models/x --tokenizer tokens" in line
+    assert str(ROOT) not in line

@@ -56,6 +56,7 @@ def test_a_mixed_tool_chain_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.status == "problem"
     assert "nvidia-cuda-crt 13.5.37" in check.detail
     assert "make lock" in check.remedy
+    assert next(iter(doctor.tool_chain(release, "system"))).status == "note"
 
 
 def test_a_package_off_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

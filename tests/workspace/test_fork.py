@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -160,6 +161,13 @@ def test_a_member_that_leaves_the_archive_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="cannot be unpacked"):
         fork.unpack(archive, tmp_path / "in")
     assert not (tmp_path / "outside").exists()
+
+
+def test_the_files_are_the_users_whoever_packed_them(release: Release) -> None:
+    """A sdist names its packer, and root's tar would give the files to a user of that name."""
+    fork.ensure()
+    owners = {path.stat().st_uid for path in fork.FORK_SRC.rglob("*")}
+    assert owners == {os.getuid()}
 
 
 # --- our own patches ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Plan
+from workspace.paths import ROOT
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
@@ -107,10 +108,12 @@ def arguments(plan: Plan) -> list[str]:
 
 
 def command_line(plan: Plan, variant: Variant) -> str:
-    """The variant as a shell command, for the record."""
+    """The variant as a shell command, for the record: run it in the root of the checkout."""
     settings = {**common_settings(plan), **variant.switches}
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, arguments(plan))])
+    # A record may be published, and where the checkout lies is nobody's business.
+    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan)]
+    return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
 
 
 def sum_lengths(plan: Plan) -> int:
