@@ -21,7 +21,7 @@ from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def option(variable: str, help_text: str) -> Any:

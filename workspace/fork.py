@@ -27,7 +27,7 @@ GENERATED = ("PKG-INFO", "vllm.egg-info", "vllm/_version.py")
 EPOCH = "2000-01-01T00:00:00+00:00"
 """The pristine commit's date: fixed, so that the same release is the same commit everywhere."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def patch_files(version: str) -> list[Path]:

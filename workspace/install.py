@@ -35,7 +35,7 @@ from workspace.pins import Artifact, Device, load
 MANIFEST = FORK_SRC / ".git" / "workspace-binaries.json"
 """Which wheel the compiled files in src come from, with the CRC-32 of each."""
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def version_label(version: str, device: Device, cuda_release: str) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from workspace.errors import WorkspaceError
 from workspace.pins import load
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def architectures(asked: str | None) -> list[str]:

@@ -39,6 +39,7 @@ SOURCES = {
         "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'\n"
         "[project]\nname = 'vllm'\ndynamic = ['version']\n"
     ),
+    ".gitignore": "__pycache__/\n",
     "vllm/__init__.py": "VALUE = 1\n",
     "vllm/envs.py": "first = 1\nsecond = 2\nthird = 3\n",
     "vllm/kept.py": "untouched = True\n",
