@@ -47,7 +47,7 @@ LOGS = STATE / "logs"
 
 SEED = 1
 """Seed of the first warm-up; round k uses SEED + k in every process of both variants."""
-BUSY = 0.3
+BUSY = 0.5
 """Share of the cores that others may use before it is worth a word."""
 NEW_TOKENS = 24
 TOP = 8

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation claims is what the code has and the records say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from workspace.cli import app
+from workspace.paths import BENCHMARKS, PATCHES, ROOT
+from workspace.pins import load
+
+README = (ROOT / "README.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]
+
+
+def verbs() -> dict[str, set[str]]:
+    """Each verb of the command line with the make variables it reads."""
+    group = typer.main.get_command(app)
+    return {
+        name: {parameter.envvar for parameter in command.params if parameter.envvar}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+
+
+def documented() -> dict[str, set[str]]:
+    rows = re.findall(r"^\| `make ([a-z-]+)` \|[^|]*\|(.*)\|$", README, re.MULTILINE)
+    return {verb: set(re.findall(r"`([A-Z_]+)", cell)) for verb, cell in rows}
+
+
+def test_makefile_readme_and_command_line_have_the_same_verbs() -> None:
+    targets = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE)) - {"help"}
+    # `clean` removes the environment, so it runs before there is a command line.
+    assert targets == set(verbs()) | {"clean"} == set(documented())
+
+
+@pytest.mark.parametrize("verb", sorted(verbs()))
+def test_every_variable_of_a_verb_is_documented(verb: str) -> None:
+    assert verbs()[verb] - documented()[verb] == set()
+
+
+def test_make_help_lists_every_verb() -> None:
+    listed = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for verb in documented():
+        assert f"make {verb} " in listed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_versions_named_are_the_pinned_ones() -> None:
+    release = load().release()
+    for words in (
+        f"vLLM {load().vllm.default}", f"torch {release.torch}", f"triton {release.triton}",
+        f"CUDA {release.cuda.release}",
+    ):  # fmt: skip
+        assert words in README
+    assert release.cupy in README
+
+
+def test_the_figures_quoted_are_those_of_the_records() -> None:
+    page = (BENCHMARKS / "README.md").read_text()
+    for name in ("qwen2.5-0.5b-throughput-h100", "qwen2.5-0.5b-latency-h100",
+                 "tiny-qwen2-throughput-cpu", "tiny-qwen2-pristine-cpu"):  # fmt: skip
+        record = json.loads((BENCHMARKS / "engine" / f"{name}.json").read_text())
+        found = record["comparison"]
+        low, high = found["interval"]
+        quoted = f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        row = next(line for line in page.splitlines() if f"engine/{name}.json" in line)
+        assert quoted in row
+        assert found["verdict"] in row
+        assert record["valid"] is True
+
+
+def test_the_kernel_figures_quoted_are_those_of_the_record() -> None:
+    record = json.loads((BENCHMARKS / "kernels" / "gemm-cublaslt-h100.json").read_text())
+    assert record["failures"] == []
+    found = record["summary"]["all"]
+    count = found["verdicts"]
+    words = (
+        f"geometric mean {found['geometric_mean']:.3f}",
+        f"{count['FASTER']} faster, {count['SAME']} same, {count['AMBIGUOUS']} ambiguous, "
+        f"{count['SLOWER']} slower ({found['lowest']:.3f}",
+    )
+    for page in ("README.md", "benchmarks/README.md"):
+        text = " ".join((ROOT / page).read_text().split())
+        assert all(word in text for word in words)
+
+
+def test_the_size_of_the_fork_is_as_said() -> None:
+    patches = sorted((PATCHES / load().vllm.default).glob("*.patch"))
+    lines = [
+        line
+        for patch in patches
+        for line in patch.read_text().splitlines()
+        if re.match(r"\+(?!\+\+)", line)
+    ]
+    page = (ROOT / "vllm-fork" / "README.md").read_text()
+    assert f"{len(lines)} lines in two patches" in page
+    assert len(patches) == 2
