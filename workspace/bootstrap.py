@@ -125,40 +125,46 @@ def find_python() -> str:
 # --- uv -------------------------------------------------------------------------------------
 
 
-def _distribution_pip() -> Path:
-    """Pip as Debian and Ubuntu package it for their venv, unpacked, not installed.
+def distribution_file(package: str, pattern: str, why: str) -> Path:
+    """One file of a Debian or Ubuntu package, unpacked into our tools; nothing is installed.
 
-    Their bare python3 has neither pip nor ensurepip. apt works here without root because lists
-    and cache are kept in our own folder.
+    apt works here without root because lists and cache are kept in our own folder.
+
+    Raises:
+        WorkspaceError: no apt, or apt cannot get the package; says what to install.
     """
-    folder = TOOLS / "pip"
-    for wheel in folder.glob("pip-*.whl"):
-        return wheel
+    folder = TOOLS / package
+    for found in folder.glob("*"):
+        if found.is_file():
+            return found
+    remedy = f"{why}; install your distribution's {package} (Debian, Ubuntu: apt-get install it)"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise WorkspaceError(
-            "this Python has no pip, which is needed once to fetch uv; install your "
-            "distribution's python3-pip, or give PYTHON=<a Python with pip>"
-        )
-    say("this Python has no pip: unpacking the distribution's (nothing is installed)")
+        raise WorkspaceError(remedy)
+    say(f"{why}: unpacking the distribution's {package} (nothing is installed)")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         for name in ("lists/partial", "cache/archives/partial"):
             (Path(work) / name).mkdir(parents=True)
         apt = ["apt-get", "-qq", "-o", f"Dir::State::Lists={work}/lists"]
         apt += ["-o", f"Dir::Cache={work}/cache", "-o", "APT::Sandbox::User="]
-        run([*apt, "update"], quiet=True)
-        run([*apt, "download", "python3-pip-whl"], quiet=True, cwd=work)
-        (package,) = Path(work).glob("*.deb")
-        run(["dpkg-deb", "-x", str(package), work], quiet=True)
-        (wheel,) = Path(work).glob("usr/share/python-wheels/pip-*.whl")
-        return wheel.replace(folder / wheel.name)
+        try:
+            run([*apt, "update"], quiet=True)
+            run([*apt, "download", package], quiet=True, cwd=work)
+        except WorkspaceError as error:
+            raise WorkspaceError(f"{remedy}. Getting it failed: {error}") from None
+        (archive,) = Path(work).glob("*.deb")
+        run(["dpkg-deb", "-x", str(archive), work], quiet=True)
+        file = next(path for path in sorted(Path(work).rglob(pattern)) if path.is_file())
+        return file.resolve().replace(folder / file.name)
 
 
 def _pip_command(python: str) -> list[str]:
     has_pip = subprocess.run([python, "-c", "import pip"], capture_output=True, check=False)
     if has_pip.returncode == 0:
         return [python, "-m", "pip"]
-    return [python, str(_distribution_pip() / "pip")]
+    # The bare python3 of Debian and Ubuntu has neither pip nor ensurepip; their venv has.
+    why = "this Python has no pip, which is needed once to fetch uv"
+    return [python, str(distribution_file("python3-pip-whl", "pip-*.whl", why) / "pip")]
 
 
 def _fetch_uv(python: str, version: str, sha256: str) -> Path:

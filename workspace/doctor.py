@@ -233,6 +233,8 @@ def vllm() -> Check:
         )  # fmt: skip
     if wanted == "cpu" and not (FORK_SRC / "vllm" / cpu_library()).exists():
         return Check("vLLM", "problem", f"this CPU needs {cpu_library()}", "make dev")
+    if wanted == "cpu" and not install.has_libnuma():
+        return Check("vLLM", "problem", f"{version} needs libnuma.so.1", "make dev")
     detail = f"{version}, editable from vllm-fork/src, {manifest['device']} binaries"
     return Check("vLLM", "ok", detail + (f" ({cpu_library()})" if wanted == "cpu" else ""))
 

@@ -9,6 +9,7 @@ compiler runs.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -187,11 +188,36 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     return True
 
 
+def has_libnuma() -> bool:
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def ensure_libnuma() -> None:
+    """Give the environment the one library that vLLM's CPU binaries take from the system.
+
+    A .pth file loads it at the start of every Python of this environment; the loader then finds
+    it loaded when the binaries ask for it by name.
+    """
+    if has_libnuma():
+        return
+    why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
+    found = bootstrap.distribution_file("libnuma1", "libnuma.so.1.*", why)
+    write_file(Path(sys.prefix) / "lib" / "libnuma.so.1", found.read_bytes(), mode=0o755)
+    line = "import ctypes, sys; ctypes.CDLL(sys.prefix + '/lib/libnuma.so.1')\n"
+    write_file(Path(sysconfig.get_path("purelib")) / "workspace-libnuma.pth", line.encode())
+
+
 def install_fork(device: Device) -> None:
     """Binaries for the device, then the editable install under a version that names it."""
     version = _version()
     release = load().release()
     place_binaries(release.binary(device), device)
+    if device == "cpu":
+        ensure_libnuma()
     label = version_label(version, device, release.cuda.release)
     build = (FORK_SRC / "setup.py").read_bytes() + (FORK_SRC / "pyproject.toml").read_bytes()
     editable(

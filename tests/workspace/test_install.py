@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ctypes
 import io
+import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests.workspace.conftest import wheel_bytes
-from workspace import install
+from workspace import bootstrap, install
+from workspace.errors import WorkspaceError
 from workspace.fork_tree import git
-from workspace.paths import FORK_SRC
+from workspace.paths import FORK_SRC, ROOT
 
 TRACKED = {"setup.py", "vllm/__init__.py", "vllm/third_party/__init__.py"}
 
@@ -52,3 +58,30 @@ def test_the_binaries_of_this_checkout_are_those_of_the_wheel() -> None:
 def test_git_in_the_fork_does_not_see_the_binaries() -> None:
     untracked = git("ls-files", "--others", "--exclude-standard", tree=FORK_SRC).splitlines()
     assert set(untracked).isdisjoint(install.read_manifest()["files"])
+
+
+def test_a_system_without_libnuma_gets_it_from_the_distribution(tmp_path: Path) -> None:
+    """Real apt and dpkg, into a folder of our own: nothing is installed and root is not needed."""
+    if not shutil.which("apt-get"):
+        pytest.skip("needs Debian's or Ubuntu's apt-get")
+    code = (
+        "from pathlib import Path; import sys; from workspace import bootstrap; "
+        "bootstrap.TOOLS = Path(sys.argv[1]); "
+        "print(bootstrap.distribution_file('libnuma1', 'libnuma.so.1.*', 'a test'))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    for _ in range(2):  # the second time from what is there
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ctypes.CDLL(result.stdout.strip())
+    assert [path.name for path in (tmp_path / "libnuma1").iterdir()] == [
+        Path(result.stdout.strip()).name
+    ]
+
+
+def test_without_apt_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "TOOLS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(WorkspaceError, match="a reason; install your distribution's libnuma1"):
+        bootstrap.distribution_file("libnuma1", "libnuma.so.1.*", "a reason")
