@@ -67,6 +67,7 @@ def set_up(*, engine: bool = True, arch: str | None = None) -> None:
 def dev() -> None:
     """Set everything up: environment, fork, binaries, kernels."""
     set_up()
+    console.print("· ready")
 
 
 @app.command()

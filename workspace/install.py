@@ -79,6 +79,15 @@ def exclude_patterns(names: list[str], tracked: set[str]) -> list[str]:
     return sorted(patterns)
 
 
+def hide(patterns: list[str]) -> None:
+    """Add the patterns to git's local excludes, below what the user has there."""
+    exclude = FORK_SRC / ".git" / "info" / "exclude"
+    header = "# Below, written by `make dev`: compiled files from the released wheel.\n"
+    users = exclude.read_text().split(header)[0] if exclude.exists() else ""
+    text = users + header + "".join(f"{pattern}\n" for pattern in [*patterns, "*.partial"])
+    write_file(exclude, text.encode())
+
+
 def place_binaries(artifact: Artifact, device: Device) -> bool:
     """Extract the wheel's compiled files into src; True when something was done.
 
@@ -124,13 +133,7 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
                     sink.write(chunk)
             temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
             temporary.replace(target)
-    patterns = exclude_patterns([m.filename for m in members], tracked)
-    exclude = FORK_SRC / ".git" / "info" / "exclude"
-    exclude.parent.mkdir(exist_ok=True)
-    exclude.write_text(
-        "# Compiled files that `make dev` took from the released wheel.\n"
-        + "".join(f"{pattern}\n" for pattern in [*patterns, "*.partial"])
-    )
+    hide(exclude_patterns([m.filename for m in members], tracked))
     record = {
         "wheel": artifact.filename,
         "sha256": artifact.sha256,

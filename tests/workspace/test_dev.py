@@ -56,7 +56,7 @@ def test_dev_makes_everything_and_a_second_run_nothing(ready_checkout: Checkout)
         result = ready_checkout.make("dev")
         times.append(time.perf_counter() - started)
         assert result.returncode == 0
-        assert result.stdout.strip() == ""
+        assert result.stdout.strip() == "· ready"
     print(f"nothing to do: {min(times):.2f} s")
 
 
@@ -70,9 +70,12 @@ def test_an_edit_in_src_is_live_and_survives_dev(ready_checkout: Checkout) -> No
 
 
 def test_missing_binaries_come_back(ready_checkout: Checkout) -> None:
+    exclude = ready_checkout.src / ".git" / "info" / "exclude"
+    exclude.write_text("/mine/\n" + exclude.read_text())
     (ready_checkout.src / "vllm/_C.abi3.so").unlink()
     assert ready_checkout.make("dev").returncode == 0
     assert_whole(ready_checkout)
+    assert exclude.read_text().startswith("/mine/\n# Below")
 
 
 def test_a_missing_environment_comes_back(ready_checkout: Checkout) -> None:
