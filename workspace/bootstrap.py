@@ -36,6 +36,10 @@ from workspace.paths import LOCKS, PINS, STATE, cache_folder  # noqa: E402
 TOOLS = STATE / "tools"
 ENVIRONMENTS = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}
 LOCK_VARIABLE = "WORKSPACE_LOCK_FD"
+INDEX_REMEDY = (
+    "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
+    "another index, and run the same command again"
+)
 
 
 def say(message: str) -> None:
@@ -48,8 +52,12 @@ def run(
     env: dict[str, str] | None = None,
     cwd: str | None = None,
     quiet: bool = False,
+    failure: str = "",
 ) -> str:
-    """Run a command that must succeed; its last line of complaint becomes the error.
+    """Run a command that must succeed.
+
+    `failure` says in one line what could not be done and what to do about it; the error ends with
+    the command's last line of complaint, unless that was shown already (not `quiet`).
 
     The set-up lock is passed on: where this process is killed and the command lives on, the
     next run waits for it instead of writing to the same files.
@@ -68,7 +76,8 @@ def run(
     if result.returncode:
         complaint = [line for line in (result.stderr or "").splitlines() if line.strip()]
         reason = complaint[-1].strip() if complaint else f"exit status {result.returncode}"
-        raise WorkspaceError(f"{' '.join(command[:4])} … failed: {reason}")
+        what = failure or f"{' '.join(command[:4])} … failed"
+        raise WorkspaceError(f"{what}: {reason}" if complaint or not failure else what)
     return result.stdout or ""
 
 
@@ -125,8 +134,8 @@ def find_python() -> str:
 # --- uv -------------------------------------------------------------------------------------
 
 
-def distribution_file(package: str, pattern: str, why: str) -> Path:
-    """One file of a Debian or Ubuntu package, unpacked into our tools; nothing is installed.
+def distribution_package(package: str, why: str) -> Path:
+    """A folder with the files of a Debian or Ubuntu package, in our tools; nothing is installed.
 
     apt works here without root because lists and cache are kept in our own folder.
 
@@ -134,28 +143,24 @@ def distribution_file(package: str, pattern: str, why: str) -> Path:
         WorkspaceError: no apt, or apt cannot get the package; says what to install.
     """
     folder = TOOLS / package
-    for found in folder.glob("*"):
-        if found.is_file():
-            return found
+    if folder.exists():
+        return folder
     remedy = f"{why}; install your distribution's {package} (Debian, Ubuntu: apt-get install it)"
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise WorkspaceError(remedy)
     say(f"{why}: unpacking the distribution's {package} (nothing is installed)")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        for name in ("lists/partial", "cache/archives/partial"):
+    TOOLS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=TOOLS, prefix="apt-") as work:
+        for name in ("lists/partial", "cache/archives/partial", "files"):
             (Path(work) / name).mkdir(parents=True)
         apt = ["apt-get", "-qq", "-o", f"Dir::State::Lists={work}/lists"]
         apt += ["-o", f"Dir::Cache={work}/cache", "-o", "APT::Sandbox::User="]
-        try:
-            run([*apt, "update"], quiet=True)
-            run([*apt, "download", package], quiet=True, cwd=work)
-        except WorkspaceError as error:
-            raise WorkspaceError(f"{remedy}. Getting it failed: {error}") from None
+        run([*apt, "update"], quiet=True, failure=remedy)
+        run([*apt, "download", package], quiet=True, cwd=work, failure=remedy)
         (archive,) = Path(work).glob("*.deb")
-        run(["dpkg-deb", "-x", str(archive), work], quiet=True)
-        file = next(path for path in sorted(Path(work).rglob(pattern)) if path.is_file())
-        return file.resolve().replace(folder / file.name)
+        run(["dpkg-deb", "-x", str(archive), f"{work}/files"], quiet=True)
+        (Path(work) / "files").replace(folder)
+    return folder
 
 
 def _pip_command(python: str) -> list[str]:
@@ -164,7 +169,9 @@ def _pip_command(python: str) -> list[str]:
         return [python, "-m", "pip"]
     # The bare python3 of Debian and Ubuntu has neither pip nor ensurepip; their venv has.
     why = "this Python has no pip, which is needed once to fetch uv"
-    return [python, str(distribution_file("python3-pip-whl", "pip-*.whl", why) / "pip")]
+    folder = distribution_package("python3-pip-whl", why)
+    (wheel,) = folder.glob("usr/share/python-wheels/pip-*.whl")
+    return [python, str(wheel / "pip")]
 
 
 def _fetch_uv(python: str, version: str, sha256: str) -> Path:
@@ -182,6 +189,7 @@ def _fetch_uv(python: str, version: str, sha256: str) -> Path:
             [*_pip_command(python), "download", "-q", "--no-deps", "--only-binary=:all:",
              "--require-hashes", "-r", str(requirement), "-d", work],
             quiet=True,
+            failure=f"uv {version} could not be fetched; {INDEX_REMEDY}",
         )  # fmt: skip
         (wheel,) = Path(work).glob("*.whl")
         wheel.replace(cached)
@@ -243,7 +251,8 @@ def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> N
     command += ["--reinstall"] if interrupted else []
     for path in files:
         command += ["-r", str(path)]
-    run(command, env=index.uv_environment())
+    failure = f"the locked packages could not be installed (uv says why above); {INDEX_REMEDY}"
+    run(command, env=index.uv_environment(), failure=failure)
     installing.unlink()
 
 

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -62,12 +61,8 @@ def python() -> Check:
     supported = load().python.supported
     if ".".join(version.split(".")[:2]) not in supported:
         return Check("Python", "problem", version, f"give PYTHON= one of {', '.join(supported)}")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return Check(
-            "Python", "note",
-            f"{version}, without headers: Triton on a GPU and torch.compile need Python.h",
-            "Debian, Ubuntu: apt-get install python3-dev",
-        )  # fmt: skip
+    if not install.has_headers():
+        return Check("Python", "problem", f"{version}, without Python.h", "make dev")
     return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
 
 

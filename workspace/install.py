@@ -199,19 +199,40 @@ def has_libnuma() -> bool:
     return True
 
 
-def ensure_libnuma() -> None:
-    """Give the environment the one library that vLLM's CPU binaries take from the system.
+def has_headers() -> bool:
+    """Whether a C++ compiler would find Python.h."""
+    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    return any((Path(folder) / "Python.h").exists() for folder in folders if folder)
 
-    A .pth file loads it at the start of every Python of this environment; the loader then finds
-    it loaded when the binaries ask for it by name.
+
+def _at_every_start(name: str, line: str) -> None:
+    """Have every Python of this environment run `line` first, this one from now on."""
+    packages = sysconfig.get_path("purelib")
+    write_file(Path(packages) / f"workspace-{name}.pth", f"{line}\n".encode())
+    site.addsitedir(packages)
+
+
+def ensure_system_files(device: Device) -> None:
+    """Bring along what the engine takes from the system and a bare one lacks.
+
+    vLLM's CPU binaries need libnuma: once it is loaded, the loader finds it by name. What
+    torch.compile and Triton compile at run time includes Python.h: compilers look into CPATH.
     """
-    if has_libnuma():
-        return
-    why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
-    found = bootstrap.distribution_file("libnuma1", "libnuma.so.1.*", why)
-    write_file(Path(sys.prefix) / "lib" / "libnuma.so.1", found.read_bytes(), mode=0o755)
-    line = "import ctypes, sys; ctypes.CDLL(sys.prefix + '/lib/libnuma.so.1')\n"
-    write_file(Path(sysconfig.get_path("purelib")) / "workspace-libnuma.pth", line.encode())
+    if device == "cpu" and not has_libnuma():
+        why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
+        folder = bootstrap.distribution_package("libnuma1", why)
+        (library,) = folder.glob("usr/lib/*/libnuma.so.1")
+        _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!r})")
+    if not has_headers():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        why = "vLLM compiles at run time and needs Python.h, which this system lacks"
+        include = bootstrap.distribution_package(f"libpython{version}-dev", why) / "usr/include"
+        added = os.pathsep.join([str(include / f"python{version}"), str(include)])
+        _at_every_start(
+            "headers",
+            f"import os; added = {added!r}; old = os.environ.get('CPATH', ''); "
+            "added in old or os.environ.update(CPATH=added + (os.pathsep + old if old else ''))",
+        )
 
 
 def install_fork(device: Device) -> None:
@@ -219,8 +240,7 @@ def install_fork(device: Device) -> None:
     version = _version()
     release = load().release()
     place_binaries(release.binary(device), device)
-    if device == "cpu":
-        ensure_libnuma()
+    ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
     build = (FORK_SRC / "setup.py").read_bytes() + (FORK_SRC / "pyproject.toml").read_bytes()
     editable(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,26 @@ def test_a_wrong_variable_is_one_line_and_no_traceback(
     result = small_checkout.make("dev", **variables)
     assert result.returncode != 0
     assert f"error: {says}" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_an_index_out_of_reach_is_one_clear_error(small_checkout: Checkout, tmp_path: Path) -> None:
+    nowhere = {
+        "UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple",
+        "UV_CACHE_DIR": str(tmp_path / "uv"),
+        "UV_HTTP_RETRIES": "0",
+    }
+    result = small_checkout.make("dev", **nowhere)
+    assert result.returncode != 0
+    assert result.stdout.count("error: the locked packages could not be installed") == 1
+    assert "check the network" in result.stdout
+    assert "Traceback" not in result.stdout
+    for tool in (small_checkout.root / ".workspace" / "tools").glob("uv-*"):
+        shutil.rmtree(tool)
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    result = small_checkout.make("dev", **nowhere)
+    assert result.returncode != 0
+    assert "could not be fetched; check the network" in result.stdout
     assert "Traceback" not in result.stdout
 
 

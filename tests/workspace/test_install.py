@@ -60,22 +60,51 @@ def test_git_in_the_fork_does_not_see_the_binaries() -> None:
     assert set(untracked).isdisjoint(install.read_manifest()["files"])
 
 
-def test_a_system_without_libnuma_gets_it_from_the_distribution(tmp_path: Path) -> None:
+def test_a_bare_system_gets_what_it_lacks_from_the_distribution(tmp_path: Path) -> None:
     """Real apt and dpkg, into a folder of our own: nothing is installed and root is not needed."""
     if not shutil.which("apt-get"):
         pytest.skip("needs Debian's or Ubuntu's apt-get")
     code = (
         "from pathlib import Path; import sys; from workspace import bootstrap; "
         "bootstrap.TOOLS = Path(sys.argv[1]); "
-        "print(bootstrap.distribution_file('libnuma1', 'libnuma.so.1.*', 'a test'))"
+        "print(bootstrap.distribution_package('libnuma1', 'a test'))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     for _ in range(2):  # the second time from what is there
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    ctypes.CDLL(result.stdout.strip())
-    assert [path.name for path in (tmp_path / "libnuma1").iterdir()] == [
-        Path(result.stdout.strip()).name
-    ]
+    assert result.stdout.strip() == str(tmp_path / "libnuma1")
+    assert [path.name for path in tmp_path.iterdir()] == ["libnuma1"]
+    (library,) = (tmp_path / "libnuma1").glob("usr/lib/*/libnuma.so.1")
+    ctypes.CDLL(str(library))
+
+
+def test_what_is_brought_along_is_there_in_every_later_python(tmp_path: Path) -> None:
+    """A library and headers of a test's own, in a new environment over this one."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    host = [path for path in sys.path if path.endswith("-packages")]
+    line = "import os; added = '/a:/b'; os.environ.update(CPATH=added)"
+    code = (
+        f"import sys; sys.path += {host!r}; sys.path.insert(0, {str(ROOT)!r}); "
+        f"from workspace import install; install._at_every_start('test', {line!r}); "
+        "import os; print(os.environ['CPATH'])"
+    )
+    here = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    later = subprocess.run(
+        [python, "-c", "import os; print(os.environ['CPATH'])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert here.stdout == later.stdout == "/a:/b\n"
+
+
+def test_headers_are_seen_where_a_compiler_would_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install.sysconfig, "get_path", lambda _name: str(tmp_path / "none"))
+    monkeypatch.setenv("CPATH", f":{tmp_path}")
+    assert not install.has_headers()
+    (tmp_path / "Python.h").touch()
+    assert install.has_headers()
 
 
 def test_without_apt_the_error_says_what_to_install(
@@ -84,4 +113,4 @@ def test_without_apt_the_error_says_what_to_install(
     monkeypatch.setattr(bootstrap, "TOOLS", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(WorkspaceError, match="a reason; install your distribution's libnuma1"):
-        bootstrap.distribution_file("libnuma1", "libnuma.so.1.*", "a reason")
+        bootstrap.distribution_package("libnuma1", "a reason")
