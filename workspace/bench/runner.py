@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from types import FrameType
 
+import psutil
+
 from workspace.bench import chart, checks, models, pristine, processes, provenance, record, report
 from workspace.bench.compare import compare
 from workspace.bench.engine_run import Job, Result
@@ -47,8 +49,8 @@ LOGS = STATE / "logs"
 
 SEED = 1
 """Seed of the first warm-up; round k uses SEED + k in every process of both variants."""
-BUSY = 0.5
-"""Share of the cores that others may use before it is worth a word."""
+BUSY = 0.2
+"""Share of the processors that others may use before it is worth a word."""
 NEW_TOKENS = 24
 TOP = 8
 """Greedy tokens per prompt, and how many log-probabilities of each step are compared."""
@@ -95,8 +97,9 @@ def run(options: BenchOptions) -> None:
         report.say(f"{made.model.name}: {made.model.weights_label}, from: {made.model.source}")
 
         started, load = datetime.now(UTC), os.getloadavg()[0]
-        if load > BUSY * (os.cpu_count() or 1):
-            report.say(f"this machine is busy (load {load:.1f}): expect scattered figures")
+        busy = psutil.cpu_percent(interval=0.5) / 100
+        if busy > BUSY:
+            report.say(f"others use {busy:.0%} of this machine: expect scattered figures")
         run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(made.model.name)}-{made.metric}"
         sides = pristine.sides(made) if made.baseline == "pristine" else stock_and_custom(made)
         done = _run_all(made, sides, run_id)
