@@ -7,6 +7,7 @@ up needs, and a "vLLM" release of a few files with the layout of the real one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -15,12 +16,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -259,3 +262,20 @@ def ready_checkout(_ready: Checkout) -> Iterator[Checkout]:
     _ready.git("clean", "-qfd")
     result = _ready.make("dev", "FORCE=1")
     assert result.returncode == 0, result.stdout
+
+
+def still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after so long.
+
+    In a container nobody may collect an orphan that has ended, so a zombie counts as ended.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        alive = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+        if not alive or time.monotonic() > end:
+            return alive
+        time.sleep(0.05)

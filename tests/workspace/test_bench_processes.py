@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.workspace.conftest import still_running
 from workspace.bench import processes
 from workspace.bench.engine_run import Job
 from workspace.errors import WorkspaceError
@@ -99,7 +100,7 @@ def test_a_killed_bench_takes_its_engine_along(tmp_path: Path) -> None:
     assert len(children) == 2
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    alive = still_running(children, 10)
     assert alive == []
 
 

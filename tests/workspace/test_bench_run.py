@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.workspace.conftest import still_running
 from workspace import bench
 from workspace.bench import record, runner
 from workspace.bench.plan import BenchOptions
@@ -109,7 +110,7 @@ def test_interrupted_it_says_so_and_leaves_neither_process_nor_record(
     assert process.returncode == 1
     assert error.strip().startswith("interrupted")
     assert "\n" not in error.strip()
-    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert still_running(children, 10) == []
     assert not (tmp_path / "results").exists()
 
 
@@ -120,7 +121,7 @@ def test_killed_it_takes_the_engine_along_and_the_next_run_starts_clean(tmp_path
     assert children
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert still_running(children, 60) == []
     (left,) = (tmp_path / "runs").iterdir()
     time.sleep(1.1)  # runs are named by the second
     second = start(tmp_path)
