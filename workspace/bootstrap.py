@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from workspace import index  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
-from workspace.paths import LOCKS, PINS, STATE, cache_folder  # noqa: E402
+from workspace.paths import PINS, STATE, cache_folder, lock_path  # noqa: E402
 
 TOOLS = STATE / "tools"
 ENVIRONMENTS = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}
@@ -196,10 +196,14 @@ def _fetch_uv(python: str, version: str, sha256: str) -> Path:
     return cached
 
 
+def uv_binary(version: str) -> Path:
+    return TOOLS / f"uv-{version}" / "uv"
+
+
 def obtain_uv(python: str, pins: dict) -> Path:
     """The pinned uv, in the checkout's own tools."""
     version, machine = pins["uv"]["version"], platform.machine()
-    binary = TOOLS / f"uv-{version}" / "uv"
+    binary = uv_binary(version)
     if binary.exists():
         return binary
     if machine not in pins["uv"]["sha256"]:
@@ -213,12 +217,10 @@ def obtain_uv(python: str, pins: dict) -> Path:
 # --- the environment ------------------------------------------------------------------------
 
 
-def lock_files(pins: dict, device: str) -> list[Path]:
-    version = pins["vllm"]["default"]
-    files = [LOCKS / f"vllm-{version}.txt"]
-    if device == "cuda":
-        files.append(LOCKS / f"vllm-{version}-gpu.txt")
-    return files
+def lock_files(version: str, device: str) -> list[Path]:
+    """The locks of a vLLM release that an environment for `device` is made from."""
+    files = [lock_path(version)]
+    return [*files, lock_path(version, gpu=True)] if device == "cuda" else files
 
 
 def device() -> str:
@@ -293,7 +295,7 @@ def ensure_environment(mode: str) -> Path:
     prefix = ENVIRONMENTS[mode]
     own = prefix / "bin" / "python"
     pins = tomllib.loads(PINS.read_text())
-    files = [] if mode == "system" else lock_files(pins, device())
+    files = [] if mode == "system" else lock_files(pins["vllm"]["default"], device())
     digest = hashlib.sha256()
     for path in files:
         if not path.exists():

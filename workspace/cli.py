@@ -14,14 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from workspace.bootstrap import LOCK_VARIABLE, device
+from workspace.bootstrap import LOCK_VARIABLE, device, say
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def option(variable: str, help_text: str) -> Any:
@@ -67,7 +65,7 @@ def set_up(*, engine: bool = True, arch: str | None = None) -> None:
 def dev() -> None:
     """Set everything up: environment, fork, binaries, kernels."""
     set_up()
-    console.print("· ready")
+    say("ready")
 
 
 @app.command()
@@ -163,7 +161,7 @@ def lock(
     from workspace import lock as module
 
     for path in module.run(upgrade=upgrade == "1"):
-        console.print(f"· wrote {path.relative_to(ROOT)}")
+        say(f"wrote {path.relative_to(ROOT)}")
 
 
 def main() -> None:

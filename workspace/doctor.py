@@ -29,7 +29,7 @@ from workspace import fork, install
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
-from workspace.paths import FORK_SRC, PINS
+from workspace.paths import FORK_SRC
 from workspace.pins import Release, load
 
 Status = Literal["ok", "note", "problem"]
@@ -83,9 +83,7 @@ def locked(files: list[Path]) -> dict[str, set[str]]:
 def packages(mode: str) -> Check:
     if mode == "system":
         return Check("packages", "note", "the host's own (ENV=system), not compared with the lock")
-    import tomllib
-
-    wanted = locked(lock_files(tomllib.loads(PINS.read_text()), device()))
+    wanted = locked(lock_files(load().vllm.default, device()))
     wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
     if wrong:
         names = ", ".join(f"{name} {_installed(name) or 'missing'}" for name in sorted(wrong)[:4])

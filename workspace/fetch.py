@@ -95,9 +95,7 @@ def _clear_errors(artifact: Artifact, target: Path) -> Iterator[None]:
             f"the package index answered {status} for {artifact.filename}; try again later, "
             f"point UV_DEFAULT_INDEX (or pip's index-url) to another, {by_hand}"
         ) from None
-    except (requests.RequestException, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-            raise
+    except requests.RequestException as error:
         raise WorkspaceError(
             f"{artifact.filename} could not be fetched ({type(error).__name__}); check the "
             f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror, {by_hand}"

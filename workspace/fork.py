@@ -15,8 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
-
+from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git, state
 from workspace.paths import FORK, FORK_SRC, PATCHES, ROOT
@@ -26,8 +25,6 @@ from workspace.pins import Release, load
 GENERATED = ("PKG-INFO", "vllm.egg-info", "vllm/_version.py")
 EPOCH = "2000-01-01T00:00:00+00:00"
 """The pristine commit's date: fixed, so that the same release is the same commit everywhere."""
-
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def patch_files(version: str) -> list[Path]:
@@ -166,7 +163,7 @@ def create(version: str, release: Release, patches: list[Path]) -> None:
     work = Path(tempfile.mkdtemp(dir=FORK, prefix=".src-"))
     try:
         sdist = fetch(release.sdist)
-        console.print(f"· unpacking vLLM {version}, applying {len(patches)} patches")
+        say(f"unpacking vLLM {version}, applying {len(patches)} patches")
         tree = unpack(sdist, work)
         commit_pristine(tree, version, release)
         tip = commit_patches(tree, upstream_tag(version), patches)
@@ -179,15 +176,15 @@ def create(version: str, release: Release, patches: list[Path]) -> None:
 def reapply(found: ForkState, version: str, patches: list[Path]) -> None:
     """Our patches changed: put the new ones in place of the old where nobody's work is on them."""
     if found.own_work:
-        console.print(
-            f"[yellow]![/] {FORK.name}/patches/{version} changed, but src holds work of yours "
+        say(
+            f"{FORK.name}/patches/{version} changed, but src holds work of yours "
             f"({len(found.uncommitted)} uncommitted, {len(found.own_commits)} commits): left as "
             "it is. Save it (git format-patch), move src away and run: make dev"
         )
         return
     tip = commit_patches(FORK_SRC, upstream_tag(version), patches)
     _move_to(FORK_SRC, tip, patches_digest(patches))
-    console.print(f"· patches changed: src now has {len(patches)} of them")
+    say(f"patches changed: src now has {len(patches)} of them")
 
 
 def ensure() -> ForkState:

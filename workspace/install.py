@@ -23,8 +23,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from rich.console import Console
-
 from workspace import bootstrap
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
@@ -35,8 +33,6 @@ from workspace.pins import Artifact, Device, load
 
 MANIFEST = FORK_SRC / ".git" / "workspace-binaries.json"
 """Which wheel the compiled files in src come from, with the CRC-32 of each."""
-
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def version_label(version: str, device: Device, cuda_release: str) -> str:
@@ -121,7 +117,7 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
     listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(_version()), tree=FORK_SRC)
     # setup.py writes what the release leaves out, e.g. vllm/_version.py.
     tracked = {*listing.split("\0"), *GENERATED}
-    console.print(f"· taking the {device} binaries from {artifact.filename}")
+    bootstrap.say(f"taking the {device} binaries from {artifact.filename}")
     with zipfile.ZipFile(wheel_path) as wheel:
         members = binary_members(wheel, tracked)
         for member in members:
@@ -150,7 +146,7 @@ def _version() -> str:
 
 def _installer() -> list[str]:
     """The workspace's uv; for ENV=system, which fetches nothing, the host's uv or pip."""
-    own = bootstrap.TOOLS / f"uv-{load().uv.version}" / "uv"
+    own = bootstrap.uv_binary(load().uv.version)
     uv = str(own) if own.exists() else shutil.which("uv")
     if uv:
         return [uv, "pip", "install", "-q", "--python", sys.executable]
@@ -171,7 +167,7 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     if stamp.exists() and stamp.read_text() == wanted:
         return False
     stamp.unlink(missing_ok=True)
-    console.print(f"· installing {folder.relative_to(ROOT)}, editable")
+    bootstrap.say(f"installing {folder.relative_to(ROOT)}, editable")
     result = subprocess.run(
         [*_installer(), "--no-deps", "--no-build-isolation", "-e", str(folder)],
         env={**os.environ, **(env or {})},

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from custom_kernels import build
-from rich.console import Console
-from rich.markup import escape
+import sys
 
+from custom_kernels import build
+
+from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.pins import load
-
-console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def architectures(asked: str | None) -> list[str]:
@@ -38,10 +37,9 @@ def run(arch: str | None = None) -> None:
     def report(built: build.Built) -> None:
         if built.compiled:
             spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in built.kernels)
-            console.print(
-                f"· compiled {built.source.name} for {', '.join(built.architectures)} "
-                f"in {built.seconds:.1f} s"
-                + (f", [yellow]{spilled} bytes spilled[/]" if spilled else "")
+            say(
+                f"compiled {built.source.name} for {', '.join(built.architectures)} "
+                f"in {built.seconds:.1f} s" + (f", {spilled} bytes spilled" if spilled else "")
             )
 
     try:
@@ -49,5 +47,5 @@ def run(arch: str | None = None) -> None:
     except build.BuildError as error:
         first, _, rest = str(error).partition("\n")
         if rest:
-            console.print(escape(rest), highlight=False)
+            print(rest, file=sys.stderr)
         raise WorkspaceError(first) from None

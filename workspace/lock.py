@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from workspace import index
-from workspace.bootstrap import TOOLS
+from workspace.bootstrap import obtain_uv
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
-from workspace.paths import LOCKS, ROOT
+from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Pins, load
 
 ENVIRONMENT_YML = ROOT / "environment.yml"
@@ -44,10 +45,6 @@ def digest(pins: Pins, version: str) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
-def lock_path(version: str, *, gpu: bool = False) -> Path:
-    return LOCKS / f"vllm-{version}{'-gpu' if gpu else ''}.txt"
-
-
 def header(pins: Pins, version: str) -> str:
     return (
         "# Made by `make lock` from pins.toml; do not edit.\n"
@@ -57,7 +54,7 @@ def header(pins: Pins, version: str) -> str:
 
 def _resolve(pins: Pins, version: str, *, upgrade: bool) -> str:
     """Everything the release needs, resolved for all supported Pythons at once."""
-    uv = TOOLS / f"uv-{pins.uv.version}" / "uv"
+    uv = obtain_uv(sys.executable, pins.model_dump())
     oldest = min(pins.python.supported, key=lambda v: tuple(map(int, v.split("."))))
     with tempfile.TemporaryDirectory() as work:
         source, output = Path(work) / "requirements.in", Path(work) / "lock.txt"

@@ -27,3 +27,8 @@ def cache_folder(sha256: str) -> Path:
     given = os.environ.get("WORKSPACE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(given) if given else home / "vllm-kernels") / sha256[:16]
+
+
+def lock_path(version: str, *, gpu: bool = False) -> Path:
+    """The lock of a vLLM release; `gpu`: what only a GPU engine needs beside it."""
+    return LOCKS / f"vllm-{version}{'-gpu' if gpu else ''}.txt"
