@@ -8,7 +8,12 @@ loaded by mistake. A library is written in a folder of its own and renamed when 
 that is killed leaves nothing that could be taken for a library, and the next one clears what it
 left.
 
-A source says what it links with in a comment, ``// link: cublasLt cublas``.
+A source says what it needs in comments of its own:
+
+- ``// link: cublasLt cublas``: libraries of the environment, beside the CUDA runtime;
+- ``// include: cutlass``: headers that come with a package (CUTLASS lies in flashinfer-python);
+- ``// architectures: 9.0a``: the only ones it is written for; without it, all that are pinned;
+- ``// dtypes: bfloat16 float16``: the only ones it takes (see registry.takes).
 
 This module does not import torch: finding that there is nothing to do takes a fraction of a second.
 """
@@ -48,7 +53,15 @@ KEPT_LIBRARIES = 8
 edits."""
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
-_LINK = re.compile(r"^\s*//\s*link:\s*(.+)$", re.MULTILINE)
+_NEEDS = re.compile(r"^//\s*(link|include|architectures|dtypes):\s*(.+)$", re.MULTILINE)
+_HEADER_PACKAGES = {
+    "cutlass": (
+        ("flashinfer", "data/cutlass/include", "flashinfer-python"),
+        ("cutlass_library", "source/include", "nvidia-cutlass"),
+    )
+}
+"""Where the headers that a source may ask for lie: (module, folder in it, package), in the order of
+search."""
 _NVCC_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
 log = logging.getLogger(__name__)
@@ -89,8 +102,25 @@ class Source:
 
     def libraries(self) -> list[str]:
         """What it links with, from its ``// link:`` comments, and the CUDA runtime."""
-        text = self.path.read_text()
-        return [*LIBRARIES, *(name for line in _LINK.findall(text) for name in line.split())]
+        return [*LIBRARIES, *self._needs("link")]
+
+    def dtypes(self) -> list[str]:
+        """Names of the dtypes that it takes; none means all."""
+        return self._needs("dtypes")
+
+    def architectures(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``wanted`` that it is written for."""
+        only = self._needs("architectures")
+        return tuple(name for name in wanted if not only or name in only)
+
+    def headers(self) -> list[tuple[Path, str]]:
+        """Folder and package of the headers that it asks for. Raises BuildError if one is
+        missing."""
+        return [_headers(name) for name in self._needs("include")]
+
+    def _needs(self, what: str) -> list[str]:
+        found = _NEEDS.findall(self.path.read_text())
+        return [name for kind, names in found if kind == what for name in names.split()]
 
 
 @dataclass(frozen=True)
@@ -220,7 +250,12 @@ def toolchain() -> Toolchain:
         )
     cuda_package = _cuda_package()
     home = nvcc.parent.parent
-    folders = [cuda_package, *home.glob("targets/x86_64-linux"), home]
+    folders = [
+        cuda_package,
+        cuda_package.parent / "cusparselt",
+        *home.glob("targets/x86_64-linux"),
+        home,
+    ]
     return Toolchain(
         nvcc=nvcc,
         nvcc_version=_version([str(nvcc), "--version"], r"V(\d+\.\d+\.\d+)"),
@@ -280,6 +315,24 @@ def _cuda_package() -> Path:
     return found[0] if found else Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 
 
+def _headers(name: str) -> tuple[Path, str]:
+    if name not in _HEADER_PACKAGES:
+        raise BuildError(
+            f"`// include: {name}`: there is no such package of headers; there are "
+            f"{', '.join(_HEADER_PACKAGES)}"
+        )
+    for module, inside, package in _HEADER_PACKAGES[name]:
+        spec = importlib.util.find_spec(module)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / inside).is_dir():
+                return Path(folder) / inside, f"{package} {importlib.metadata.version(package)}"
+    packages = " or ".join(package for _, _, package in _HEADER_PACKAGES[name])
+    raise BuildError(
+        f"the headers of {name} are not installed for {sys.executable}: run `make dev`, or install "
+        f"the package {packages}, which holds them"
+    )
+
+
 def _version(command: list[str], pattern: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     match = re.search(pattern, result.stdout)
@@ -297,15 +350,21 @@ def build_all(
     architectures: Sequence[str] | None = None,
     force: bool = False,
     progress: Callable[[Built], None] | None = None,
+    operation: str | None = None,
 ) -> list[Built]:
-    """Bring every kernel up to date for ``architectures`` (default: the pinned ones), in parallel.
+    """Bring every kernel (of ``operation``, if given) up to date for ``architectures`` (default:
+    the pinned ones), in parallel; a source that is written for none of them is left out.
 
     ``progress`` is called with each library as it becomes ready. Raises BuildError, after all
     others are built, with the compiler's messages of those that failed.
     """
     architectures = tuple(architectures or pinned_architectures())
     remove_stale()
-    wanted = sources()
+    wanted = [
+        source
+        for source in sources()
+        if source.architectures(architectures) and operation in (None, source.operation)
+    ]
     if not force and all(library_path(source, architectures).is_file() for source in wanted):
         built = [build(source, architectures) for source in wanted]
         for item in built:
@@ -338,7 +397,7 @@ def build(source: Source, architectures: Sequence[str], force: bool = False) -> 
     first.
     """
     started = time.perf_counter()
-    architectures = tuple(architectures)
+    architectures = source.architectures(architectures)
     path = library_path(source, architectures)
     compiled = False
     if force or not path.is_file():
@@ -358,7 +417,9 @@ def build(source: Source, architectures: Sequence[str], force: bool = False) -> 
 def library_path(source: Source, architectures: Sequence[str]) -> Path:
     """Where the library of ``source`` for ``architectures`` is, or will be once it is compiled."""
     tools = toolchain()
+    architectures = source.architectures(architectures)
     recipe = {
+        "headers": [package for _, package in source.headers()],
         "files": {str(path.relative_to(PACKAGE)): _sha256(path) for path in source.files()},
         "flags": [*FLAGS, *_code_flags(architectures)],
         "libraries": source.libraries(),
@@ -380,6 +441,8 @@ def remove_stale() -> None:
 
 def unavailable(source: Source, device_architecture: str) -> str | None:
     """None if ``source`` is compiled, or can be, for the architecture; else the reason why not."""
+    if not source.architectures((device_architecture,)):
+        return f"{source.path.name} is not written for {device_architecture}"
     try:
         if _existing(source, device_architecture) is None:
             toolchain()
@@ -416,7 +479,8 @@ def load(operation: str, backend: str, device: "torch.device | None" = None) -> 
 
 
 def _existing(source: Source, device_architecture: str) -> Path | None:
-    for architectures in (pinned_architectures(), (device_architecture,)):
+    for wanted in (pinned_architectures(), (device_architecture,)):
+        architectures = source.architectures(wanted)
         if device_architecture in architectures:
             path = library_path(source, architectures)
             if path.is_file():
@@ -436,6 +500,7 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
         raise _not_writable(path.parent, error) from None
     try:
         output = scratch / path.name
+        includes = [*(folder for folder, _ in source.headers()), *tools.include]
         command = [
             str(tools.nvcc),
             *FLAGS,
@@ -447,7 +512,7 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
             f"-I{PACKAGE}",
             "-isystem",
             str(tools.tvm_ffi / "include"),
-            *(item for folder in tools.include for item in ("-isystem", str(folder))),
+            *(item for folder in includes for item in ("-isystem", str(folder))),
             str(source.path),
             "-o",
             str(output),

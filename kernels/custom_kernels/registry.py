@@ -8,13 +8,19 @@ Everything is found by looking at the folders, so there is no list to edit:
   which says what to measure, and names with a leading underscore are not backends);
 - the operation's ``__init__.py`` declares ``PREFERENCE``, its backends per device type, best first.
 
-A ``<backend>.py`` has ``run(*arguments) -> Tensor`` and may have ``unavailable(device) -> str |
-None`` with the reason why it cannot run there. A ``<backend>.cu`` without a Python file exports a
-function named like the operation, called with the operation's arguments and the output made by its
+A ``<backend>.py`` has ``run(*arguments)``, which returns a tensor or a tuple of tensors, and may
+have ``unavailable(device) -> str | None`` with the reason why it cannot run there and ``DTYPES``,
+the only ones that it takes. A ``<backend>.cu`` without a Python file exports a function named like
+the operation, called with the operation's arguments and the output, or outputs, made by its
 ``empty_output``.
+
+Triton and CuPy kernels are Python files that import ``triton`` or ``cupy``. Without a GPU, Triton's
+run in its interpreter where ``TRITON_INTERPRET=1`` is set before Triton is imported.
 """
 
 import functools
+import os
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 NOT_BACKENDS = frozenset({"__init__", "cases"})
+_IMPORTS = re.compile(r"^(?:import|from) (triton|cupy)\b", re.MULTILINE)
 
 
 class BackendError(RuntimeError):
@@ -47,6 +54,17 @@ def backends(operation: str) -> list[str]:
     return [name for name in ranked if name in found] + sorted(found - set(ranked))
 
 
+def kind(operation: str, backend: str) -> str:
+    """What a backend is written in: ``cuda`` (it has a ``.cu``), ``triton``, ``cupy`` or
+    ``torch``."""
+    folder = build.PACKAGE / operation
+    if (folder / f"{backend}.cu").is_file():
+        return "cuda"
+    source = folder / f"{backend}.py"
+    found = _IMPORTS.search(source.read_text()) if source.is_file() else None
+    return found[1] if found else "torch"
+
+
 def available(operation: str, backend: str, device: "torch.device | str") -> str | None:
     """None if ``backend`` can run ``operation`` on ``device``, else the reason why not. Compiles
     nothing."""
@@ -57,10 +75,13 @@ def available(operation: str, backend: str, device: "torch.device | str") -> str
         return "there is no such backend"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
+    written_in = kind(operation, backend)
+    if device.type != "cuda" and written_in in ("cuda", "cupy"):
+        return "it runs on CUDA devices only"
+    if device.type != "cuda" and written_in == "triton" and not _interpreting():
+        return "without a GPU Triton only runs in its interpreter: set TRITON_INTERPRET=1"
     source = build.find(operation, backend)
     if source is not None:
-        if device.type != "cuda":
-            return "it runs on CUDA devices only"
         reason = build.unavailable(source, build.architecture(device))
         if reason is not None:
             return reason
@@ -80,9 +101,14 @@ def require(operation: str, backend: str, device: "torch.device") -> None:
 
 
 def takes(operation: str, backend: str, dtype: "torch.dtype") -> bool:
-    """Whether a backend computes in this dtype: all do but those that list theirs in ``DTYPES``."""
+    """Whether a backend computes in this dtype: all do but those that list theirs, in ``DTYPES`` or
+    in a comment ``// dtypes:`` of the ``.cu``."""
     dtypes = getattr(_backend(operation, backend), "DTYPES", None)
-    return dtypes is None or dtype in dtypes
+    if dtypes is not None:
+        return dtype in dtypes
+    source = build.find(operation, backend)
+    names = source.dtypes() if source is not None else []
+    return not names or str(dtype).removeprefix("torch.") in names
 
 
 def preferred(operation: str, device: "torch.device") -> str:
@@ -107,7 +133,7 @@ def best(operation: str, device: "torch.device", dtype: "torch.dtype") -> str:
 @functools.cache
 def runner(
     operation: str, backend: str, device: "torch.device", dtype: "torch.dtype"
-) -> Callable[..., "torch.Tensor"]:
+) -> Callable[..., Any]:
     """The function that runs ``operation`` with ``backend``; compiles it if need be.
 
     Raises BackendError if the backend cannot run on ``device`` or does not take ``dtype``.
@@ -120,18 +146,22 @@ def runner(
         )
     module = _backend(operation, backend)
     if module is not None:
-        run: Callable[..., torch.Tensor] = module.run
+        run: Callable[..., Any] = module.run
         return run
 
     compiled = build.load(operation, backend, device)[operation]
     empty_output = _operation(operation).empty_output
 
-    def run_compiled(*arguments: Any) -> "torch.Tensor":
-        out: torch.Tensor = empty_output(*arguments)
-        compiled(*arguments, out)
+    def run_compiled(*arguments: Any) -> Any:
+        out = empty_output(*arguments)
+        compiled(*arguments, *(out if isinstance(out, tuple) else (out,)))
         return out
 
     return run_compiled
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _explain(operation: str, backend: str | None, device: "torch.device") -> str:

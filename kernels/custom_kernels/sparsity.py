@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(2N-2):2N sparsity on tensor cores that know 2:4 only: the window expansion and its layout.
+
+A row of weights with at most 2N-2 nonzeros in every 2N consecutive values is cut into groups of 2N
+values = N pairs. Window j (0 <= j <= N-2) holds the pairs j and j+1; windows overlap by a pair, so
+the nonzeros of a group can be shared out such that no window holds more than two: each window is
+2:4. The activation is expanded alike: the inner pairs of a group are there twice. A product over
+the expanded K then equals the product over K exactly. Expanded K is K · (N-1)·4 / 2N.
+
+Weight and activation may be expanded in any order, as long as it is the same one. Here it is two
+sections, so that a kernel loads and stores long contiguous runs and gathers nothing:
+
+- the **even** section: of every group in turn the windows 0, 2, ..., which is the run of values
+  ``[0, 4·ceil((N-1)/2))`` of the group. Where N is even this is the plain row.
+- the **odd** section: of every group in turn the windows 1, 3, ..., which is the run of values
+  ``[2, 2 + 4·floor((N-1)/2))`` of the group. 2:4 has none.
+
+Each section is padded with zeros to a multiple of 16 values, the whole to a multiple of 64; K that
+is not a multiple of the group counts as padded with zeros.
+
+Source: the sliding-window decomposition of (2N-2):2N patterns, SlideSparse (2026).
+"""
+
+from dataclasses import dataclass
+
+SECTION_MULTIPLE = 16
+"""Values: 16 bytes of a quantized row, so that either section starts where a wide store may."""
+ROW_MULTIPLE = 64
+"""Values: what one sparse 8-bit tensor-core instruction takes along K."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """At most 2N-2 nonzeros in every 2N consecutive values; ``Pattern(2)`` is 2:4."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n <= 16:
+            raise ValueError(
+                f"a pattern (2N-2):2N needs N from 2 (2:4) to 16 (30:32), got N={self.n}"
+            )
+
+    def __str__(self) -> str:
+        return f"{2 * self.n - 2}:{2 * self.n}"
+
+    @property
+    def group(self) -> int:
+        """Values in a group, 2N."""
+        return 2 * self.n
+
+    @property
+    def nonzeros(self) -> int:
+        """How many of them may be nonzero, 2N-2."""
+        return 2 * self.n - 2
+
+    @property
+    def even(self) -> int:
+        """Length of a group's run in the even section; it starts at the group's value 0."""
+        return 4 * (self.n // 2)
+
+    @property
+    def odd(self) -> int:
+        """Length of a group's run in the odd section; it starts at the group's value 2."""
+        return 4 * ((self.n - 1) // 2)
+
+    def groups(self, k: int) -> int:
+        """Groups in a row of ``k`` values, the last one perhaps not full."""
+        return -(-k // self.group)
+
+    def odd_start(self, k: int) -> int:
+        """Where the odd section starts in the expanded row of ``k`` values."""
+        return _up(self.groups(k) * self.even, SECTION_MULTIPLE)
+
+    def expanded(self, k: int) -> int:
+        """Length of the expanded row of ``k`` values, padding included."""
+        odd = _up(self.groups(k) * self.odd, SECTION_MULTIPLE)
+        return _up(self.odd_start(k) + odd, ROW_MULTIPLE)
+
+
+def pattern(name: str) -> Pattern:
+    """``"6:8"`` as a Pattern. Raises ValueError, naming some, if it is none of that kind."""
+    nonzeros, _, group = name.partition(":")
+    if not (nonzeros.isdecimal() and group.isdecimal()):
+        raise ValueError(f"{name!r} is not a pattern; write 2:4, 4:6, 6:8, 8:10, ...")
+    if int(group) % 2 or int(nonzeros) != int(group) - 2:
+        raise ValueError(
+            f"{name} is not of the kind (2N-2):2N that expands to 2:4; 2:4, 4:6, 6:8, 8:10, ... are"
+        )
+    return Pattern(int(group) // 2)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
