@@ -30,10 +30,11 @@ def option(variable: str, help_text: str) -> Any:
 Text = str | None
 
 
-def set_up(*, engine: bool = True, arch: str | None = None) -> None:
+def set_up(*, engine: bool = True, arch: str | None = None, operation: str | None = None) -> None:
     """Bring fork, install and kernels up to date, then let the next make in.
 
-    Kernels are compiled while the fork is unpacked and installed: neither needs the other.
+    Kernels are compiled while the fork is unpacked and installed: neither needs the other. A verb
+    that needs the kernels of one operation waits for those only.
     """
 
     def fork_and_engine() -> None:
@@ -48,7 +49,7 @@ def set_up(*, engine: bool = True, arch: str | None = None) -> None:
         install.install_kernels()
         from workspace import kernels
 
-        kernels.run(arch)
+        kernels.run(arch, operation)
 
     with ThreadPoolExecutor() as pool:
         lanes = [pool.submit(kernels_package)]
@@ -109,7 +110,7 @@ def bench(
         "repeats": repeats, "rounds": rounds, "tp": tp, "eager": eager, "baseline": baseline,
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
-    set_up()
+    set_up(operation="gemm")
     module.run(options)
 
 

@@ -27,8 +27,8 @@ def architectures(asked: str | None) -> list[str]:
     return wanted
 
 
-def run(arch: str | None = None) -> None:
-    """Bring every kernel up to date and say what was compiled.
+def run(arch: str | None = None, operation: str | None = None) -> None:
+    """Bring every kernel (of ``operation``, if given) up to date and say what was compiled.
 
     Raises:
         WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
@@ -43,7 +43,7 @@ def run(arch: str | None = None) -> None:
             )
 
     try:
-        build.build_all(architectures(arch), progress=report)
+        build.build_all(architectures(arch), progress=report, operation=operation)
     except build.BuildError as error:
         first, _, rest = str(error).partition("\n")
         if rest:
