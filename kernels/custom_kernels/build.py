@@ -248,14 +248,7 @@ def toolchain() -> Toolchain:
             f"apache-tvm-ffi is not installed for {sys.executable}, and kernels cannot be compiled "
             "without its headers: run `make dev`, or install the package apache-tvm-ffi"
         )
-    cuda_package = _cuda_package()
-    home = nvcc.parent.parent
-    folders = [
-        cuda_package,
-        cuda_package.parent / "cusparselt",
-        *home.glob("targets/x86_64-linux"),
-        home,
-    ]
+    folders = _cuda_folders(nvcc)
     return Toolchain(
         nvcc=nvcc,
         nvcc_version=_version([str(nvcc), "--version"], r"V(\d+\.\d+\.\d+)"),
@@ -272,6 +265,24 @@ def toolchain() -> Toolchain:
         ),
         origin=origin,
     )
+
+
+def include_folders() -> tuple[Path, ...]:
+    """Folders of CUDA's headers, also where there is no nvcc; starts no process."""
+    try:
+        nvcc, _ = _find_nvcc()
+    except BuildError:
+        nvcc = None
+    found = (folder / "include" for folder in _cuda_folders(nvcc))
+    return tuple(dict.fromkeys(folder for folder in found if folder.is_dir()))
+
+
+def _cuda_folders(nvcc: Path | None) -> list[Path]:
+    """Where headers and libraries lie: in the packages, then beside nvcc."""
+    packages = _cuda_package()
+    home = [nvcc.parent.parent] if nvcc else []
+    targets = [path for folder in home for path in folder.glob("targets/x86_64-linux")]
+    return [packages, packages.parent / "cusparselt", *targets, *home]
 
 
 def _find_nvcc() -> tuple[Path, str]:

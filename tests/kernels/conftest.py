@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from custom_kernels import build
+
+if not torch.cuda.is_available():
+    # Triton reads it while it is imported; where it is set, kernels run on tensors of the CPU.
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("triton was imported before its interpreter could be chosen")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)

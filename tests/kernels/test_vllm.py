@@ -65,7 +65,8 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
 def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
     pytest.importorskip("vllm")
     environment = {**os.environ, "VLLM_USE_CUSTOM_GEMM": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment.pop("VLLM_CUSTOM_GEMM_BACKEND", None)
+    for name in ("VLLM_CUSTOM_GEMM_BACKEND", "TRITON_INTERPRET"):
+        environment.pop(name, None)
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=environment,

@@ -32,6 +32,12 @@ def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -
     assert variants.BACKEND_SWITCH not in variants.environment(plan(), custom, LOG)
 
 
+def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    stock, _ = variants.stock_and_custom(plan())
+    assert "TRITON_INTERPRET" not in variants.environment(plan(), stock, LOG)
+
+
 def test_throughput_lengths_are_the_ones_that_count() -> None:
     words = variants.arguments(plan())
     assert words[words.index("--random-input-len") + 1] == "8"

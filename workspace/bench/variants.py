@@ -70,7 +70,10 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     A switch of ours, or vLLM setting of `common_settings`, that the user has set is replaced: the
     two sides differ in nothing but the variant's switches.
     """
-    inherited = {k: v for k, v in os.environ.items() if k not in (SWITCH, BACKEND_SWITCH)}
+    # Triton's interpreter is for tests on machines without a GPU: in it, vLLM's own Triton kernels
+    # would run a thousand times slower, or fail.
+    ours = (SWITCH, BACKEND_SWITCH, "TRITON_INTERPRET")
+    inherited = {k: v for k, v in os.environ.items() if k not in ours}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
     if variant.python_path is not None:
