@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quant_expand: per-token dynamic quantization to 8 bits, fused with the window expansion that lets
+2:4 tensor cores run (2N-2):2N sparse weights.
+
+This file is the operation: its public function, its argument checks (here and nowhere else), and
+its registration with torch as ``torch.ops.custom_kernels.quant_expand``.
+"""
+
+import torch
+
+from custom_kernels import launches, registry, sparsity
+
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
+"""Backends per device type, best first."""
+
+INPUTS = (torch.bfloat16, torch.float16)
+OUTPUTS = (torch.int8, torch.float8_e4m3fn)
+
+
+def custom_quant_expand(
+    x: torch.Tensor,
+    pattern: str | None = None,
+    dtype: torch.dtype = torch.int8,
+    *,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize every row of x with a scale of its own and expand it for a (2N-2):2N pattern.
+
+    ``x[..., k] ≈ q[..., i] * scale[...]`` with ``scale = max_k |x[..., k]| / qmax`` for every place
+    i that the expansion gives to k. The exact definition, which every backend meets bit for bit, is
+    in ``reference.py``, the order of the expanded row in ``custom_kernels.sparsity``.
+
+    A row of zeros has q 0 and scale 0; a row with an infinity or a NaN has q 0 and scale NaN.
+
+    Args:
+        x: [..., K], bfloat16 or float16, K at least 1. Rows may be any distance apart; where the
+            elements of a row are not adjacent, x is copied first.
+        pattern: of the weights that q will be multiplied with: ``"2:4"``, ``"4:6"``, ``"6:8"``,
+            ``"8:10"``, ... up to ``"30:32"``; None only quantizes.
+        dtype: of q: int8 (qmax 127) or float8_e4m3fn (qmax 448).
+        backend: a name from ``registry.backends("quant_expand")``; None takes the best for x's
+            device.
+
+    Returns:
+        q [..., K'] of ``dtype`` and scale [...] float32, contiguous, on x's device. K' is
+        ``sparsity.pattern(pattern).expanded(K)``; without a pattern it is K rounded up to a
+        multiple of 16, the padding zeros.
+
+    Raises:
+        TypeError: x or ``dtype`` is of another dtype.
+        ValueError: x has no K, or the pattern is none of that kind.
+        registry.BackendError: the backend does not exist or cannot run here.
+    """
+    q, scale = _op(x, pattern, dtype, backend or "")
+    return q, scale
+
+
+def expanded(k: int, pattern: str | None) -> int:
+    """K': the length of the row that ``k`` values become."""
+    if pattern is None:
+        return -(-k // sparsity.SECTION_MULTIPLE) * sparsity.SECTION_MULTIPLE
+    return sparsity.pattern(pattern).expanded(k)
+
+
+def empty_output(
+    x: torch.Tensor, pattern: str | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [..., K'] and scale [...], not yet written, contiguous. It is also what torch.compile
+    traces with."""
+    leading = x.shape[:-1]
+    q = x.new_empty((*leading, expanded(x.shape[-1], pattern)), dtype=dtype)
+    return q, x.new_empty(leading, dtype=torch.float32)
+
+
+def _check(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> None:
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"quant_expand: x must be [..., K] with K at least 1, got {list(x.shape)}")
+    if x.dtype not in INPUTS:
+        raise TypeError(f"quant_expand: x must be bfloat16 or float16, got {x.dtype}")
+    if dtype not in OUTPUTS:
+        raise TypeError(f"quant_expand: dtype must be int8 or float8_e4m3fn, got {dtype}")
+    if pattern is not None:
+        try:
+            sparsity.pattern(pattern)
+        except ValueError as error:
+            raise ValueError(f"quant_expand: {error}") from None
+
+
+def _quant_expand(
+    x: torch.Tensor, pattern: str | None, dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, pattern, dtype)
+    backend = backend or registry.best("quant_expand", x.device, x.dtype)
+    run = registry.runner("quant_expand", backend, x.device, x.dtype)
+    if x.numel() == 0:
+        return empty_output(x, pattern, dtype)
+    k = x.shape[-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
+        rows = rows.contiguous()
+    q, scale = run(rows, pattern, dtype)
+    launches.record("quant_expand", backend)
+    if x.dim() == 2:
+        return q, scale
+    return q.view(*x.shape[:-1], q.shape[-1]), scale.view(x.shape[:-1])
+
+
+def _fake(
+    x: torch.Tensor, pattern: str | None, dtype: torch.dtype, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check(x, pattern, dtype)
+    return empty_output(x, pattern, dtype)
+
+
+# The library object keeps the registration alive. Low-level registration: a call costs the
+# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
+# it.
+_library = torch.library.Library("custom_kernels", "FRAGMENT")
+_library.define(
+    "quant_expand(Tensor x, str? pattern, ScalarType dtype, str backend) -> (Tensor, Tensor)"
+)
+for _device_type in PREFERENCE:
+    _library.impl("quant_expand", _quant_expand, _device_type.upper())
+torch.library.register_fake("custom_kernels::quant_expand", _fake, lib=_library)
+_op = torch.ops.custom_kernels.quant_expand.default
