@@ -10,13 +10,17 @@ from dataclasses import dataclass
 
 import torch
 
-from custom_kernels.timing import Case
+from custom_kernels.gemm import reference
+from custom_kernels.timing import Case, Contender
+
+DTYPES = ("bfloat16", "float16")
+"""What DTYPE= may say, the first by default."""
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """M: a decode step has as many rows as there are running requests, a prefill step up to vLLM's
 batch limit."""
 
-TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TOLERANCES = {"bfloat16": 3e-3, "float16": 4e-4}
 """‖out - exact‖ / ‖exact‖: rounding the output once to 8 or 11 bits gives about 1.7e-3 or
 2.1e-4."""
 
@@ -54,30 +58,35 @@ MODELS = {
 DEFAULT_MODELS = ("qwen2.5-0.5b", "qwen2.5-7b")
 
 
-def cases(models: Sequence[str], tokens: Sequence[int], dtype: torch.dtype) -> Iterator[Case]:
+def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """Every layer of ``models`` at every M of ``tokens``."""
     for name in models:
         for layer, (n, k, has_bias) in MODELS[name].layers().items():
             for m in tokens:
-                yield case(
-                    {"model": name, "layer": layer, "M": m, "N": n, "K": k},
-                    m,
-                    n,
-                    k,
-                    has_bias,
-                    dtype,
-                )
+                labels: dict[str, str | int] = {"model": name, "layer": layer}
+                yield case(labels, m, n, k, has_bias, dtype)
 
 
-def case(
-    labels: dict[str, str | int], m: int, n: int, k: int, has_bias: bool, dtype: torch.dtype
-) -> Case:
+def checks(dtype: str) -> Iterator[Case]:
+    """Small shapes with every kind of edge: no row, one row, sizes that no tile divides."""
+    for m, n, k in [(0, 16, 32), (1, 24, 1), (1, 128, 256), (33, 65, 129), (64, 96, 128)]:
+        for has_bias in (False, True):
+            yield case({"check": "bias" if has_bias else "no bias"}, m, n, k, has_bias, dtype)
+
+
+def baselines(dtype: str) -> list[Contender]:
+    """What a user would call instead: torch's linear layer."""
+    return [Contender("torch", reference.run)]
+
+
+def case(labels: dict[str, str | int], m: int, n: int, k: int, has_bias: bool, dtype: str) -> Case:
     """x of variance 1 and weights of variance 1/K, so that outputs have variance about 1 at every
     shape."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
 
     def empty_inputs(device: torch.device) -> tuple[torch.Tensor | None, ...]:
         def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=torch_dtype, device=device)
 
         return empty(m, k), empty(n, k), empty(n) if has_bias else None
 
@@ -86,12 +95,13 @@ def case(
             if tensor is not None:
                 tensor.normal_(0, deviation)
 
-    item = dtype.itemsize
+    item = torch_dtype.itemsize
     return Case(
-        labels=labels,
+        labels={**labels, "M": m, "N": n, "K": k},
         empty_inputs=empty_inputs,
         fill=fill,
         flops=2.0 * m * n * k,
         bytes=float(item * (m * k + n * k + m * n + (n if has_bias else 0))),
         tolerance=TOLERANCES[dtype],
+        peak=dtype,
     )
