@@ -1,253 +1,467 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m custom_kernels.bench OPERATION``: a backend against the reference, on this GPU.
+"""``python -m custom_kernels.bench OPERATION``: every backend against what a user would call
+instead, on this GPU.
 
 An operation is measured at the shapes of its ``cases.py``. Prints a table, writes one JSON record
-with its provenance and a picture beside it, and exits with 1 if a result is wrong or there is no
-GPU.
+with its provenance and two pictures beside it. ``--record FILE`` shows a record that is there
+already; that needs no GPU. Exits with 1 if one of our backends or the baseline gives a wrong result
+or fails, or if there is no GPU.
 """
 
 import argparse
 import datetime
-import json
-import math
-import os
+import hashlib
+import importlib.metadata
+import importlib.util
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from custom_kernels import build
+from custom_kernels import build, pictures, records
 
-BASELINE = "reference"
+REFERENCE = "reference"
+"""A backend that says what is right. It is timed only where it is named: what a user would call
+instead is among the baselines."""
+PACKAGES = ("triton", "cupy-cuda13x", "vllm", "flashinfer-python", "nvidia-cublas")
+"""Whose version a time may depend on, beside torch's."""
+
+
+class UsageError(RuntimeError):
+    """The command cannot be carried out. The message is one line with the remedy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for, with every default filled in."""
+
+    operation: str
+    dtype: str
+    models: list[str]
+    tokens: list[int]
+    patterns: list[str]
+    backends: list[str] | None
+    """None: every backend that can run."""
+    seconds: float
+    repetitions: int
+
+    def command(self) -> str:
+        """What repeats the run; where the record goes is not part of it."""
+        words = ["python", "-m", "custom_kernels.bench", self.operation]
+        words += [word for model in self.models for word in ("--model", model)]
+        words += ["--tokens", *map(str, self.tokens)]
+        words += ["--pattern", *self.patterns] if self.patterns else []
+        words += ["--backend", ",".join(self.backends)] if self.backends else []
+        words += ["--dtype", self.dtype, "--seconds", str(self.seconds)]
+        return shlex.join([*words, "--repetitions", str(self.repetitions)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, report. Returns the exit status."""
     try:
-        import torch
-        from rich.console import Console
-    except ImportError as error:
-        print(f"error: {error}; run `make dev`, or install custom-kernels[bench]", file=sys.stderr)
+        return _main(arguments)
+    except (UsageError, records.RecordError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    from custom_kernels import registry, timing
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    for package in ("torch", "rich", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{package} is not installed; run `make dev`, or install custom-kernels[bench]"
+            )
+    options = _parser().parse_args(arguments)
+    if options.record:
+        return _show(records.read(options.record), options.record, options.output)
+    if options.operation is None:
+        raise UsageError("name an operation, or a record with --record")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "timing kernels needs a GPU and torch sees none; without one, "
+            f"`make test K={options.operation}` checks them and "
+            f"`make inspect K={options.operation}` shows what the compilers made of them"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    definition = _definition(options.operation)
+    plan = plan_of(options, definition)
+    record = _run(plan, definition, device)
+    path = records.write(record, options.output or _results_folder())
+    _report(record, [path, *pictures.draw(record, path)])
+    if options.tune:
+        _tune(record)
+    return 1 if _failed(record) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from custom_kernels import registry
 
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__)
-    parser.add_argument("operation", choices=registry.operations())
+    parser.add_argument("operation", nargs="?", choices=registry.operations())
     parser.add_argument(
         "--model", action="append", help="a model of the operation's cases; repeatable"
     )
     parser.add_argument("--tokens", type=int, nargs="+", help="values of M")
-    parser.add_argument("--backend", help="default: the best for this device")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument(
+        "--pattern", nargs="+", default=[], help="sparsity patterns, for example 2:4 6:8"
+    )
+    parser.add_argument("--backend", help="names with commas; default: all that can run here")
+    parser.add_argument("--dtype", help="default: the operation's first")
     parser.add_argument("--seconds", type=float, default=0.25, help="device time per shape")
-    parser.add_argument("--output", type=Path, help="folder for the record and the picture")
-    options = parser.parse_args(arguments)
-
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    if not torch.cuda.is_available():
-        print(
-            "error: kernel benchmarks need a GPU and torch sees none; run this on a GPU machine",
-            file=sys.stderr,
-        )
-        return 1
-    device = torch.device("cuda", torch.cuda.current_device())
-    dtype = getattr(torch, options.dtype)
-    definition = import_module(f"custom_kernels.{options.operation}.cases")
-    models = options.model or list(definition.DEFAULT_MODELS)
-    unknown = sorted(set(models) - set(definition.MODELS))
-    if unknown:
-        print(
-            f"error: no model {', '.join(unknown)}; there are: {', '.join(definition.MODELS)}",
-            file=sys.stderr,
-        )
-        return 1
-    try:
-        backend = options.backend or registry.best(options.operation, device, dtype)
-        custom, baseline = (
-            registry.runner(options.operation, name, device, dtype) for name in (backend, BASELINE)
-        )
-    except (registry.BackendError, build.BuildError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if backend == BASELINE:
-        print(
-            f"error: {BASELINE} is what the others are compared with; name another --backend",
-            file=sys.stderr,
-        )
-        return 1
-
-    tokens = options.tokens or list(definition.TOKENS)
-    # What repeats this run; where its record goes is not part of it.
-    command = shlex.join(
-        ["python", "-m", "custom_kernels.bench", options.operation]
-        + [word for model in models for word in ("--model", model)]
-        + ["--tokens", *map(str, tokens), "--backend", backend]
-        + ["--dtype", options.dtype, "--seconds", str(options.seconds)]
+    parser.add_argument("--repetitions", type=int, default=3, help="each with fresh inputs")
+    parser.add_argument("--output", type=Path, help="folder for the record and the pictures")
+    parser.add_argument(
+        "--tune", action="store_true", help="let the operation choose by these results from now on"
     )
-    exact = import_module(f"custom_kernels.{options.operation}.reference").exact
-    limits = timing.ceilings(device)
-    console.print(
-        f"{options.operation}.{backend} against {BASELINE}, {options.dtype}, on "
-        f"{torch.cuda.get_device_name(device)}: "
-        f"copies {limits.bytes_per_second / 1e12:.2f} TB/s, "
-        f"multiplies {limits.flops_per_second / 1e12:.0f} TFLOP/s"
+    parser.add_argument("--record", type=Path, help="show this record instead of measuring")
+    return parser
+
+
+def _definition(operation: str) -> ModuleType:
+    name = f"custom_kernels.{operation}.cases"
+    if importlib.util.find_spec(name) is None:
+        raise UsageError(f"{operation} has no cases.py, which says at which shapes to measure it")
+    return import_module(name)
+
+
+def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
+    """The command line with every default filled in. Raises UsageError for what is not there."""
+    from custom_kernels import registry
+
+    dtype = _known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)[0]
+    backends = None
+    if options.backend and options.backend != "all":
+        wanted = [name for name in options.backend.split(",") if name]
+        backends = _known("backend", wanted, registry.backends(options.operation))
+    if options.seconds <= 0 or options.repetitions < 1 or min(options.tokens or [1]) < 1:
+        raise UsageError("--seconds, --repetitions and --tokens must be positive")
+    return Plan(
+        operation=options.operation,
+        dtype=dtype,
+        models=_known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS),
+        tokens=list(options.tokens or definition.TOKENS),
+        patterns=options.pattern,
+        backends=backends,
+        seconds=options.seconds,
+        repetitions=options.repetitions,
     )
-    rows, failures = [], []
-    for case in definition.cases(models, tokens, dtype):
+
+
+def _known(what: str, wanted: Iterable[str], there: Iterable[str]) -> list[str]:
+    wanted, there = list(dict.fromkeys(wanted)), list(there)
+    unknown = sorted(set(wanted) - set(there))
+    if unknown or not wanted:
+        raise UsageError(f"no {what} {', '.join(unknown)}; there are: {', '.join(there)}")
+    return wanted
+
+
+def cases_of(plan: Plan, definition: ModuleType) -> list[Any]:
+    """The plan's cases. Raises UsageError if a pattern has none."""
+    cases = list(definition.cases(plan.models, plan.tokens, plan.dtype))
+    if not plan.patterns:
+        return cases
+    there = dict.fromkeys(str(case.labels.get("pattern", "none")) for case in cases)
+    patterns = _known("pattern", plan.patterns, there)
+    return [case for case in cases if str(case.labels.get("pattern", "none")) in patterns]
+
+
+def contenders_of(
+    plan: Plan, definition: ModuleType, device: Any
+) -> tuple[list[Any], list[str], dict[str, str]]:
+    """All that is timed, the named baseline first; which of them are ours; what is not timed, and
+    why.
+
+    Raises UsageError if the named baseline, a backend that was asked for, or every backend cannot
+    run here.
+    """
+    from custom_kernels import registry
+
+    skipped: dict[str, str] = {}
+    baselines = []
+    for contender in definition.baselines(plan.dtype):
+        reason = contender.unavailable(device)
+        if reason is None:
+            baselines.append(contender)
+        elif not baselines and not skipped:
+            raise UsageError(f"the baseline {contender.name} cannot run on {device}: {reason}")
+        else:
+            skipped[contender.name] = reason
+    ours = []
+    wanted = plan.backends or [
+        name for name in registry.backends(plan.operation) if name != REFERENCE
+    ]
+    for name in wanted:
         try:
-            result = timing.compare(case, custom, baseline, exact, device, options.seconds)
-        except (timing.WrongResultError, torch.OutOfMemoryError) as error:
-            failures.append(f"{case.labels}: {error}")
-            continue
-        rows.append(_row(result, limits))
-        if sys.stderr.isatty():
-            print(f"\r{len(rows)} shapes measured", end="", file=sys.stderr)
-        torch.cuda.empty_cache()
+            ours.append(contender_of(plan.operation, name, device, plan.dtype, definition))
+        except (registry.BackendError, build.BuildError) as error:
+            reason = registry.available(plan.operation, name, device) or str(error)
+            if plan.backends:
+                raise UsageError(f"{name} cannot run on {device}: {reason}") from error
+            skipped[name] = reason
+    if not ours:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UsageError(f"no backend of {plan.operation} can run on {device} ({reasons})")
+    taken = {contender.name for contender in baselines}
+    # A backend may be called like a baseline; then both are shown, and ours says that it is ours.
+    named = [_renamed(one, f"{one.name} (ours)") if one.name in taken else one for one in ours]
+    return [*baselines, *named], [one.name for one in named], skipped
 
-    record = {
-        "operation": options.operation,
-        "backend": backend,
-        "baseline": BASELINE,
-        "dtype": options.dtype,
+
+def contender_of(
+    operation: str, backend: str, device: Any, dtype: str, definition: ModuleType
+) -> Any:
+    """A backend as a contender: the operation's own way to set it up, or its plain call. Raises
+    BackendError or BuildError if it cannot run."""
+    from custom_kernels import registry, timing
+
+    if (make := getattr(definition, "contender", None)) is not None:
+        return make(backend, device, dtype)
+    import torch
+
+    # What a backend takes is a matter of its first argument's dtype.
+    smallest = next(iter(definition.checks(dtype)))
+    first = next(timing.tensors(smallest.empty_inputs(torch.device("cpu"))))
+    return timing.Contender(backend, registry.runner(operation, backend, device, first.dtype))
+
+
+def _renamed(contender: Any, name: str) -> Any:
+    from dataclasses import replace
+
+    return replace(contender, name=name)
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def _run(plan: Plan, definition: ModuleType, device: Any) -> records.Record:
+    import torch
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from custom_kernels import timing
+
+    cases = cases_of(plan, definition)
+    screen = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as progress:
+        task = progress.add_task("compiling", total=len(cases))
+        contenders, ours, skipped = contenders_of(plan, definition, device)
+        progress.update(task, description="ceilings")
+        limits = timing.ceilings(device, sorted({case.peak for case in cases}))
+        exact = import_module(f"custom_kernels.{plan.operation}.reference").exact
+        rows: list[dict[str, Any]] = []
+        problems: list[str] = []
+        for case in cases:
+            progress.update(task, description=words(case.labels))
+            try:
+                measurement = timing.measure(
+                    case, contenders, exact, device, plan.seconds, plan.repetitions
+                )
+            except torch.OutOfMemoryError:
+                problems.append(f"{words(case.labels)}: the inputs do not fit on {device}")
+            except timing.DeviceLostError as error:
+                problems.append(f"{words(case.labels)}: {error}; nothing after it was measured")
+                break
+            else:
+                rows.append(records.row(measurement, limits))
+            torch.cuda.empty_cache()
+            progress.advance(task)
+    return _record(plan, contenders, ours, skipped, limits, rows, problems, device)
+
+
+def _record(
+    plan: Plan,
+    contenders: Sequence[Any],
+    ours: list[str],
+    skipped: dict[str, str],
+    limits: Any,
+    rows: list[dict[str, Any]],
+    problems: list[str],
+    device: Any,
+) -> records.Record:
+    from custom_kernels.timing import clock_warning
+
+    baseline = contenders[0].name
+    failures = problems + [
+        f"{words(row['labels'])}: {name}: {one['failure']}"
+        for row in rows
+        for name, one in row["contenders"].items()
+        if "failure" in one
+    ]
+    warnings = [
+        f"{words(row['labels'])}: {warning}"
+        for row in rows
+        if (warning := clock_warning(row["clocks"]))
+    ]
+    if rows and "unknown" in rows[0]["clocks"]:
+        warnings.append(f"clocks were not watched: {rows[0]['clocks']['unknown']}")
+    return {
+        "schema": records.SCHEMA,
+        "operation": plan.operation,
+        "dtype": plan.dtype,
+        "baseline": baseline,
+        "backends": ours,
+        "baselines": [one.name for one in contenders if one.name not in ours],
+        "skipped": skipped,
         "ceilings": asdict(limits),
-        "summary": _summary(rows),
+        "summary": records.summary(rows, baseline),
         "failures": failures,
+        "warnings": warnings,
+        "provenance": _provenance(device, plan),
         "rows": rows,
-        "provenance": _provenance(torch, device, options.operation, command),
-    }
-    console.print(_table(rows))
-    for name, summary in record["summary"].items():
-        console.print(
-            f"{name}: geometric mean {summary['geometric_mean']:.3f}, "
-            f"lowest {summary['lowest']:.3f}, {summary['verdicts']}"
-        )
-    path = _write(record, options.output or _results_folder())
-    console.print(f"record: {path}")
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _row(result: Any, limits: Any) -> dict[str, Any]:
-    case = result.case
-    floor = max(case.bytes / limits.bytes_per_second, case.flops / limits.flops_per_second)
-    seconds = result.custom.median * 1e-6
-    return {
-        **case.labels,
-        "custom_us": asdict(result.custom),
-        "baseline_us": asdict(result.baseline),
-        "ratio": result.ratio,
-        "ratio_low": result.low,
-        "ratio_high": result.high,
-        "verdict": result.verdict,
-        "tflops": case.flops / seconds / 1e12,
-        "gbytes_per_second": case.bytes / seconds / 1e9,
-        "percent_of_copy": 100 * case.bytes / seconds / limits.bytes_per_second,
-        "percent_of_matmul": 100 * case.flops / seconds / limits.flops_per_second,
-        "percent_of_floor": 100 * floor / seconds,
-        "input_sets": result.sets,
-        "blocks": result.blocks,
     }
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over all rows and per model: geometric mean and lowest of baseline time / custom time."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(str(row.get("model", "all")), []).append(row)
-    if len(groups) > 1:
-        groups["all"] = rows
-    return {name: _summarize(group) for name, group in groups.items()}
+def words(labels: dict[str, Any]) -> str:
+    """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
+    return " ".join(
+        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
+    )
 
 
-def _summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    ratios = [row["ratio"] for row in rows]
-    verdicts = [row["verdict"] for row in rows]
-    return {
-        "shapes": len(rows),
-        "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
-        "lowest": min(ratios),
-        "highest": max(ratios),
-        "verdicts": {name: verdicts.count(name) for name in sorted(set(verdicts))},
-    }
+def _failed(record: records.Record) -> bool:
+    """Whether something that must work did not: a backend of ours, the named baseline, a whole
+    case."""
+    must = {record["baseline"], *record["backends"]}
+    known = [
+        (name, one)
+        for row in record["rows"]
+        for name, one in row["contenders"].items()
+        if "failure" in one
+    ]
+    return len(record["failures"]) > len(known) or any(name in must for name, _ in known)
 
 
-def _table(rows: Iterable[dict[str, Any]]) -> Any:
-    from rich.table import Table
-
-    table = Table(header_style="bold")
-    columns = ["model", "layer", "M", "N", "K"]
-    for name in columns:
-        table.add_column(name, justify="right" if name in "MNK" else "left")
-    for name in (
-        "baseline µs",
-        "custom µs",
-        "p20-p80",
-        "ratio",
-        "TFLOP/s",
-        "GB/s",
-        "% of floor",
-        "verdict",
-    ):
-        table.add_column(name, justify="right")
-    colours = {"FASTER": "green", "SLOWER": "red", "AMBIGUOUS": "yellow"}
-    for row in rows:
-        custom = row["custom_us"]
-        verdict = row["verdict"]
-        colour = colours.get(verdict)
-        table.add_row(
-            *(str(row[name]) for name in columns),
-            f"{row['baseline_us']['median']:.2f}",
-            f"{custom['median']:.2f}",
-            f"{custom['p20']:.2f}-{custom['p80']:.2f}",
-            f"{row['ratio']:.3f}",
-            f"{row['tflops']:.0f}",
-            f"{row['gbytes_per_second']:.0f}",
-            f"{row['percent_of_floor']:.0f}",
-            f"[{colour}]{verdict}[/]" if colour else verdict,
-        )
-    return table
+# --- the report -----------------------------------------------------------------------------------
 
 
-def _provenance(torch: Any, device: Any, operation: str, command: str) -> dict[str, Any]:
+def _report(record: records.Record, files: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console.print(records.headline(record), markup=False)
+    for name, reason in record["skipped"].items():
+        console.print(f"not timed: {name}: {reason}", markup=False)
+    console.print(records.table(record))
+    for line in records.summary_lines(record):
+        console.print(line, markup=False)
+    for warning in record["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    for failure in record["failures"]:
+        print(f"failed: {failure}", file=sys.stderr)
+    for path in files:
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    if command := record["provenance"].get("command"):
+        console.print(f"repeat: {command}", markup=False, soft_wrap=True)
+
+
+def _show(record: records.Record, path: Path, output: Path | None) -> int:
+    """Show a record that is there already; its pictures go to ``output`` if that is given."""
+    _report(record, pictures.draw(record, output / path.name) if output else [])
+    return 0
+
+
+def _tune(record: records.Record) -> None:
+    name = "custom_kernels.tuning"
+    if importlib.util.find_spec(name) is None:
+        raise UsageError("--tune: this version keeps no tuning results")
+    for line in import_module(name).adopt(record) or ():
+        print(f"tuned: {line}")
+
+
+def _results_folder() -> Path:
+    return (build.checkout() or Path.cwd()) / "benchmarks" / "results"
+
+
+# --- provenance -----------------------------------------------------------------------------------
+
+
+def _provenance(device: Any, plan: Plan) -> dict[str, Any]:
+    import torch
+
     commit = _output(["git", "-C", str(build.PACKAGE), "rev-parse", "HEAD"])
     properties = torch.cuda.get_device_properties(device)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": plan.command(),
         "device": properties.name,
         "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "driver": _output(
-            [
-                "nvidia-smi",
-                "--query-gpu=driver_version",
-                "--format=csv,noheader",
-                "-i",
-                str(device.index),
-            ]
-        ),
+        "driver": _driver(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "git_commit": commit,
         "git_dirty": None if commit is None else _dirty(),
+        "locks": _locks(),
         "kernel_source_hash": build.source_hash(),
-        "compiled": {
-            built.source.name: {"library": built.path.name, "architectures": built.architectures}
-            for built in (
-                build.build(source, (build.architecture(device),))
-                for source in build.sources()
-                if source.operation == operation
-            )
-        },
-        "tool_chain": build.toolchain().versions(),
+        "compiled": _compiled(plan, device),
+        "tool_chain": _tool_chain(),
     }
+
+
+def _compiled(plan: Plan, device: Any) -> dict[str, Any]:
+    """The libraries of the backends that were timed; they exist, so nothing is compiled here."""
+    architecture = build.architecture(device)
+    found = {}
+    for source in build.sources():
+        asked_for = plan.backends is None or source.backend in plan.backends
+        if source.operation != plan.operation or not asked_for:
+            continue
+        try:
+            built = build.build(source, (architecture,))
+        except build.BuildError:
+            continue  # it was not timed either, and is among the skipped
+        found[source.name] = {"library": built.path.name, "architectures": built.architectures}
+    return found
+
+
+def _tool_chain() -> dict[str, str]:
+    try:
+        return build.toolchain().versions()
+    except build.BuildError as error:
+        return {"missing": str(error)}
+
+
+def _locks() -> dict[str, str]:
+    root = build.checkout()
+    files = sorted((root / "locks").glob("*.txt")) if root else []
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver(device: Any) -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output([*query, "-i", str(device.index)])
 
 
 def _dirty() -> bool | None:
@@ -264,61 +478,6 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _results_folder() -> Path:
-    root = build.checkout()
-    return (root or Path.cwd()) / "benchmarks" / "results"
-
-
-def _write(record: dict[str, Any], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = record["provenance"]["time"].replace(":", "").replace("+0000", "Z")
-    path = folder / f"kernels-{record['operation']}-{record['backend']}-{stamp}.json"
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps(record, indent=1) + "\n")
-    beside.replace(path)
-    if record["rows"]:
-        draw(record, path.with_suffix(".png"))
-    return path
-
-
-def draw(record: dict[str, Any], path: Path) -> None:
-    """One panel per model: baseline time / custom time over M, a line per layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
-    figure, panels = pyplot.subplots(
-        1, len(models), figsize=(6 * len(models), 4.2), sharey=True, squeeze=False
-    )
-    for panel, model in zip(panels[0], models, strict=True):
-        rows = [row for row in record["rows"] if row["model"] == model]
-        for layer in dict.fromkeys(row["layer"] for row in rows):
-            line = [row for row in rows if row["layer"] == layer]
-            panel.plot(
-                [row["M"] for row in line],
-                [row["ratio"] for row in line],
-                marker="o",
-                markersize=3.5,
-                label=f"{layer} {line[0]['N']}x{line[0]['K']}",
-            )
-        panel.axhline(1, color="black", linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        panel.set_title(f"{model}: geometric mean {record['summary'][model]['geometric_mean']:.3f}")
-        panel.set_xlabel("M (tokens)")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    panels[0][0].set_ylabel(f"{record['baseline']} time / {record['backend']} time")
-    figure.suptitle(
-        f"{record['operation']}.{record['backend']} on {record['provenance']['device']}, "
-        f"{record['dtype']}, cold L2 (above 1: faster)"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
