@@ -37,7 +37,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +155,12 @@ class Kernel:
     spill_stores: int
     spill_loads: int
     shared: int
+    ptx: int | None = None
+    """Instructions of its PTX."""
+    threads: int | None = None
+    """Threads in a block, where ``__launch_bounds__`` fixes it."""
+    dynamic: bool = False
+    """Whether it uses shared memory whose size the launch chooses, beyond ``shared``."""
 
 
 @dataclass(frozen=True)
@@ -527,6 +533,8 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
             str(source.path),
             "-o",
             str(output),
+            "--keep",  # the PTX, for the report; it goes when the scratch folder goes
+            f"--keep-dir={scratch}",
             f"-L{tools.tvm_ffi / 'lib'}",
             "-ltvm_ffi",
             *(flag for name in source.libraries() for flag in _link_flags(tools, name)),
@@ -549,7 +557,7 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
             "source": source.name,
             "architectures": list(architectures),
             "tools": tools.versions(),
-            "kernels": [asdict(kernel) for kernel in _parse_ptxas(result.stderr)],
+            "kernels": [asdict(kernel) for kernel in _kernels(result.stderr, scratch)],
         }
         # The report first: where there is a library, there is its report.
         report_output = scratch / "report.json"
@@ -639,6 +647,31 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+def _kernels(log: str, kept: Path) -> list[Kernel]:
+    """What ptxas says in ``log``, with what the PTX in the folder ``kept`` says beside it."""
+    from custom_kernels import assembly
+
+    entries = {}
+    for path in kept.glob("*.ptx"):
+        text = path.read_text()
+        if target := re.search(r"^\.target sm_(\w+)", text, re.MULTILINE):
+            for entry in assembly.entries(text):
+                entries[entry.name, _architecture_name(target[1])] = entry
+    kernels = _parse_ptxas(log)
+    for index, kernel in enumerate(kernels):
+        if entry := entries.get((kernel.name, kernel.architecture)):
+            kernels[index] = replace(
+                kernel, ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic
+            )
+    names = assembly.demangle([kernel.name for kernel in kernels])
+    return [replace(kernel, name=name) for kernel, name in zip(kernels, names, strict=True)]
+
+
+def _architecture_name(sm: str) -> str:
+    number = re.fullmatch(r"(\d+)(\d)(\w?)", sm)
+    return f"{number[1]}.{number[2]}{number[3]}" if number else sm
+
+
 def _parse_ptxas(text: str) -> list[Kernel]:
     """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared
     memory."""
@@ -652,30 +685,16 @@ def _parse_ptxas(text: str) -> list[Kernel]:
             memory = (int(match[1]), int(match[2]), int(match[3]))
         elif entry is not None and (match := _USED.search(line)):
             shared = _SHARED.search(line)
-            number = re.fullmatch(r"(\d+)(\d)(\w?)", entry["sm"])
-            target = f"{number[1]}.{number[2]}{number[3]}" if number else entry["sm"]
             kernels.append(
                 Kernel(
                     entry["name"],
-                    target,
+                    _architecture_name(entry["sm"]),
                     int(match["registers"]),
                     *memory,
                     int(shared[1]) if shared else 0,
                 )
             )
             entry = None
-    if kernels and (filt := shutil.which("c++filt")):
-        names = subprocess.run(
-            [filt, "--no-params", *(kernel.name for kernel in kernels)],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.splitlines()
-        if len(names) == len(kernels):
-            kernels = [
-                Kernel(**{**asdict(kernel), "name": name})
-                for kernel, name in zip(kernels, names, strict=True)
-            ]
     return kernels
 
 
