@@ -91,10 +91,10 @@ def _main(arguments: Sequence[str] | None) -> int:
             f"`make inspect K={options.operation}` shows what the compilers made of them"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    definition = _definition(options.operation)
+    definition = definition_of(options.operation)
     plan = plan_of(options, definition)
     record = _run(plan, definition, device)
-    path = records.write(record, options.output or _results_folder())
+    path = records.write(record, options.output or results_folder())
     _report(record, [path, *pictures.draw(record, path)])
     if options.tune:
         _tune(record)
@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _definition(operation: str) -> ModuleType:
+def definition_of(operation: str) -> ModuleType:
+    """The operation's ``cases.py``. Raises UsageError if it has none."""
     name = f"custom_kernels.{operation}.cases"
     if importlib.util.find_spec(name) is None:
         raise UsageError(f"{operation} has no cases.py, which says at which shapes to measure it")
@@ -390,7 +391,8 @@ def _tune(record: records.Record) -> None:
         print(f"tuned: {line}")
 
 
-def _results_folder() -> Path:
+def results_folder() -> Path:
+    """Where records go that nobody asked to keep; git ignores it."""
     return (build.checkout() or Path.cwd()) / "benchmarks" / "results"
 
 
