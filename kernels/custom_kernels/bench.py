@@ -301,7 +301,7 @@ def _record(
     problems: list[str],
     device: Any,
 ) -> records.Record:
-    from custom_kernels.timing import clock_warning
+    from custom_kernels.timing import clock_warnings
 
     baseline = contenders[0].name
     failures = problems + [
@@ -310,13 +310,6 @@ def _record(
         for name, one in row["contenders"].items()
         if "failure" in one
     ]
-    warnings = [
-        f"{words(row['labels'])}: {warning}"
-        for row in rows
-        if (warning := clock_warning(row["clocks"]))
-    ]
-    if rows and "unknown" in rows[0]["clocks"]:
-        warnings.append(f"clocks were not watched: {rows[0]['clocks']['unknown']}")
     return {
         "schema": records.SCHEMA,
         "operation": plan.operation,
@@ -328,7 +321,7 @@ def _record(
         "ceilings": asdict(limits),
         "summary": records.summary(rows, baseline),
         "failures": failures,
-        "warnings": warnings,
+        "warnings": clock_warnings([row["clocks"] for row in rows]),
         "provenance": _provenance(device, plan),
         "rows": rows,
     }

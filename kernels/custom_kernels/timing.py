@@ -170,7 +170,8 @@ class Ceilings:
     bytes_per_second: float
     """A large device-to-device copy, bytes read plus bytes written."""
     flops_per_second: dict[str, float]
-    """An 8192-cubed dense product of random numbers through torch, per dtype."""
+    """An 8192-cubed dense product of random numbers through torch, per dtype: the best of some. A
+    kernel can be above it, where torch's is not as fast as the chip or the chip was warmer."""
     missing: dict[str, str] = field(default_factory=dict)
     """Dtypes whose product this device or torch cannot do, and why."""
 
@@ -658,13 +659,13 @@ def ceilings(device: torch.device, dtypes: Iterable[str] = ("bfloat16",)) -> Cei
     a second."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    copy = _median_seconds(lambda: target.copy_(source))
+    copy = _best_seconds(lambda: target.copy_(source))
     rates: dict[str, float] = {}
     missing: dict[str, str] = {}
     size = 8192
     for name in dict.fromkeys(dtypes):
         try:
-            rates[name] = 2 * size**3 / _median_seconds(_product(name, size, device))
+            rates[name] = 2 * size**3 / _best_seconds(_product(name, size, device))
         except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
             missing[name] = _said(error)
     return Ceilings(2 * source.numel() / copy, rates, missing)
@@ -689,7 +690,7 @@ def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
     return lambda: a @ b.t()
 
 
-def _median_seconds(function: Callable[[], Any], repeats: int = 20) -> float:
+def _best_seconds(function: Callable[[], Any], repeats: int = 20) -> float:
     for _ in range(3):
         function()
     times = []
@@ -700,7 +701,7 @@ def _median_seconds(function: Callable[[], Any], repeats: int = 20) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return min(times)
 
 
 class Clocks:
@@ -755,16 +756,27 @@ class Clocks:
         return held
 
 
-def clock_warning(clocks: dict[str, Any]) -> str | None:
-    """What in a clocks summary makes times doubtful: heat, or clocks that moved. The power limit is
-    where a large product runs, so it is recorded but no reason to doubt."""
-    warnings = [
-        reason for reason in clocks.get("reasons", ()) if reason != "held at its power limit"
+def clock_warnings(clocks: Sequence[dict[str, Any]]) -> list[str]:
+    """What in the clocks summaries of a run makes its times doubtful: heat, the hardware's own
+    brakes, and clocks that moved within a case. The power limit alone is where a large product
+    runs, so it is recorded but no reason to doubt."""
+    warnings = []
+    for reason in dict.fromkeys(words for _, words in Clocks.SLOWDOWNS[:-1]):
+        if count := sum(reason in one.get("reasons", ()) for one in clocks):
+            warnings.append(f"the GPU was {reason} in {count} of {len(clocks)} cases")
+    moved = [
+        one["sm_mhz"]
+        for one in clocks
+        if "sm_mhz" in one and one["sm_mhz"][0] < (1 - Clocks.UNSTEADY) * one["sm_mhz"][1]
     ]
-    low, high = clocks.get("sm_mhz", (1, 1))
-    if low < (1 - Clocks.UNSTEADY) * high:
-        warnings.append(f"SM clock between {low} and {high} MHz")
-    return ", ".join(warnings) or None
+    if moved:
+        warnings.append(
+            f"the SM clock moved by more than {Clocks.UNSTEADY:.0%} in {len(moved)} of "
+            f"{len(clocks)} cases ({min(low for low, _ in moved)} to "
+            f"{max(high for _, high in moved)} MHz): ratios bear that, times do not"
+        )
+    unknown = dict.fromkeys(one["unknown"] for one in clocks if "unknown" in one)
+    return warnings + [f"the clocks were not watched: {reason}" for reason in unknown]
 
 
 def _nvml(device: torch.device) -> tuple[Any, Any, str | None]:
