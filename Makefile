@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench bench-kernels test lint lock clean
+.PHONY: help dev doctor kernels bench bench-kernels compare profile test lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -19,8 +19,14 @@ kernels: ## compile the kernels that changed (ARCH=9.0a)
 bench: ## vLLM, stock against custom GEMM (MODEL, METRIC, BACKEND, TP, REPEATS, ...)
 	@$(WORKSPACE) bench
 
-bench-kernels: ## a kernel on the GPU against its baseline (K=gemm, MODEL, M, BACKEND, DTYPE)
+bench-kernels: ## kernels on the GPU against their baselines (K=gemm, MODEL, M, BACKEND, DTYPE, ...)
 	@$(WORKSPACE) bench-kernels
+
+compare: ## two records: faster, slower, same or ambiguous (A=before.json B=after.json)
+	@$(WORKSPACE) compare
+
+profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, M, ...)
+	@$(WORKSPACE) profile
 
 test: ## run the tests (K=name or path)
 	@$(WORKSPACE) test

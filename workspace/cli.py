@@ -119,19 +119,66 @@ def bench_kernels(
     k: Annotated[Text, option("K", "The operation.")] = None,
     model: Annotated[Text, option("MODEL", "Whose layer shapes; several with commas.")] = None,
     m: Annotated[Text, option("M", "Numbers of tokens, e.g. 1,16,4096.")] = None,
-    backend: Annotated[Text, option("BACKEND", "Default: the best for the device.")] = None,
-    dtype: Annotated[Text, option("DTYPE", "bfloat16 or float16.")] = None,
+    backend: Annotated[Text, option("BACKEND", "With commas; default: all that can run.")] = None,
+    dtype: Annotated[Text, option("DTYPE", "Default: the operation's first.")] = None,
+    pattern: Annotated[Text, option("PATTERN", "Sparsity patterns, e.g. 2:4,6:8.")] = None,
+    seconds: Annotated[Text, option("SECONDS", "Device time per shape.")] = None,
+    tune: Annotated[Text, option("TUNE", "1: choose by these results from now on.")] = None,
 ) -> None:
-    """Time a kernel on the GPU against what a user would call instead."""
-    set_up(engine=False)
-    command = [sys.executable, "-m", "custom_kernels.bench", k or "gemm"]
-    for name in (model or "").replace(",", " ").split():
+    """Time kernels on the GPU against what a user would call instead."""
+    operation = k or "gemm"
+    set_up(engine=False, operation=operation)
+    command = [sys.executable, "-m", "custom_kernels.bench", operation]
+    for name in _words(model):
         command += ["--model", name]
-    if m:
-        command += ["--tokens", *m.replace(",", " ").split()]
-    for flag, value in (("--backend", backend), ("--dtype", dtype)):
+    for flag, values in (("--tokens", _words(m)), ("--pattern", _words(pattern))):
+        command += [flag, *values] if values else []
+    for flag, value in (("--backend", backend), ("--dtype", dtype), ("--seconds", seconds)):
+        command += [flag, value] if value else []
+    command += ["--tune"] if tune == "1" else []
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+@app.command()
+def compare(
+    a: Annotated[Text, option("A", "The record before.")] = None,
+    b: Annotated[Text, option("B", "The record after.")] = None,
+) -> None:
+    """Compare two records, of kernels or of the engine: faster, slower, same or ambiguous."""
+    from workspace import install
+
+    if not a or not b:
+        raise WorkspaceError("name two records: make compare A=before.json B=after.json")
+    install.install_kernels()
+    command = [sys.executable, "-m", "custom_kernels.compare", a, b]
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+@app.command()
+def profile(
+    k: Annotated[Text, option("K", "The operation.")] = None,
+    model: Annotated[Text, option("MODEL", "Whose layer shapes.")] = None,
+    layer: Annotated[Text, option("LAYER", "Which of its layers; default: the first.")] = None,
+    m: Annotated[Text, option("M", "Number of tokens.")] = None,
+    backend: Annotated[Text, option("BACKEND", "Default: the best for the device.")] = None,
+    dtype: Annotated[Text, option("DTYPE", "Default: the operation's first.")] = None,
+    pattern: Annotated[Text, option("PATTERN", "A sparsity pattern, e.g. 6:8.")] = None,
+) -> None:
+    """Run Nsight Compute on one call of one backend."""
+    operation = k or "gemm"
+    set_up(engine=False, operation=operation)
+    command = [sys.executable, "-m", "custom_kernels.profiling", operation]
+    given = {
+        "--model": model, "--layer": layer, "--tokens": m, "--backend": backend,
+        "--dtype": dtype, "--pattern": pattern,
+    }  # fmt: skip
+    for flag, value in given.items():
         command += [flag, value] if value else []
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+def _words(value: Text) -> list[str]:
+    return (value or "").replace(",", " ").split()
 
 
 @app.command("test")
