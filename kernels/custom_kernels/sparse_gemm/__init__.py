@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sparse_gemm: y = dequant(A · Wᵀ) + b with a (2N-2):2N sparse weight on 2:4 tensor cores.
+
+A is the expanded activation that ``custom_quant_expand`` makes, W the weight packed by ``pack`` for
+the same pattern. This file is the operation: its public functions, its argument checks (here and
+nowhere else), and its registration with torch as ``torch.ops.custom_kernels.sparse_gemm``.
+"""
+
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import torch
+
+from custom_kernels import launches, registry, sparsity
+from custom_kernels.quant_expand import custom_quant_expand
+from custom_kernels.quant_expand import reference as quantization
+from custom_kernels.sparse_gemm import _packing
+
+PREFERENCE = {"cuda": ("cutlass", "cusparselt", "reference"), "cpu": ("reference",)}
+"""Backends per device type, best first."""
+
+SCALED = (torch.float8_e4m3fn, torch.int8)
+"""Dtypes of A and W that come with scales; bfloat16 comes without."""
+DTYPES = (*SCALED, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeight:
+    """A weight [N, K] of a (2N-2):2N pattern, packed for one backend. ``pack`` makes it."""
+
+    backend: str
+    pattern: sparsity.Pattern
+    features: int
+    """N."""
+    k: int
+    dtype: torch.dtype
+    values: torch.Tensor
+    """The kept values, as the backend lays them out."""
+    metadata: torch.Tensor
+    """Which they are, as the backend lays that out; empty where it keeps it with the values."""
+    scale: torch.Tensor | None
+    """[N] float32, for 8-bit dtypes."""
+
+    @property
+    def expanded(self) -> int:
+        """K', the length of the activation's rows."""
+        return self.pattern.expanded(self.k)
+
+    def to(self, device: torch.device | str) -> "SparseWeight":
+        """The same on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        moved = {"values": self.values.to(device), "metadata": self.metadata.to(device)}
+        return replace(self, scale=scale, **moved)
+
+
+def pack(
+    weight: torch.Tensor,
+    pattern: str,
+    scale: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> SparseWeight:
+    """Pack a weight that has the zeros of a (2N-2):2N pattern; once, when the weights are loaded.
+
+    The nonzeros are shared out among the windows of the expansion, so that each window is 2:4, and
+    compressed. Nothing is rounded: ``expand(x) · pack(weight)ᵀ`` is ``x · weightᵀ``, term by term.
+
+    Args:
+        weight: [N, K], int8, float8_e4m3fn or bfloat16, already quantized (see
+            ``quantize_weight``).
+        pattern: ``"2:4"``, ``"4:6"``, ``"6:8"``, ``"8:10"``, ... up to ``"30:32"``. K need not be a
+            multiple of the group.
+        scale: [N] float32, of each output channel; for the 8-bit dtypes, and only for those.
+        backend: a name from ``registry.backends("sparse_gemm")``: whom it is packed for; None takes
+            the best for the weight's device and dtype.
+
+    Raises:
+        TypeError: the dtype is none of those.
+        ValueError: a shape does not fit, or the weight violates the pattern; the message names the
+            first row and group that do.
+        registry.BackendError: the backend does not exist or does not take the dtype.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"sparse_gemm: weight must be [N, K], got {list(weight.shape)}")
+    if weight.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"sparse_gemm: weight must be one of {names}, got {weight.dtype}")
+    _check_scale("scale", scale, weight.shape[0], weight.dtype, weight.device)
+    kind = sparsity.pattern(pattern)
+    backend = backend or registry.best("sparse_gemm", weight.device, weight.dtype)
+    if backend not in registry.backends("sparse_gemm"):
+        known = ", ".join(registry.backends("sparse_gemm"))
+        raise registry.BackendError(f"sparse_gemm has no backend {backend!r}; there are: {known}")
+    if not registry.takes("sparse_gemm", backend, weight.dtype):
+        raise registry.BackendError(f"sparse_gemm.{backend} does not take {weight.dtype}")
+    expanded = _packing.decompose(weight.detach().contiguous(), kind)
+    values, metadata = import_module(f"{__name__}.{backend}").storage(expanded)
+    kept = None if scale is None else scale.contiguous()
+    n, k = weight.shape
+    return SparseWeight(backend, kind, n, k, weight.dtype, values, metadata, kept)
+
+
+def quantize_weight(
+    weight: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each output channel symmetrically, exactly as ``custom_quant_expand`` does a token.
+
+    Zeros stay zeros, so a pattern is kept. weight [N, K] floating point; returns [N, K] of
+    ``dtype`` (int8 or float8_e4m3fn) and scale [N] float32.
+    """
+    return quantization.quantize(weight.detach(), dtype)
+
+
+def custom_sparse_gemm(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    weight: SparseWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``y[..., n] = (sum_k a[..., k] * W[n, k]) * a_scale[...] * w_scale[n] + bias[n]``.
+
+    The sum is exact in int32 for int8, in the tensor cores' float32 for the others. For inference:
+    there is no gradient. A row whose scale is NaN gives NaN.
+
+    Args:
+        a: [..., K'], the dtype of ``weight``, expanded for its pattern (``custom_quant_expand``).
+        a_scale: [...] float32, of each row of a; None for bfloat16.
+        weight: from ``pack``, on a's device.
+        bias: [N] bfloat16 or None.
+        backend: None or the name of the backend for which the weight was packed.
+
+    Returns:
+        [..., N] bfloat16, contiguous. Without rows it is empty.
+
+    Raises:
+        TypeError: dtypes do not fit.
+        ValueError: shapes or devices do not fit, or the weight is packed for another backend.
+        registry.BackendError: the backend cannot run here.
+    """
+    if backend is not None and backend != weight.backend:
+        raise ValueError(
+            f"sparse_gemm: the weight is packed for {weight.backend}, not for {backend}: "
+            f"pack it with backend={backend!r}"
+        )
+    if a.shape[-1:] != (weight.expanded,) or a.dtype != weight.dtype:
+        raise (TypeError if a.dtype != weight.dtype else ValueError)(
+            f"sparse_gemm: a must be [..., {weight.expanded}] {weight.dtype}, expanded for "
+            f"{weight.pattern}, got {list(a.shape)} {a.dtype}"
+        )
+    return _op(
+        a,
+        a_scale,
+        weight.values,
+        weight.metadata,
+        weight.scale,
+        bias,
+        weight.features,
+        weight.backend,
+    )
+
+
+def sparse_linear(
+    x: torch.Tensor, weight: SparseWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``y = x · Wᵀ + bias``: x [..., K] bfloat16 is quantized, expanded and multiplied.
+
+    Returns [..., N] bfloat16. bfloat16 weights take the expanded x as it is.
+    """
+    if weight.dtype == torch.bfloat16:
+        return custom_sparse_gemm(quantization.expand(x, weight.pattern), None, weight, bias)
+    q, scale = custom_quant_expand(x, str(weight.pattern), weight.dtype)
+    return custom_sparse_gemm(q, scale, weight, bias)
+
+
+def empty_output(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> torch.Tensor:
+    """The output, not yet written: [..., N] bfloat16, contiguous. It is also what torch.compile
+    traces with."""
+    return a.new_empty((*a.shape[:-1], features), dtype=torch.bfloat16)
+
+
+def _check_scale(
+    name: str,
+    scale: torch.Tensor | None,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    if (scale is not None) != (dtype in SCALED):
+        wanted = "needs" if dtype in SCALED else "takes no"
+        raise ValueError(f"sparse_gemm: {dtype} {wanted} {name}")
+    if scale is None:
+        return
+    if scale.dtype != torch.float32:
+        raise TypeError(f"sparse_gemm: {name} must be float32, got {scale.dtype}")
+    if list(scale.shape) != [length] or scale.device != device:
+        raise ValueError(
+            f"sparse_gemm: {name} must be [{length}] on {device}, got {list(scale.shape)} on "
+            f"{scale.device}"
+        )
+
+
+def _check(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> None:
+    if a.dim() < 1 or a.dtype not in DTYPES:
+        raise TypeError(
+            f"sparse_gemm: a must be int8, float8_e4m3fn or bfloat16 with rows, got {a.dtype} "
+            f"{list(a.shape)}"
+        )
+    rows = a.shape[:-1].numel()
+    if a_scale is not None and a_scale.shape != a.shape[:-1]:
+        raise ValueError(
+            f"sparse_gemm: a_scale must be {list(a.shape[:-1])}, one per row of a, got "
+            f"{list(a_scale.shape)}"
+        )
+    flat = None if a_scale is None else a_scale.reshape(-1)
+    _check_scale("a_scale", flat, rows, a.dtype, a.device)
+    _check_scale("the weight's scale", w_scale, features, a.dtype, a.device)
+    if values.device != a.device or metadata.device != a.device:
+        raise ValueError(
+            f"sparse_gemm: a and weight must be on one device, got {a.device} and {values.device}"
+        )
+    if bias is None:
+        return
+    if bias.dtype != torch.bfloat16:
+        raise TypeError(f"sparse_gemm: bias must be bfloat16, got {bias.dtype}")
+    if list(bias.shape) != [features] or bias.device != a.device:
+        raise ValueError(
+            f"sparse_gemm: bias must be [{features}] on {a.device}, got {list(bias.shape)} on "
+            f"{bias.device}"
+        )
+
+
+def _sparse_gemm(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+    backend: str,
+) -> torch.Tensor:
+    arguments = (a, a_scale, values, metadata, w_scale, bias, features)
+    _check(*arguments)
+    run = registry.runner("sparse_gemm", backend, a.device, a.dtype)
+    if a.numel() == 0 or features == 0:
+        out = empty_output(*arguments)
+        return out.zero_() if bias is None else out.copy_(bias)
+    rows = a.reshape(-1, a.shape[-1]).contiguous()
+    scale = None if a_scale is None else a_scale.reshape(-1).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = run(rows, scale, values, metadata, w_scale, bias, features)
+    launches.record("sparse_gemm", backend)
+    return out if a.dim() == 2 else out.view(*a.shape[:-1], features)
+
+
+def _fake(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+    backend: str,
+) -> torch.Tensor:
+    arguments = (a, a_scale, values, metadata, w_scale, bias, features)
+    _check(*arguments)
+    return empty_output(*arguments)
+
+
+# The library object keeps the registration alive. Low-level registration: a call costs the
+# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
+# it.
+_library = torch.library.Library("custom_kernels", "FRAGMENT")
+_library.define(
+    "sparse_gemm(Tensor a, Tensor? a_scale, Tensor values, Tensor metadata, Tensor? w_scale, "
+    "Tensor? bias, int features, str backend) -> Tensor"
+)
+for _device_type in PREFERENCE:
+    _library.impl("sparse_gemm", _sparse_gemm, _device_type.upper())
+torch.library.register_fake("custom_kernels::sparse_gemm", _fake, lib=_library)
+_op = torch.ops.custom_kernels.sparse_gemm.default

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A (2N-2):2N sparse weight as tensor cores take it: window decomposition and 2:4 compression.
+
+**Decomposition.** Every nonzero of a group goes to exactly one of the two windows that hold its
+pair, such that no window gets more than two (``custom_kernels.sparsity`` says what windows are and
+how the expanded row lies). From left to right, window j takes what is left of its first pair, then
+from its second pair as far as there is room. This always succeeds for at most 2N-2 nonzeros:
+
+- a pair holds at most two, so window j takes all that is left of pair j, and only of the last pair
+  can anything remain;
+- a window that is not full has taken all of its second pair; so has then the next one, for which
+  two places are free for the two of its second pair, and so on to the last: nothing remains;
+- so if something remains, all N-1 windows are full, and there were more than 2N-2 nonzeros.
+
+**Compression.** Of every four values of the expanded row two are kept, among them all nonzeros, and
+four bits say which: the places of the two, two bits each, the first one lowest; two such groups to
+a byte, the first one lowest.
+
+All of it is vectorized over rows and groups, moves bits only and runs where the weight lies.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import pad
+
+from custom_kernels.sparsity import Pattern
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers to move values of a size in: not every operation of torch takes 8-bit floats."""
+
+_CHUNK = 1 << 25
+"""Values that are worked on at once: temporaries take some ten bytes for each."""
+
+
+def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """weight [N, K], any integer or floating dtype, into the expanded weight [N, K'].
+
+    At most two of every four consecutive values of the result are nonzero, and for every x
+    ``expand(x) · result[n] == x · weight[n]``, term by term.
+
+    Raises ValueError with the first row and group that violate the pattern.
+    """
+    rows, k = weight.shape
+    bits = weight.view(_BITS[weight.dtype.itemsize])
+    out = bits.new_zeros((rows, pattern.expanded(k)))
+    count = pattern.groups(k)
+    even, odd, start = count * pattern.even, count * pattern.odd, pattern.odd_start(k)
+    for part in _chunks(rows, out.shape[1]):
+        padding = (0, count * pattern.group - k)
+        values = pad(bits[part], padding).unflatten(1, (count, pattern.n, 2))
+        left = pad(_nonzero(weight[part]), padding).unflatten(1, (count, pattern.n, 2))
+        _check_pattern(left, pattern, part.start, k)
+        windows = []
+        for j in range(pattern.n - 1):
+            first, second = left[:, :, j], left[:, :, j + 1]
+            # A value is taken if those before it leave one of the window's two places.
+            before = torch.stack([first.sum(-1), first.sum(-1) + second[..., 0]], -1)
+            taken = second & (before < 2)
+            window = torch.cat([values[:, :, j] * first, values[:, :, j + 1] * taken], -1)
+            windows.append(window)
+            left[:, :, j + 1] = second & ~taken
+        stacked = torch.stack(windows, 2)  # [rows, groups, N-1, 4]
+        out[part, :even] = stacked[:, :, 0::2].flatten(1)
+        out[part, start : start + odd] = stacked[:, :, 1::2].flatten(1)
+    return out.view(weight.dtype)
+
+
+def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """expanded [N, K'] with at most two nonzeros in every aligned four, K' a multiple of 64.
+
+    Returns values [N, K'/2] of its dtype and metadata [N, K'/8] uint8.
+    """
+    rows, k = expanded.shape
+    bits = expanded.view(_BITS[expanded.dtype.itemsize])
+    values = bits.new_empty((rows, k // 2))
+    metadata = torch.empty((rows, k // 8), dtype=torch.uint8, device=expanded.device)
+    kept = torch.tensor([_kept(code) for code in range(16)], device=expanded.device)
+    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=expanded.device)
+    for part in _chunks(rows, k):
+        code = (_nonzero(expanded[part]).unflatten(1, (-1, 4)) * weights).sum(-1, dtype=torch.int64)
+        places = kept[code]  # [rows, K'/4, 2]
+        values[part] = bits[part].unflatten(1, (-1, 4)).gather(2, places).flatten(1)
+        nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8).unflatten(1, (-1, 2))
+        metadata[part] = nibbles[..., 0] | nibbles[..., 1] << 4
+    return values.view(expanded.dtype), metadata
+
+
+def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
+    """What ``compress`` was given: [N, K'] from values [N, K'/2] and metadata [N, K'/8]."""
+    rows, half = values.shape
+    nibbles = torch.stack([metadata & 15, metadata >> 4], -1).flatten(1)
+    places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()  # [rows, K'/4, 2]
+    bits = values.view(_BITS[values.dtype.itemsize])
+    out = bits.new_zeros((rows, half // 2, 4))
+    out.scatter_(2, places, bits.unflatten(1, (half // 2, 2)))
+    return out.flatten(1).view(values.dtype)
+
+
+def _kept(code: int) -> tuple[int, int]:
+    """The two places kept of four, of which ``code`` has a bit for each that is not zero."""
+    nonzero = [place for place in range(4) if code >> place & 1]
+    zero = [place for place in range(4) if not code >> place & 1]
+    first, second = sorted((nonzero + zero)[:2])
+    return first, second
+
+
+def _nonzero(values: torch.Tensor) -> torch.Tensor:
+    if values.is_floating_point() and values.dtype.itemsize == 1:
+        return (values.view(torch.uint8) & 0x7F) != 0
+    return values != 0
+
+
+def _check_pattern(nonzero: torch.Tensor, pattern: Pattern, row_offset: int, k: int) -> None:
+    """nonzero [rows, groups, N, 2], the first of them row ``row_offset`` of the weight."""
+    counts = nonzero.sum((-1, -2))
+    wrong = counts > pattern.nonzeros
+    if not wrong.any():
+        return
+    row, group = (int(index) for index in wrong.nonzero()[0])
+    first = group * pattern.group
+    last = min(first + pattern.group, k) - 1
+    raise ValueError(
+        f"sparse_gemm: the weight is not {pattern}: row {row_offset + row}, group {group} (columns "
+        f"{first} to {last}) has {int(counts[row, group])} nonzeros, {pattern.nonzeros} are allowed"
+    )
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, _CHUNK // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""y = (A · Wᵀ) · a_scale · w_scale + b in plain torch, in float64: what is right.
+
+The weight is unpacked to the dense expanded one first. Sums of products of 8-bit values are exact in
+float64 up to any K; the result is rounded once. It is far too slow to serve a model.
+"""
+
+import torch
+
+from custom_kernels.sparse_gemm import _packing
+
+
+def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and metadata of the expanded weight [N, K'], as ``_packing.compress`` lays them
+    out."""
+    return _packing.compress(expanded)
+
+
+def run(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> torch.Tensor:
+    """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16."""
+    return exact(a, a_scale, values, metadata, w_scale, bias, features).bfloat16()
+
+
+def exact(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> torch.Tensor:
+    """The same, not rounded: [M, N] float64."""
+    return dense(a, a_scale, _packing.decompress(values, metadata), w_scale, bias)
+
+
+def dense(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The formula with a dense weight [N, K] (or the expanded one), in float64."""
+    out = a.double() @ weight.double().t()
+    if a_scale is not None:
+        out = out * a_scale.double().unsqueeze(-1)
+    if w_scale is not None:
+        out = out * w_scale.double()
+    return out if bias is None else out + bias.double()
