@@ -185,7 +185,9 @@ def read(path: Path) -> Side:
 def _kernels(record: records.Record) -> Side:
     provenance = record["provenance"]
     entries = {
-        (_key(row["labels"]), name): Entry(one["ratio"], one["low"], one["high"])
+        (_key(row["labels"]), name): Entry(
+            float(one["ratio"]), float(one["low"]), float(one["high"])
+        )
         for row in record["rows"]
         for name, one in row["contenders"].items()
         if one.get("ratio") is not None
@@ -214,7 +216,7 @@ def _engine(record: dict[str, Any]) -> Side:
     settings, found = record["settings"], record["comparison"]
     stock, custom = (variant["name"] for variant in record["variants"])
     low, high = found["interval"]
-    entry = Entry(found["ratio"], low, high)
+    entry = Entry(float(found["ratio"]), float(low), float(high))
     if record["unit"] == "s":  # seconds: less is faster
         entry = Entry(1 / entry.ratio, 1 / high, 1 / low)
     model = record["model"]
