@@ -57,9 +57,23 @@ def set_up(*, engine: bool = True, arch: str | None = None, operation: str | Non
             lanes.append(pool.submit(fork_and_engine))
         for lane in reversed(lanes):
             lane.result()
+    let_the_next_in()
+
+
+def let_the_next_in() -> None:
+    """Set-up is done: another make may start its own."""
     descriptor = os.environ.pop(LOCK_VARIABLE, None)
     if descriptor:
         os.close(int(descriptor))
+
+
+def install_package() -> None:
+    """Only the kernels' package, nothing compiled: for verbs that compile what they need, and must
+    start also when a kernel does not compile."""
+    from workspace import install
+
+    install.install_kernels()
+    let_the_next_in()
 
 
 @app.command()
@@ -136,6 +150,20 @@ def bench_kernels(
     for flag, value in (("--backend", backend), ("--dtype", dtype), ("--seconds", seconds)):
         command += [flag, value] if value else []
     command += ["--tune"] if tune == "1" else []
+    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+@app.command()
+def inspect(
+    k: Annotated[Text, option("K", "OPERATION or OPERATION.BACKEND; several with commas.")] = None,
+    arch: Annotated[Text, option("ARCH", "GPU architectures, e.g. 9.0a or 8.0,9.0a.")] = None,
+    json: Annotated[bool, typer.Option("--json", envvar="JSON")] = False,
+) -> None:
+    """Registers, spills, shared memory, occupancy and instructions of every kernel; no GPU."""
+    install_package()
+    command = [sys.executable, "-m", "custom_kernels.inspection", *_words(k)]
+    command += ["--arch", arch] if arch else []
+    command += ["--json"] if json else []
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 

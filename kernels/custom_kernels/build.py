@@ -657,11 +657,12 @@ def _kernels(log: str, kept: Path) -> list[Kernel]:
         if target := re.search(r"^\.target sm_(\w+)", text, re.MULTILINE):
             for entry in assembly.entries(text):
                 entries[entry.name, _architecture_name(target[1])] = entry
-    kernels = _parse_ptxas(log)
+    kernels = parse_ptxas(log)
     for index, kernel in enumerate(kernels):
-        if entry := entries.get((kernel.name, kernel.architecture)):
+        said = entries.get((kernel.name, kernel.architecture))
+        if said is not None:
             kernels[index] = replace(
-                kernel, ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic
+                kernel, ptx=said.instructions, threads=said.threads, dynamic=said.dynamic
             )
     names = assembly.demangle([kernel.name for kernel in kernels])
     return [replace(kernel, name=name) for kernel, name in zip(kernels, names, strict=True)]
@@ -672,7 +673,7 @@ def _architecture_name(sm: str) -> str:
     return f"{number[1]}.{number[2]}{number[3]}" if number else sm
 
 
-def _parse_ptxas(text: str) -> list[Kernel]:
+def parse_ptxas(text: str) -> list[Kernel]:
     """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared
     memory."""
     kernels: list[Kernel] = []

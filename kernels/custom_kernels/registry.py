@@ -48,7 +48,7 @@ def operations() -> list[str]:
 def backends(operation: str) -> list[str]:
     """Names of an operation's backends: those it prefers (on any device) first, then the others by
     name."""
-    found = _backend_files(operation)
+    found = backend_files(operation)
     preference = getattr(_operation(operation), "PREFERENCE", {})
     ranked = list(dict.fromkeys(name for names in preference.values() for name in names))
     return [name for name in ranked if name in found] + sorted(found - set(ranked))
@@ -71,7 +71,7 @@ def available(operation: str, backend: str, device: "torch.device | str") -> str
     import torch
 
     device = torch.device(device)
-    if backend not in _backend_files(operation):
+    if backend not in backend_files(operation):
         return "there is no such backend"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
@@ -192,7 +192,8 @@ def _backend(operation: str, backend: str) -> ModuleType | None:
     return import_module(f"custom_kernels.{operation}.{backend}")
 
 
-def _backend_files(operation: str) -> set[str]:
+def backend_files(operation: str) -> set[str]:
+    """Names of an operation's backends, by their files alone: imports nothing."""
     folder: Path = build.PACKAGE / operation
     return {
         path.stem
