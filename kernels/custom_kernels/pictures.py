@@ -101,13 +101,14 @@ def ratios(record: Record, path: Path) -> bool:
         return False
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure, _ = _figure(5.2 * columns + 1, 4 * lines + 0.6, axes=False)
+    layers = list(dict.fromkeys(str(row["labels"].get("layer", "")) for row in rows))
+    crowded = len(names) * len(layers) > 6
+    figure, _ = _figure(5.2 * columns + (2.4 if crowded else 1), 4 * lines + 0.6, axes=False)
     panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
     for panel in panels.flat[len(groups) :]:
         panel.set_axis_off()
     for panel, group in zip(panels.flat, groups, strict=False):
         members = [row for row in rows if _group(row) == group]
-        layers = list(dict.fromkeys(str(row["labels"].get("layer", "")) for row in members))
         for name in names:
             for place, layer in enumerate(layers):
                 colour = COLOURS[place % len(COLOURS)] if len(names) == 1 else None
@@ -119,7 +120,15 @@ def ratios(record: Record, path: Path) -> bool:
         panel.set_title(group, fontsize=10, loc="left")
         panel.set_xlabel("M (tokens)")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=6.5, ncols=2 if len(names) * len(layers) > 6 else 1)
+        if not crowded:
+            panel.legend(fontsize=6.5)
+    if crowded:  # too many to lie over the lines
+        handles = {
+            label: handle
+            for panel in panels.flat
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles, fontsize=6.5, loc="outside right center")
     panels[0][0].set_ylabel(f"{baseline} time / own time (above 1: faster)")
     figure.suptitle(_title(record, "ratio to the baseline"), fontsize=11, x=0.02, ha="left")
     _save(figure, path)
