@@ -12,8 +12,8 @@ instructions and the widest access to global memory.
   others compile for ``sm_90a``, so its kernels have no wgmma.
 
 Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
-``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>`` and
-``no tensor cores: <reason>``, where that is on purpose. An operation is a matrix product if its
+``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
+``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An operation is a matrix product if its
 ``__init__.py`` says ``MATRIX = True``.
 
 Reports are kept in the cache folder under the hash of all that they depend on, so that asking a
@@ -42,7 +42,7 @@ from custom_kernels import assembly, build, registry
 
 KEPT_REPORTS = 500
 """Reports that stay in the cache."""
-_NOTES = re.compile(r"^(?://|#) (architectures|spills|no tensor cores): *(.+)$", re.MULTILINE)
+_NOTES = re.compile(r"^(?://|#) (architectures|spills|no tensor cores|not deterministic): *(.+)$", re.MULTILINE)
 _VERSIONS = ("triton", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "torch")
 
 

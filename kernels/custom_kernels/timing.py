@@ -574,6 +574,14 @@ class _Calls(_Side):
         return lambda: elapsed
 
 
+def captured(contender: Contender, case: Case, inputs: tuple[Any, ...]) -> _Graph:
+    """The contender warmed up and captured in a CUDA graph on one input set; ``error(exact)`` of
+    the result poisons the outputs, replays and checks."""
+    graph = _Graph(contender, case, [inputs])
+    graph.warm_up()
+    return graph
+
+
 _SIDES: dict[str, type[_Side]] = {"cuda": _Graph, "cpu": _Calls}
 
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a backend right? Every case of its operation's ``cases.checks``, against the exact result.
+
+``python -m custom_kernels.checking gemm.triton`` on the GPU, or without one in Triton's
+interpreter. Each case is called
+
+- on fresh random inputs, twice with other numbers, so that nothing remembered passes for a result;
+- with memory that torch allocates poisoned first, so that an element that is not written is found;
+- twice with the same inputs, which must give the same bits (a comment ``# not deterministic:
+  <reason>`` in the backend's file, ``//`` in a ``.cu``, says that they need not);
+- on a GPU also captured in a CUDA graph and replayed on other numbers.
+
+A case without elements, no rows say, goes through the operation's public function, which is what
+answers it. Tolerances are those of the cases.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from custom_kernels import bench, build, inspection, registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from custom_kernels.timing import Case, Contender
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One case of one backend."""
+
+    dtype: str
+    labels: dict[str, str | int]
+    seconds: float
+    error: float | None = None
+    """The largest error seen; None if it failed before there was one."""
+    failure: str | None = None
+    """What is wrong, with the first wrong element; None if nothing is."""
+
+    def __str__(self) -> str:
+        what = " ".join(f"{name}={value}" for name, value in self.labels.items())
+        if self.failure is not None:
+            return f"{self.dtype} {what}: {self.failure}"
+        return f"{self.dtype} {what}: error {self.error:.1e}"
+
+
+def dtypes(operation: str, backend: str, device: "torch.device") -> list[str]:
+    """Names of the operation's dtypes that the backend takes there.
+
+    Raises registry.BackendError if it cannot run there at all, or takes none of them.
+    """
+    registry.require(operation, backend, device)
+    cases = definition(operation)
+    found, reason = [], None
+    for dtype in cases.DTYPES:
+        try:
+            bench.contender_of(operation, backend, device, dtype, cases)
+        except registry.BackendError as error:
+            reason = error
+        else:
+            found.append(dtype)
+    if not found:
+        raise reason or registry.BackendError(f"{operation}: its cases.py names no DTYPES")
+    return found
+
+
+def check(
+    operation: str,
+    backend: str,
+    device: "torch.device",
+    dtype: str | None = None,
+    quick: bool = False,
+) -> list[Checked]:
+    """Check every case in ``dtype``, or in each that the backend takes. ``quick`` takes the first
+    dtype and calls each case on one set of numbers only.
+
+    Raises registry.BackendError or build.BuildError if it cannot run there.
+    """
+    cases = definition(operation)
+    exact = import_module(f"custom_kernels.{operation}.reference").exact
+    names = [dtype] if dtype else dtypes(operation, backend, device)
+    found = []
+    for name in names[:1] if quick else names:
+        contender = bench.contender_of(operation, backend, device, name, cases)
+        for case in cases.checks(name):
+            found.append(_check(operation, backend, contender, case, exact, device, name, quick))
+    return found
+
+
+def _check(
+    operation: str,
+    backend: str,
+    contender: "Contender",
+    case: "Case",
+    exact: Any,
+    device: "torch.device",
+    dtype: str,
+    quick: bool,
+) -> Checked:
+    import torch
+
+    from custom_kernels import timing
+
+    started = time.perf_counter()
+    deterministic = "not deterministic" not in inspection.notes(operation, backend)
+    worst: float | None = None
+    failure = None
+    try:
+        inputs = case.empty_inputs(device)
+        run = contender.run
+        if not all(tensor.numel() for tensor in timing.tensors(inputs)):
+            public = getattr(import_module(f"custom_kernels.{operation}"), f"custom_{operation}")
+
+            def run(*arguments: Any) -> Any:
+                return public(*arguments, backend=backend)
+
+        for _ in range(1 if quick else 2):
+            case.fill(inputs)
+            arguments = contender.prepare(inputs)
+            with timing.PoisonedMemory():
+                outputs = run(*arguments)
+            try:
+                worst = max(worst or 0.0, timing.error_of(case, inputs, outputs, exact))
+            except timing.WrongResultError as error:
+                raise timing.WrongResultError(
+                    f"{error}{_first_wrong(case, inputs, outputs, exact)}"
+                ) from None
+            with timing.PoisonedMemory():
+                again = run(*arguments)
+            if deterministic and (place := _first_different(outputs, again)):
+                raise timing.WrongResultError(f"two calls on the same inputs differ{place}")
+        if device.type == "cuda":
+            graph = timing.captured(contender, case, inputs)
+            case.fill(inputs)
+            try:
+                worst = max(worst or 0.0, graph.error(exact))
+            except timing.WrongResultError as error:
+                raise timing.WrongResultError(f"replayed from a CUDA graph: {error}") from None
+            torch.cuda.synchronize(device)
+    except timing.WrongResultError as error:
+        failure = str(error)
+    except Exception as error:
+        failure = inspection.explain(error)
+    return Checked(dtype, case.labels, time.perf_counter() - started, worst, failure)
+
+
+def _first_wrong(case: "Case", inputs: Sequence[Any], outputs: Any, exact: Any) -> str:
+    """Where the output is first clearly wrong, as far as it can be compared element by element."""
+    import torch
+
+    from custom_kernels import timing
+
+    got = list(timing.tensors(outputs))
+    wanted = list(timing.tensors(exact(*inputs)))
+    for index, (output, right) in enumerate(zip(got, wanted, strict=False)):
+        if output.shape != right.shape:
+            return f"; the output has shape {list(output.shape)}, not {list(right.shape)}"
+        have, want = output.double(), right.double()
+        size = float(want.nan_to_num().norm()) / max(1, want.numel()) ** 0.5
+        allowed = 8 * case.tolerance * torch.maximum(want.abs(), torch.tensor(size))
+        wrong = ~((have - want).abs() <= allowed) & ~(have.isnan() & want.isnan())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            name = f"output {index}" if len(got) > 1 else "output"
+            return (
+                f"; first at {name}{place}: {float(have[tuple(place)]):.6g}, should be "
+                f"{float(want[tuple(place)]):.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
+            )
+    return ""
+
+
+def _first_different(one: Any, other: Any) -> str:
+    import torch
+
+    from custom_kernels import timing
+
+    for a, b in zip(timing.tensors(one), timing.tensors(other), strict=True):
+        # As bytes: a NaN equals itself here.
+        bits = [
+            tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.itemsize)
+            for tensor in (a, b)
+        ]
+        different = (bits[0] != bits[1]).any(-1)
+        if different.any():
+            return f", first at {different.nonzero()[0].tolist()}"
+    return ""
+
+
+def definition(operation: str) -> ModuleType:
+    """The operation's ``cases.py``. Raises registry.BackendError if it has none."""
+    if not (build.PACKAGE / operation / "cases.py").is_file():
+        raise registry.BackendError(f"{operation} has no cases.py, which says what to check")
+    return import_module(f"custom_kernels.{operation}.cases")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, check, print. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m custom_kernels.checking",
+        description="Check backends against the exact result.",
+    )
+    parser.add_argument("kernel", nargs="+", help="an operation, or operation.backend")
+    parser.add_argument("--dtype", help="default: all that the backend takes")
+    parser.add_argument("--quick", action="store_true", help="one dtype, one set of numbers")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
+    failures = 0
+    try:
+        backends = inspection.chosen(options.kernel)
+    except registry.BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for operation, backend in backends:
+        try:
+            found = check(operation, backend, device, options.dtype, options.quick)
+        except (registry.BackendError, build.BuildError) as error:
+            print(f"{operation}.{backend}: not checked: {error}")
+            failures += isinstance(error, build.BuildError)
+            continue
+        wrong = [one for one in found if one.failure is not None]
+        failures += len(wrong)
+        seconds = sum(one.seconds for one in found)
+        print(
+            f"{operation}.{backend} on {device}: {len(found) - len(wrong)} of {len(found)} cases "
+            f"right, {seconds:.1f} s"
+        )
+        for one in wrong:
+            print(f"  {one}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    # Under its own name, so that it is one module with the one that others import.
+    sys.exit(import_module("custom_kernels.checking").main())
