@@ -384,10 +384,15 @@ def _show(record: records.Record, path: Path, output: Path | None) -> int:
 
 def _tune(record: records.Record) -> None:
     name = "custom_kernels.tuning"
-    if importlib.util.find_spec(name) is None:
+    adopt = None
+    if importlib.util.find_spec(name) is not None:
+        adopt = getattr(import_module(name), "adopt", None)
+    if adopt is None:
         raise UsageError("--tune: this version keeps no tuning results")
-    for line in import_module(name).adopt(record) or ():
-        print(f"tuned: {line}")
+    kept = adopt(record)
+    for item in kept if isinstance(kept, (list, tuple)) else [kept]:
+        if item is not None:
+            print(f"tuned: {item}")
 
 
 def results_folder() -> Path:

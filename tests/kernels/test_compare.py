@@ -7,11 +7,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from custom_kernels import compare
@@ -204,8 +204,15 @@ def test_the_command_prints_rows_and_a_verdict() -> None:
     assert "over 10 rows: 9 same, 1 ambiguous" in done.stdout
 
 
-def changed(record: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {**record, **changes}
+def test_make_compare_says_which_variables_it_needs() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("A", "B")}
+    done = subprocess.run(
+        [sys.executable, "-m", "workspace", "compare"],
+        cwd=BENCHMARKS.parent, env={**environment, "A": str(A)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "error: name two records: make compare A=before.json B=after.json\n"
 
 
 @pytest.mark.parametrize(
