@@ -62,7 +62,7 @@ __device__ unsigned int encode(float low, float high) {
 #endif
 }
 
-// A pair of values times `inverse`. What is not a number becomes 0, as does a row that is `unusable`.
+// A pair of values times `inverse`. What is not a number becomes 0, as does an `unusable` row.
 __device__ unsigned int quantize(unsigned int pair, float inverse, bool unusable) {
   float low = value(pair & 0xffff) * inverse, high = value(pair >> 16) * inverse;
   low = unusable || low != low ? 0.f : fminf(fmaxf(low, -QMAX), QMAX);
