@@ -168,6 +168,19 @@ def inspect(
 
 
 @app.command()
+def watch(
+    k: Annotated[Text, option("K", "OPERATION or OPERATION.BACKEND; several with commas.")] = None,
+    arch: Annotated[Text, option("ARCH", "Compile for it; default: the GPU's, else 9.0a.")] = None,
+    timeout: Annotated[Text, option("TIMEOUT", "Seconds after which a kernel hangs.")] = None,
+) -> None:
+    """On saving a kernel: compile, check and time it, and show what changed."""
+    from workspace import watch as module
+
+    install_package()
+    module.run(k, arch, timeout)
+
+
+@app.command()
 def compare(
     a: Annotated[Text, option("A", "The record before.")] = None,
     b: Annotated[Text, option("B", "The record after.")] = None,

@@ -13,8 +13,8 @@ instructions and the widest access to global memory.
 
 Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
 ``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
-``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An operation is a matrix product if its
-``__init__.py`` says ``MATRIX = True``.
+``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An
+operation is a matrix product if its ``__init__.py`` says ``MATRIX = True``.
 
 Reports are kept in the cache folder under the hash of all that they depend on, so that asking a
 second time takes a fraction of a second.
@@ -42,7 +42,9 @@ from custom_kernels import assembly, build, registry
 
 KEPT_REPORTS = 500
 """Reports that stay in the cache."""
-_NOTES = re.compile(r"^(?://|#) (architectures|spills|no tensor cores|not deterministic): *(.+)$", re.MULTILINE)
+_NOTES = re.compile(
+    r"^(?://|#) (architectures|spills|no tensor cores|not deterministic): *(.+)$", re.MULTILINE
+)
 _VERSIONS = ("triton", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "torch")
 
 
@@ -192,16 +194,21 @@ def warnings(reports: Sequence[Report]) -> list[str]:
 # --- compiling, in this process -------------------------------------------------------------------
 
 
-def compile_here(operation: str, backend: str, names: Sequence[str]) -> list[Report]:
-    """The same as ``inspect`` without cache and in this process, one kernel after another.
+def compile_here(
+    operation: str, backend: str, names: Sequence[str], most: int | None = None
+) -> list[Report]:
+    """The same as ``inspect`` without cache and without a process of its own; of a Triton backend
+    with many specializations ``most`` of them, some of each kernel.
 
     A Triton backend must have been imported without Triton's interpreter.
     """
     kind = registry.kind(operation, backend)
     if kind == "cuda":
         return _cuda(operation, backend, names)
+    if kind == "torch":
+        return []
     jobs = list(_jobs(operation, backend, kind, names))
-    return [report for job in jobs for report in _run_job(job)]
+    return _run_jobs(_some(jobs, most) if most and len(jobs) > most else jobs)
 
 
 def _cuda(operation: str, backend: str, names: Sequence[str]) -> list[Report]:
@@ -260,6 +267,49 @@ def _jobs(operation: str, backend: str, kind: str, names: Sequence[str]) -> Iter
             only = getattr(item, "architectures", ())
             if not only or name in only:
                 yield _Job(operation, backend, name, item)
+
+
+def _some(jobs: Sequence[_Job], most: int) -> list[_Job]:
+    """``most`` of the jobs, all kernels in turn, spread over what each has."""
+    kernels: dict[int, list[_Job]] = {}
+    for job in jobs:
+        kernels.setdefault(id(getattr(job.item, "kernel", job)), []).append(job)
+    groups = list(kernels.values())[:most]
+    shares = [most // len(groups) + (index < most % len(groups)) for index in range(len(groups))]
+    return [
+        group[round(step * (len(group) - 1) / max(1, min(share, len(group)) - 1))]
+        for group, share in zip(groups, shares, strict=True)
+        for step in range(min(share, len(group)))
+    ]
+
+
+def _run_jobs(jobs: Sequence[_Job]) -> list[Report]:
+    """All of them, in parallel. Raises InspectionError with the messages of all that failed."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    global _shared_jobs
+    _shared_jobs = list(jobs)
+    if len(jobs) == 1:
+        found = [_run_shared(0)]
+    else:
+        # Forked: kernels are functions that cannot be sent, and imports cost seconds.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+            found = list(pool.map(_run_shared, range(len(jobs))))
+    errors = list(dict.fromkeys(error for error in found if isinstance(error, str)))
+    if errors:
+        raise InspectionError("\n\n".join(errors))
+    return [report for one in found if not isinstance(one, str) for report in one]
+
+
+_shared_jobs: list[_Job] = []
+
+
+def _run_shared(index: int) -> list[Report] | str:
+    try:
+        return _run_job(_shared_jobs[index])
+    except (InspectionError, build.BuildError) as error:
+        return str(error)
 
 
 def _run_job(job: _Job) -> list[Report]:
@@ -429,7 +479,14 @@ def _number(architecture: str) -> str:
 
 
 def _place(kernel: Any) -> str:
-    return f"{kernel.fn.__code__.co_filename}:{kernel.starting_line_number}"
+    return f"{kernel.fn.__code__.co_filename}:{_line_of_def(kernel)}"
+
+
+def _line_of_def(kernel: Any) -> int:
+    """Of the word ``def``, from which Triton counts: decorators stand before it."""
+    lines = enumerate(kernel.raw_src)
+    decorators = next((index for index, line in lines if line.lstrip().startswith("def ")), 0)
+    return int(kernel.starting_line_number) + decorators
 
 
 def _import(operation: str, backend: str) -> ModuleType:
@@ -458,7 +515,7 @@ def explain(error: BaseException, kernel: Any = None) -> str:
             for function in _functions_like(kernel):
                 if function.src == source:
                     path = function.fn.__code__.co_filename
-                    line = function.starting_line_number + node.lineno - 1
+                    line = _line_of_def(function) + node.lineno - 1
                     return f"{path}:{line}: {inner}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).parent.parent == build.PACKAGE]
@@ -520,45 +577,33 @@ def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[
 
 
 def _serve() -> None:
-    """Answer one request on standard input: all compilations, in parallel."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
+    """Answer one request on standard input."""
     operation, backend, names = json.load(sys.stdin)
     answer: dict[str, Any]
     try:
-        global _shared_jobs
-        kind = registry.kind(operation, backend)
-        _shared_jobs = list(_jobs(operation, backend, kind, names))
-        # Forked: kernels are functions that cannot be sent, and imports cost seconds.
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-            found = list(pool.map(_serve_one, range(len(_shared_jobs))))
-        errors = list(dict.fromkeys(error for error in found if isinstance(error, str)))
-        reports = [report for one in found if not isinstance(one, str) for report in one]
-        answer = {"error": "\n\n".join(errors)} if errors else {"reports": reports}
+        answer = {"reports": [asdict(one) for one in compile_here(operation, backend, names)]}
     except InspectionError as error:
         answer = {"error": str(error)}
     # Compilers print: the answer is what follows the mark.
     print("\n\0" + json.dumps(answer))
 
 
-_shared_jobs: list[_Job] = []
-
-
-def _serve_one(index: int) -> list[dict[str, Any]] | str:
-    try:
-        return [asdict(report) for report in _run_job(_shared_jobs[index])]
-    except (InspectionError, build.BuildError) as error:
-        return str(error)
+def fingerprint(operation: str, backend: str) -> str:
+    """A hash of all files of this package that the backend is made of."""
+    digest = hashlib.sha256()
+    source = build.find(operation, backend)
+    compiled = source.files() if source is not None else []
+    for path in sorted({*_closure(operation, backend), *compiled}):
+        digest.update(f"{path.relative_to(build.PACKAGE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cached(operation: str, backend: str, architecture: str) -> Path:
-    digest = hashlib.sha256(f"{operation}.{backend} {architecture}\0".encode())
+    made_of = f"{operation}.{backend} {architecture} {fingerprint(operation, backend)}\0"
+    digest = hashlib.sha256(made_of.encode())
     source = build.find(operation, backend)
     if source is not None:
         digest.update(build.library_path(source, (architecture,)).name.encode())
-    for path in sorted(_closure(operation, backend)):
-        digest.update(f"{path.relative_to(build.PACKAGE)}\0".encode() + path.read_bytes())
     for name in _VERSIONS:
         try:
             digest.update(f"{name} {importlib.metadata.version(name)}\0".encode())
