@@ -38,6 +38,19 @@ __device__ float value(unsigned int half_word) {  // of the low 16 bits
 #endif
 }
 
+// CuPy compiles with -ftz=true, which takes subnormal numbers for zeros. PTX says otherwise.
+__device__ float multiply(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
+__device__ float divide(float a, float b) {
+  float quotient;
+  asm("div.rn.f32 %0, %1, %2;" : "=f"(quotient) : "f"(a), "f"(b));
+  return quotient;
+}
+
 // Two quantized values in 16 bits.
 __device__ unsigned int encode(float low, float high) {
 #if INT8
@@ -64,7 +77,8 @@ __device__ unsigned int encode(float low, float high) {
 
 // A pair of values times `inverse`. What is not a number becomes 0, as does an `unusable` row.
 __device__ unsigned int quantize(unsigned int pair, float inverse, bool unusable) {
-  float low = value(pair & 0xffff) * inverse, high = value(pair >> 16) * inverse;
+  float low = multiply(value(pair & 0xffff), inverse);
+  float high = multiply(value(pair >> 16), inverse);
   low = unusable || low != low ? 0.f : fminf(fmaxf(low, -QMAX), QMAX);
   high = unusable || high != high ? 0.f : fminf(fmaxf(high, -QMAX), QMAX);
   return encode(low, high);
@@ -104,13 +118,13 @@ extern "C" __global__ void quant_expand(const unsigned short* x, unsigned int* q
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = found;
   __syncthreads();
   found = threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0;
-  const float amax = value(__reduce_max_sync(0xffffffff, found));
+  found = __reduce_max_sync(0xffffffff, found);
 
-  const bool finite = amax < __uint_as_float(0x7f800000);
-  const bool unusable = !finite || amax == 0.f;
-  const float inverse = unusable ? 0.f : __fdiv_rn(QMAX, amax);
-  if (threadIdx.x == 0)
-    scale[row] = finite ? __fdiv_rn(amax, QMAX) : __uint_as_float(0x7fc00000);
+  const float amax = value(found);
+  const bool finite = __float_as_uint(amax) < 0x7f800000;
+  const bool unusable = !finite || found == 0;
+  const float inverse = unusable ? 0.f : divide(QMAX, amax);
+  if (threadIdx.x == 0) scale[row] = finite ? divide(amax, QMAX) : __uint_as_float(0x7fc00000);
 
   for (int i = threadIdx.x; i < end / 4; i += blockDim.x) {
     const int odd = i * 4 >= odd_start;                 // which section
@@ -159,8 +173,8 @@ def run(
     staged = 2 * k <= STAGED_BYTES
     # About eight values per thread and iteration, in whole warps.
     threads = min(1024, max(32, -(-k // 256) * 32))
-    stream = torch.cuda.current_stream(x.device)
-    with cupy.cuda.Device(x.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(x.device))
+    with cupy.cuda.Device(x.device.index), stream:
         KERNELS[x.dtype, dtype](
             (rows,),
             (threads,),
