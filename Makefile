@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench watch inspect bench-kernels compare profile test lint lock clean
+.PHONY: help dev doctor kernels bench new-kernel watch inspect bench-kernels compare profile test lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -18,6 +18,9 @@ kernels: ## compile the kernels that changed (ARCH=9.0a)
 
 bench: ## vLLM, stock against custom GEMM (MODEL, METRIC, BACKEND, TP, REPEATS, ...)
 	@$(WORKSPACE) bench
+
+new-kernel: ## a small kernel that works, to start from (OP=gemm BACKEND=triton|cuda|cupy NAME=mine)
+	@$(WORKSPACE) new-kernel
 
 watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.triton, ARCH, TIMEOUT)
 	@$(WORKSPACE) watch

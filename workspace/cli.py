@@ -167,6 +167,19 @@ def inspect(
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
+@app.command("new-kernel")
+def new_kernel(
+    op: Annotated[Text, option("OP", "An operation, there or new.")] = None,
+    backend: Annotated[Text, option("BACKEND", "triton, cuda or cupy.")] = None,
+    name: Annotated[Text, option("NAME", "The file's name; default: BACKEND.")] = None,
+) -> None:
+    """Write a small kernel that works, to start from."""
+    from workspace import new_kernel as module
+
+    install_package()
+    module.run(op, backend, name)
+
+
 @app.command()
 def watch(
     k: Annotated[Text, option("K", "OPERATION or OPERATION.BACKEND; several with commas.")] = None,

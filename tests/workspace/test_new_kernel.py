@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make new-kernel: what it writes works at once, and it never writes over anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from custom_kernels import build
+
+from workspace.paths import ROOT
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the package with the operation gemm, but none of its backends."""
+
+    root: Path
+    cache: Path
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.root), str(ROOT)]),
+            "CUSTOM_KERNELS_CACHE": str(self.cache),
+        }
+        environment.pop("TRITON_INTERPRET", None)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def new_kernel(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        program = (
+            "import sys; from workspace import new_kernel, errors\n"
+            "try: new_kernel.run(*sys.argv[1:])\n"
+            "except errors.WorkspaceError as error: sys.exit(f'error: {error}')"
+        )
+        return self.python("-c", program, *arguments)
+
+    def files(self) -> set[str]:
+        package = self.root / "custom_kernels"
+        return {
+            str(path.relative_to(package))
+            for path in package.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Copy:
+    made = Copy(tmp_path / "copy", tmp_path / "cache")
+    own = {"__init__.py", "reference.py", "cases.py"}
+
+    def unwanted(folder: str, names: list[str]) -> list[str]:
+        here = Path(folder)
+        if here == build.PACKAGE:
+            other = {path.parent.name for path in here.glob("*/reference.py")} - {"gemm"}
+            return [name for name in names if name in other or name == "__pycache__"]
+        return [name for name in names if here.name == "gemm" and name not in own]
+
+    shutil.copytree(build.PACKAGE, made.root / "custom_kernels", ignore=unwanted)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cupy"])
+@pytest.mark.parametrize("operation", ["gemm", "gelu_gate"])
+def test_a_new_kernel_works_at_once(copy: Copy, operation: str, backend: str) -> None:
+    before = copy.files()
+    result = copy.new_kernel(operation, backend, "mine")
+    assert result.returncode == 0, result.stderr
+    suffix = ".cu" if backend == "cuda" else ".py"
+    wanted = {f"{operation}/mine{suffix}"}
+    if operation != "gemm":
+        wanted |= {f"{operation}/{name}.py" for name in ("__init__", "reference", "cases")}
+    assert copy.files() - before == wanted
+
+    found = copy.python(
+        "-m", "custom_kernels.inspection", f"{operation}.mine", "--arch", "9.0a", "--json"
+    )
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["warnings"] == []
+    assert document["reports"]
+    if operation == "gemm":
+        assert any(report["tensor"] for report in document["reports"])
+
+    checked = copy.python("-m", "custom_kernels.checking", operation)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    lines = dict(line.split(" ", 1) for line in checked.stdout.splitlines())
+    if backend == "triton":
+        assert "cases right" in lines[f"{operation}.mine"]
+    if operation != "gemm":
+        assert "cases right" in lines[f"{operation}.reference"]
+        program = (
+            "import torch; from custom_kernels import custom_gelu_gate as run\n"
+            "x, scale = torch.randn(2, 3, 8), torch.ones(8)\n"
+            "assert torch.equal(run(x, scale), torch.nn.functional.silu(x))\n"
+            "torch.library.opcheck(torch.ops.custom_kernels.gelu_gate, (x, scale, 'reference'))"
+        )
+        called = copy.python("-c", program)
+        assert called.returncode == 0, called.stderr
+
+
+def test_nothing_is_written_over(copy: Copy) -> None:
+    assert copy.new_kernel("gemm", "cupy").returncode == 0
+    before = copy.files()
+    again = copy.new_kernel("gemm", "cupy")
+    assert "gemm/cupy.py exists; give another name" in again.stderr
+    assert "NAME=my_cupy" in again.stderr
+    # A .cu beside a .py of that name would become one backend with it.
+    assert "exists" in copy.new_kernel("gemm", "cuda", "cupy").stderr
+    assert copy.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gemm",), "name an operation and what to write it in"),
+        (("gemm", "cutlass"), "BACKEND=cutlass is not known; give triton, cuda, cupy"),
+        (("my-op", "cuda"), "OP=my-op cannot name a Python module"),
+        (("../gemm", "cuda"), "OP=../gemm cannot name a Python module"),
+        (("class", "cuda"), "OP=class cannot name a Python module"),
+        (("gemm", "cuda", "Mine"), "NAME=Mine cannot name a Python module"),
+        (("gemm", "cuda", "cases"), "NAME=cases is a file that every operation has"),
+        (("norm", "cuda", "reference"), "NAME=reference is a file that every operation has"),
+        (("timing", "cuda"), "OP=timing is taken"),
+        (("vllm", "cuda"), "OP=vllm is taken"),
+    ],
+)
+def test_a_bad_name_is_one_clear_line(copy: Copy, arguments: tuple[str, ...], message: str) -> None:
+    before = copy.files()
+    result = copy.new_kernel(*arguments, *[""] * (2 - len(arguments)))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert copy.files() == before
+
+
+def test_an_operation_without_a_template_says_what_to_copy(copy: Copy) -> None:
+    folder = copy.root / "custom_kernels" / "other"
+    folder.mkdir()
+    for name, text in {"__init__": "", "reference": "", "fast": "import triton\n"}.items():
+        (folder / f"{name}.py").write_text(text)
+    result = copy.new_kernel("other", "triton", "mine")
+    assert "other has no small triton kernel to start from: copy " in result.stderr
+    assert "other/fast.py" in result.stderr
