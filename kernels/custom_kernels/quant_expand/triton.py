@@ -29,12 +29,6 @@ ON_CHIP = 65536
 
 
 @triton.jit
-def load_values(x, k, K):  # type: ignore[no-untyped-def]
-    """Values k of a row in float32, zeros behind its end."""
-    return tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def load_pair(x, pair, K, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The values 2·pair and 2·pair+1 of a row side by side in a word, zeros behind its end."""
     if WORDS:
@@ -55,6 +49,12 @@ def high_value(word, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
     if BF16:
         return (word & -65536).to(tl.float32, bitcast=True)
     return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_values(x, k, K, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Values k of a row in float32, zeros behind its end."""
+    return low_value(tl.load(x + k, mask=k < K, other=0).to(tl.int32), BF16)
 
 
 @triton.jit
@@ -102,13 +102,15 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     x_stride,
     K,
     END,
+    BF16: tl.constexpr,
     QMAX: tl.constexpr,
     INT8: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Nothing is expanded: q [M, END] in bytes. TILES · BLOCK values at a time."""
+    """Nothing is expanded: x in words of a value, q [M, END] in bytes. TILES · BLOCK values at a
+    time."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     q += row * END
@@ -117,7 +119,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         tiles = ()
         found = tl.zeros((BLOCK,), tl.int32)
         for tile in tl.static_range(TILES):
-            values = load_values(x, tile * BLOCK + place, K)
+            values = load_values(x, tile * BLOCK + place, K, BF16)
             found = tl.maximum(found, magnitude(values))
             tiles += (values,)  # type: ignore[assignment]
         amax = tl.max(found, 0).to(tl.float32, bitcast=True)
@@ -129,11 +131,11 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     else:
         found = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, K, BLOCK):
-            found = tl.maximum(found, magnitude(load_values(x, start + place, K)))
+            found = tl.maximum(found, magnitude(load_values(x, start + place, K, BF16)))
         amax = tl.max(found, 0).to(tl.float32, bitcast=True)
         inverse, unusable = factors(amax, scale + row, QMAX)
         for start in range(0, END, BLOCK):
-            values = load_values(x, start + place, K)
+            values = load_values(x, start + place, K, BF16)
             codes = encode(values, inverse, unusable, QMAX, INT8, NATIVE)
             tl.store(q + start + place, codes.to(tl.int8), mask=start + place < END)
 
@@ -252,6 +254,7 @@ def plan(
     to four bytes; ``native``: the device converts to e4m3."""
     form = sparsity.pattern(pattern) if pattern else None
     formats = {
+        "BF16": bfloat16,
         "QMAX": reference.QMAX[dtype],
         "INT8": dtype == torch.int8,
         "NATIVE": native,
@@ -273,7 +276,6 @@ def plan(
         {
             "N": form.n,
             "WORDS": words,
-            "BF16": bfloat16,
             **formats,
             "BLOCK": block,
             "TILES": tiles,
@@ -292,7 +294,7 @@ def run(
     words = k % 2 == 0 and stride % 2 == 0 and x.data_ptr() % 4 == 0
     launch = plan(k, pattern, x.dtype == torch.bfloat16, dtype, words, _native(x.device))
     if launch.kernel is quantize_rows:
-        source, target = x, q.view(torch.int8)
+        source, target = x.view(torch.int16), q.view(torch.int8)
     else:
         # Flat views: one of words needs a width that is a multiple of two.
         source = x.as_strided(((rows - 1) * stride + k,), (1,)).view(
@@ -328,7 +330,7 @@ def specializations() -> list[Specialization]:
                     Specialization(
                         launch.kernel,
                         {
-                            "x": "*bf16" if plain else "*i32",
+                            "x": "*i16" if plain else "*i32",
                             "q": "*i8" if plain else "*i32",
                             "scale": "*fp32",
                             **dict.fromkeys(numbers, "i32"),

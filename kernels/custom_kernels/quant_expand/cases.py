@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What real models' linear layers are given: where quant_expand is measured.
+
+x is bfloat16 with a few channels of outliers, as activations have them; DTYPE= is that of q. Layers
+of a model that share K are one case.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from custom_kernels import registry
+from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
+from custom_kernels.quant_expand import expanded, reference
+from custom_kernels.timing import Case, Contender
+
+__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+
+DTYPES = ("int8", "float8_e4m3fn")
+"""What DTYPE= may say, the first by default."""
+
+TOKENS = (1, 16, 128, 1024, 4096, 16384)
+"""M: a decode step has as many rows as there are running requests, a prefill step up to vLLM's
+batch limit."""
+
+PATTERNS = (None, "2:4", "4:6", "6:8", "8:10")
+PLAIN = "none"
+"""The label of a case that only quantizes."""
+
+LAYERS = ("qkv", "o", "gate_up", "down")
+"""The output head is not quantized."""
+
+
+class Rounded(NamedTuple):
+    """What a baseline returns that divides or rounds another way than the definition: every q may
+    be one step off, and the scale in its last digits. Nothing of it need be padded or expanded."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+
+
+def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
+    """Every K of ``models`` in every pattern at every M of ``tokens``."""
+    for name in models:
+        layers: dict[int, list[str]] = {}
+        for layer, (_, k, _) in MODELS[name].layers().items():
+            if layer in LAYERS:
+                layers.setdefault(k, []).append(layer)
+        for k, names in layers.items():
+            for pattern in PATTERNS:
+                for m in tokens:
+                    yield case({"model": name, "layer": "+".join(names)}, m, k, pattern, dtype)
+
+
+def checks(dtype: str) -> Iterator[Case]:
+    """Small shapes with every kind of edge: no row, one row and one value, groups that are not
+    full, both parities of N, rows of zeros, of subnormals, with infinities and NaN."""
+    for m, k, pattern in [
+        (0, 16, "6:8"),
+        (1, 1, "6:8"),
+        (5, 64, None),
+        (3, 100, "2:4"),
+        (3, 97, "4:6"),
+        (9, 200, "6:8"),
+        (3, 96, "8:10"),
+        (2, 130, "10:12"),
+        (2, 70, "30:32"),
+    ]:
+        yield case({"check": "edges"}, m, k, pattern, dtype, edges=True)
+
+
+def baselines(dtype: str) -> list[Contender]:
+    """What a user would call instead: torch, plain and compiled; vLLM's own quantization, which
+    does not expand."""
+
+    def vllm(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "vLLM's quantization kernels run on CUDA devices"
+        try:
+            importlib.import_module("vllm._custom_ops")
+        except ImportError as error:
+            return f"vLLM cannot be imported: {error}"
+        of = {"int8": "dynamic_scaled_int8_quant"}
+        kernel = of.get(dtype, "dynamic_per_token_scaled_fp8_quant")
+        if not hasattr(torch.ops._C, kernel):
+            return f"this vLLM has no compiled {kernel}"
+        return None
+
+    def compiling(device: torch.device) -> str | None:
+        return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
+
+    return [
+        Contender("torch", reference.run),
+        Contender("torch.compile", _compiled, unavailable=compiling),
+        Contender("vllm, not expanded", _vllm, unavailable=vllm),
+    ]
+
+
+def contender(backend: str, device: torch.device, dtype: str) -> Contender:
+    """A backend of ours, which takes x in bfloat16 whatever the dtype of q."""
+    run = registry.runner("quant_expand", backend, device, torch.bfloat16)
+    return Contender(backend, run)
+
+
+def case(
+    labels: dict[str, str | int],
+    m: int,
+    k: int,
+    pattern: str | None,
+    dtype: str,
+    edges: bool = False,
+) -> Case:
+    """x of variance 1 with an outlier channel in a hundred, 20 to 50 times as large."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+
+    def empty_inputs(device: torch.device) -> tuple[Any, ...]:
+        return torch.empty((m, k), dtype=torch.bfloat16, device=device), pattern, torch_dtype
+
+    def fill(inputs: Sequence[Any]) -> None:
+        x = inputs[0]
+        x.normal_()
+        channels = torch.randint(k, (max(1, k // 100),), device=x.device)
+        x[:, channels] *= torch.empty(len(channels), device=x.device).uniform_(20, 50).to(x.dtype)
+        if edges:
+            for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
+                row[k // 2 :] = value
+                row[: k // 2] *= 0 if value == 0 else 1e-38
+
+    return Case(
+        labels={**labels, "pattern": pattern or PLAIN, "M": m, "K": k},
+        empty_inputs=empty_inputs,
+        fill=fill,
+        flops=2.0 * m * k,
+        bytes=float(m * (2 * k + expanded(k, pattern) + 4)),
+        tolerance=0.0,
+        error=error,
+    )
+
+
+def error(inputs: Sequence[Any], outputs: Any) -> float:
+    """The share of bytes that differ from the definition's; of a Rounded result, the share of
+    values that are more than a step off."""
+    x, pattern, dtype = inputs
+    if isinstance(outputs, Rounded):
+        q, scale = outputs
+        if q.shape[-1] == x.shape[1]:
+            right, right_scale = reference.quantize(x, dtype)
+        else:
+            right, right_scale = reference.run(x, pattern, dtype)
+        off = (_steps(q) - _steps(right)).abs() > 1
+        scale = scale.view(-1)
+        off_scale = (scale - right_scale).abs() > 1e-5 * right_scale
+        return float(torch.cat([off.flatten(), off_scale]).float().mean())
+    different, count = 0, 0
+    for output, right in zip(outputs, reference.run(x, pattern, dtype), strict=True):
+        if output.shape != right.shape or output.dtype != right.dtype:
+            return 1.0
+        if output.dtype == torch.float32:
+            same = (output == right) | (output.isnan() & right.isnan())
+        else:
+            same = output.view(torch.uint8) == right.view(torch.uint8)
+        different += int((~same).sum()) * output.element_size()
+        count += output.numel() * output.element_size()
+    return different / max(count, 1)
+
+
+def _steps(q: torch.Tensor) -> torch.Tensor:
+    """Codes as integers in the order of the values, neighbours next to each other."""
+    if q.dtype == torch.int8:
+        return q.int()
+    codes = q.view(torch.uint8).int()
+    return torch.where(codes < 0x80, codes, 0x80 - codes)
+
+
+def _compiled(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
+    return Rounded(*_compile(pattern, dtype)(x))
+
+
+@functools.cache
+def _compile(pattern: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+    return torch.compile(lambda x: reference.run(x, pattern, dtype), dynamic=True)
+
+
+def _vllm(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
+    ops = importlib.import_module("vllm._custom_ops")
+    if dtype == torch.int8:
+        q, scale, _ = ops.scaled_int8_quant(x)
+    else:
+        q, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    return Rounded(q, scale)
