@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench new-kernel watch inspect bench-kernels compare profile test lint lock clean
+.PHONY: help dev doctor kernels bench new-kernel watch inspect notebook bench-kernels compare profile test lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -27,6 +27,9 @@ watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.tr
 
 inspect: ## registers, spills, occupancy, instructions of kernels; no GPU (K=gemm.triton, ARCH, JSON=1)
 	@$(WORKSPACE) inspect
+
+notebook: ## JupyterLab over notebooks/, on this machine only; prints its address
+	@$(WORKSPACE) notebook
 
 bench-kernels: ## kernels on the GPU against their baselines (K=gemm, MODEL, M, BACKEND, DTYPE, ...)
 	@$(WORKSPACE) bench-kernels

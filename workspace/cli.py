@@ -194,6 +194,15 @@ def watch(
 
 
 @app.command()
+def notebook() -> None:
+    """JupyterLab over notebooks/, on this machine only."""
+    from workspace import notebook as module
+
+    install_package()
+    module.run()
+
+
+@app.command()
 def compare(
     a: Annotated[Text, option("A", "The record before.")] = None,
     b: Annotated[Text, option("B", "The record after.")] = None,

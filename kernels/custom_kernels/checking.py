@@ -15,10 +15,11 @@ answers it. Tolerances are those of the cases.
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -45,10 +46,9 @@ class Checked:
     """What is wrong, with the first wrong element; None if nothing is."""
 
     def __str__(self) -> str:
-        what = " ".join(f"{name}={value}" for name, value in self.labels.items())
-        if self.failure is not None:
-            return f"{self.dtype} {what}: {self.failure}"
-        return f"{self.dtype} {what}: error {self.error:.1e}"
+        shape = (f"{name}={value}" for name, value in self.labels.items())
+        what = " ".join(filter(None, [self.dtype, *shape]))
+        return f"{what}: " + (self.failure or f"error {self.error:.1e}")
 
 
 def dtypes(operation: str, backend: str, device: "torch.device") -> list[str]:
@@ -86,41 +86,55 @@ def check(
     cases = definition(operation)
     exact = import_module(f"custom_kernels.{operation}.reference").exact
     names = [dtype] if dtype else dtypes(operation, backend, device)
+    function = getattr(import_module(f"custom_kernels.{operation}"), f"custom_{operation}")
+    public = functools.partial(function, backend=backend)
+    deterministic = "not deterministic" not in inspection.notes(operation, backend)
     found = []
     for name in names[:1] if quick else names:
         contender = bench.contender_of(operation, backend, device, name, cases)
         for case in cases.checks(name):
-            found.append(_check(operation, backend, contender, case, exact, device, name, quick))
+            found.append(
+                check_case(
+                    contender,
+                    case,
+                    exact,
+                    device,
+                    dtype=name,
+                    public=public,
+                    deterministic=deterministic,
+                    quick=quick,
+                )
+            )
     return found
 
 
-def _check(
-    operation: str,
-    backend: str,
+def check_case(
     contender: "Contender",
     case: "Case",
     exact: Any,
     device: "torch.device",
-    dtype: str,
-    quick: bool,
+    *,
+    dtype: str = "",
+    public: Callable[..., Any] | None = None,
+    deterministic: bool = True,
+    quick: bool = False,
 ) -> Checked:
+    """Check one implementation at one case; nothing that it does wrong raises here.
+
+    ``public`` is called in its place where an input has no elements: a backend never sees those.
+    """
     import torch
 
     from custom_kernels import timing
 
     started = time.perf_counter()
-    deterministic = "not deterministic" not in inspection.notes(operation, backend)
     worst: float | None = None
     failure = None
     try:
         inputs = case.empty_inputs(device)
         run = contender.run
-        if not all(tensor.numel() for tensor in timing.tensors(inputs)):
-            public = getattr(import_module(f"custom_kernels.{operation}"), f"custom_{operation}")
-
-            def run(*arguments: Any) -> Any:
-                return public(*arguments, backend=backend)
-
+        if public is not None and not all(one.numel() for one in timing.tensors(inputs)):
+            run = public
         for _ in range(1 if quick else 2):
             case.fill(inputs)
             arguments = contender.prepare(inputs)
@@ -138,7 +152,7 @@ def _check(
                 again = run(*arguments)
             if place := _first_different(outputs, again):
                 raise timing.WrongResultError(f"two calls on the same inputs differ{place}")
-        if device.type == "cuda":
+        if device.type == "cuda" and run is contender.run:
             graph = timing.captured(contender, case, inputs)
             case.fill(inputs)
             try:

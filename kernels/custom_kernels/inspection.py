@@ -363,20 +363,37 @@ def _triton(job: _Job) -> list[dict[str, Any]]:
     return [report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": False}]
 
 
-def _nvrtc(job: _Job) -> list[dict[str, Any]]:
-    from cupy_backends.cuda.libs import nvrtc
+def raw_kernel(kernel: Any, architecture: str, label: str = "", path: Path | None = None) -> Report:
+    """What NVRTC makes of one ``cupy.RawKernel``, with the options that CuPy adds; needs no GPU.
 
+    ``path`` is the file in which its source stands, for the compiler's messages. Raises
+    InspectionError if it does not compile.
+    """
+    return Report(**_compiled_by_nvrtc(kernel, architecture, label or kernel.name, path))
+
+
+def _nvrtc(job: _Job) -> list[dict[str, Any]]:
     label, kernel = job.item
     path = build.PACKAGE / job.operation / f"{job.backend}.py"
+    report = _compiled_by_nvrtc(kernel, job.architecture, label, path)
+    return [report | {"operation": job.operation, "backend": job.backend}]
+
+
+def _compiled_by_nvrtc(
+    kernel: Any, architecture: str, label: str, path: Path | None
+) -> dict[str, Any]:
+    from cupy_backends.cuda.libs import nvrtc
+
     # So that the compiler's messages name the line of the Python file in which it stands.
-    line = _line_of(path, kernel.code)
+    line = _line_of(path, kernel.code) if path is not None else None
     source = f'#line {line} "{path}"\n{kernel.code}' if line else kernel.code
-    program = nvrtc.createProgram(source, str(path), (), ())
+    file = str(path or f"{kernel.name}.cu")
+    program = nvrtc.createProgram(source, file, (), ())
     options = (
         *kernel.options,
         "-ftz=true",
         "--device-as-default-execution-space",
-        f"-arch=sm_{_number(job.architecture)}",
+        f"-arch=sm_{_number(architecture)}",
         "--ptxas-options=-v",
     )
     try:
@@ -384,10 +401,8 @@ def _nvrtc(job: _Job) -> list[dict[str, Any]]:
         log = nvrtc.getProgramLog(program)
         cubin, ptx = nvrtc.getCUBIN(program), nvrtc.getPTX(program)
     except nvrtc.NVRTCError as error:
-        message = nvrtc.getProgramLog(program).strip("\0\n ")
-        raise InspectionError(
-            f"NVRTC cannot compile {path} ({label}):\n{message or error}"
-        ) from None
+        message = nvrtc.getProgramLog(program).strip("\0\n ") or str(error)
+        raise InspectionError(f"NVRTC cannot compile {file} ({label}):\n{message}") from None
     finally:
         nvrtc.destroyProgram(program)
     if isinstance(ptx, bytes):
@@ -396,19 +411,15 @@ def _nvrtc(job: _Job) -> list[dict[str, Any]]:
     if kernel.name not in said:
         names = ", ".join(said) or "none"
         raise InspectionError(
-            f"{path}: its source has no kernel {kernel.name!r}; there is {names} "
+            f"{file}: its source has no kernel {kernel.name!r}; there is {names} "
             '(is it `extern "C" __global__`?)'
         )
     # CuPy's getCUBIN takes the last byte, a zero, for the end of a string.
     (code,) = (code for code in _disassembled(cubin + b"\0") if code.name == kernel.name)
     spilled = {one.name: one.spill_stores + one.spill_loads for one in build.parse_ptxas(log)}
     entry = said[kernel.name]
-    report = _report(
-        job.operation, job.backend, label, job.architecture, code, spilled[kernel.name], code.shared
-    )
-    return [
-        report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
-    ]
+    report = _report("", "", label, architecture, code, spilled[kernel.name], code.shared)
+    return report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
 
 
 def _report(
@@ -682,7 +693,8 @@ def table(reports: Sequence[Report]) -> Any:
         found.add_column(name, overflow="fold")
     before = None
     for report in sorted(reports, key=lambda one: (one.operation, one.backend, one.kernel)):
-        name = f"{report.operation}.{report.backend}: {short(report.kernel)}"
+        backend = f"{report.operation}.{report.backend}: " if report.operation else ""
+        name = f"{backend}{short(report.kernel)}"
         found.add_row("" if name == before else escape(name), *cells(report))
         before = name
     return found

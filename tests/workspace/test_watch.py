@@ -221,14 +221,14 @@ def test_a_triton_kernel_through_a_morning(editor: Editor) -> None:
     assert state == "wrong"
     assert "M=1: error 5.0e-01, 1.0e-06 is allowed; first at output[0, 0]" in below
 
-    editor.save("triton.py", TRITON.replace("tl.load(x", "tl.lood(x"))
+    editor.save("triton.py", TRITON.replace("tl.load(x", "tl.fetch(x"))
     state, _, below = editor.verdict(3)
     line = TRITON.splitlines().index(
         "    tl.store(y + row + columns, FACTOR * tl.load(x + row + columns))"
     )
     assert state == "does not compile"
     assert f"toy/triton.py:{line + 1}: " in below
-    assert "lood" in below
+    assert "fetch" in below
 
     editor.save(
         "triton.py", TRITON.replace("    y = torch", "    import os; os.abort()\n    y = torch")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make notebook`: JupyterLab over notebooks/, reachable from this machine alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+from workspace.bootstrap import say
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def command() -> list[str]:
+    """On loopback, with the token that Jupyter makes up: whoever opens a notebook runs code as
+    this user."""
+    # -P: a folder called kernels/ in the current one must not pass for a package of that name.
+    return [
+        sys.executable, "-P", "-m", "jupyterlab", "--ip=127.0.0.1", "--no-browser",
+        f"--ServerApp.root_dir={NOTEBOOKS}",
+        *(["--allow-root"] if os.geteuid() == 0 else []),  # in a container one may be root
+    ]  # fmt: skip
+
+
+def run() -> None:
+    """Run until it is stopped; Jupyter prints the address with its token.
+
+    Raises:
+        WorkspaceError: JupyterLab is not installed.
+    """
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise WorkspaceError(
+            f"JupyterLab is not installed for {sys.executable}; install the package jupyterlab, "
+            "or use an environment of the workspace (make dev)"
+        )
+    say("JupyterLab prints its address; Ctrl-C twice ends it")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(command(), cwd=NOTEBOOKS, env=environment)
+    # Ctrl-C is Jupyter's: it asks before it ends its kernels.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if status > 0:
+        raise WorkspaceError(f"JupyterLab ended with status {status}; its messages say why")
