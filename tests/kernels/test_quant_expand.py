@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 # There are no tolerances: all backends give the same bits. In the interpreter Triton's conversion
-# to e4m3 is wrong for subnormals; there the kernel converts with integers, as it does on GPUs
-# without the conversion.
+# to e4m3 is wrong for subnormals and where rounding carries into the exponent; there the kernel
+# converts with integers, as it does on GPUs without the conversion.
 
 # Special rows overflow and multiply zero by infinity; the interpreter computes with NumPy, which
 # warns.
@@ -257,22 +257,6 @@ def test_compiles_to_one_op_without_a_graph_break(backend: str, device: torch.de
     )
     assert_same(compiled(x), reference.run(x, "6:8", INT8))
     assert sum("quant_expand" in target for target in targets) == 1
-
-
-@pytest.mark.skipif(CUDA is not None, reason="on a GPU every test of Triton's goes this way")
-def test_the_conversion_that_triton_has_agrees_but_for_subnormals_in_the_interpreter(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from custom_kernels.quant_expand import triton
-
-    monkeypatch.setattr(triton, "_native", lambda device: True)
-    x = make(4, 200)
-    for pattern in (None, "6:8"):
-        got, right = (f(x, pattern, FP8)[0] for f in (triton.run, reference.run))
-        got, right = got.view(torch.uint8).int(), right.view(torch.uint8).int()
-        subnormal = (right & 0x78) == 0
-        assert torch.equal(got[~subnormal], right[~subnormal])
-        assert ((got - right).abs() <= 1)[subnormal].all()
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ This file is the operation: its public function, its argument checks (here and n
 its registration with torch as ``torch.ops.custom_kernels.quant_expand``.
 """
 
+import functools
+
 import torch
 
 from custom_kernels import launches, registry, sparsity
@@ -15,6 +17,8 @@ PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
 
 INPUTS = (torch.bfloat16, torch.float16)
 OUTPUTS = (torch.int8, torch.float8_e4m3fn)
+
+_pattern = functools.cache(sparsity.pattern)
 
 
 def custom_quant_expand(
@@ -59,7 +63,7 @@ def expanded(k: int, pattern: str | None) -> int:
     """K': the length of the row that ``k`` values become."""
     if pattern is None:
         return -(-k // sparsity.SECTION_MULTIPLE) * sparsity.SECTION_MULTIPLE
-    return sparsity.pattern(pattern).expanded(k)
+    return _pattern(pattern).expanded(k)
 
 
 def empty_output(
@@ -81,7 +85,7 @@ def _check(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> None:
         raise TypeError(f"quant_expand: dtype must be int8 or float8_e4m3fn, got {dtype}")
     if pattern is not None:
         try:
-            sparsity.pattern(pattern)
+            _pattern(pattern)
         except ValueError as error:
             raise ValueError(f"quant_expand: {error}") from None
 

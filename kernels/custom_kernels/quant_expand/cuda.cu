@@ -571,13 +571,13 @@ Schedule choose(const Arguments& a, const Device& device) {
   const int64_t row_bytes = a.layout.row_bytes(), room = device.shared_bytes - kStaticShared;
   if (row_bytes > room) return {kTiles, kTileWarps, 1};
   Schedule s{a.aligned && a.layout.k % 8 == 0 && device.major >= 9 ? kBulk : kLoads, 1, 1};
-  // Measured on an H200. Few rows: all hands to each. Many rows: blocks of about 12 warps, each
-  // thread with some 50 values, and room for two blocks or more.
+  // Measured on an H200. Few rows: all hands to each. Many rows: small blocks, each thread with
+  // some 50 values, and room for two blocks or more.
   const bool few = a.rows <= device.multiprocessors;
   const int values = few ? 448 : 1600;  // of a warp
   s.warps = std::clamp((a.layout.k + values - 1) / values, 1, kWarps);
   if (!few) {
-    s.teams = std::max(1, 12 / s.warps);
+    s.teams = std::max(1, (s.warps <= 2 ? 8 : 12) / s.warps);
     while (s.teams > 1 && (s.teams * row_bytes > room / 2 ||
                            a.rows < int64_t{2} * s.teams * device.multiprocessors))
       --s.teams;

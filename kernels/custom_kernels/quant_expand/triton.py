@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from custom_kernels import sparsity
+from custom_kernels import build, sparsity
 from custom_kernels.inspection import Specialization
 from custom_kernels.quant_expand import OUTPUTS, empty_output, reference
 
@@ -257,7 +257,7 @@ def plan(
         "BF16": bfloat16,
         "QMAX": reference.QMAX[dtype],
         "INT8": dtype == torch.int8,
-        "NATIVE": native,
+        "NATIVE": native and dtype != torch.int8,
     }
     num_warps = min(16, max(1, triton.next_power_of_2(-(-k // 1024))))
     if form is None or form.n == 2:
@@ -316,38 +316,49 @@ def run(
 
 
 def specializations() -> list[Specialization]:
-    """A row of 3584 and one of 18944 values for the usual patterns and both output dtypes."""
+    """A row of 3584 values in the usual patterns, and one of 18944."""
+    pinned = build.pinned_architectures()
+    able = tuple(name for name in pinned if float(name.rstrip("af")) >= 8.9)
+    unable = tuple(name for name in pinned if name not in able)
+    int8, fp8 = OUTPUTS
     found = []
-    for k in (3584, 18944):
-        for pattern in (None, "4:6", "6:8", "8:10"):
-            for dtype in OUTPUTS:
-                launch = plan(k, pattern, True, dtype, True, True)
-                names = launch.kernel.arg_names
-                plain = launch.kernel is quantize_rows
-                numbers = names[3 : 4 + len(launch.numbers)]
-                values = dict(zip(numbers[1:], launch.numbers, strict=True))
-                found.append(
-                    Specialization(
-                        launch.kernel,
-                        {
-                            "x": "*i16" if plain else "*i32",
-                            "q": "*i8" if plain else "*i32",
-                            "scale": "*fp32",
-                            **dict.fromkeys(numbers, "i32"),
-                        },
-                        launch.constants,
-                        num_warps=launch.num_warps,
-                        label=f"K {k}, {pattern or 'plain'}, {str(dtype).removeprefix('torch.')}",
-                        aligned=(
-                            "x",
-                            "q",
-                            "scale",
-                            "x_stride",
-                            *(name for name, value in values.items() if value % 16 == 0),
-                        ),
-                    )
-                )
+    for pattern in (None, "4:6", "6:8", "8:10"):
+        found += [
+            _specialization(3584, pattern, int8, False, pinned),
+            _specialization(3584, pattern, fp8, True, able),
+        ]
+    found.append(_specialization(18944, "6:8", int8, False, pinned))
+    found.append(_specialization(18944, None, fp8, True, able))
+    if unable:
+        found.append(_specialization(3584, "6:8", fp8, False, unable))
     return found
+
+
+def _specialization(
+    k: int, pattern: str | None, dtype: torch.dtype, native: bool, architectures: tuple[str, ...]
+) -> Specialization:
+    launch = plan(k, pattern, True, dtype, True, native)
+    plain = launch.kernel is quantize_rows
+    first = launch.kernel.arg_names.index("K")
+    numbers = dict(zip(launch.kernel.arg_names[first:], launch.numbers, strict=False))
+    return Specialization(
+        launch.kernel,
+        {
+            "x": "*i16" if plain else "*i32",
+            "q": "*i8" if plain else "*i32",
+            "scale": "*fp32",
+            "x_stride": "i32",
+            **dict.fromkeys(numbers, "i32"),
+        },
+        launch.constants,
+        num_warps=launch.num_warps,
+        label=f"K {k}, {pattern or 'plain'}, {str(dtype).removeprefix('torch.')}",
+        aligned=(
+            *("x", "q", "scale", "x_stride"),
+            *(name for name, value in numbers.items() if value % 16 == 0),
+        ),
+        architectures=architectures,
+    )
 
 
 def _tiles(count: int, values: int, most: int) -> tuple[int, int]:
@@ -366,8 +377,9 @@ def _tiles(count: int, values: int, most: int) -> tuple[int, int]:
 
 @functools.cache
 def _native(device: torch.device) -> bool:
-    """The interpreter does not round e4m3's subnormals right, and before 8.9 there is no such
-    conversion: there integers do it."""
+    """Whether Triton converts to e4m3 itself: GPUs before 8.9 have no such conversion, and its
+    interpreter gets subnormals wrong and values that round up to a power of two. There integers do
+    it."""
     return (
         device.type == "cuda"
         and not knobs.runtime.interpret
