@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom_kernels import build
+from custom_kernels import build, registry
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported; where it is set, kernels run on tensors of the CPU.
@@ -62,7 +62,6 @@ class PackageCopy:
 @pytest.fixture
 def package_copy(tmp_path: Path) -> PackageCopy:
     copy = PackageCopy(tmp_path / "copy", tmp_path / "cache")
-    shutil.copytree(
-        build.PACKAGE, copy.package, ignore=shutil.ignore_patterns("gemm", "__pycache__", "*.cu")
-    )
+    left_out = shutil.ignore_patterns(*registry.operations(), "__pycache__", "*.cu")
+    shutil.copytree(build.PACKAGE, copy.package, ignore=left_out)
     return copy
