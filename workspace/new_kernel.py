@@ -69,7 +69,8 @@ def _files(op: str, backend: str, name: str) -> dict[Path, str]:
     known = registry.operations()
     suffix = Path(KINDS[backend]).suffix
     if op in known:
-        template = TEMPLATES / op / KINDS[backend]
+        example = EXAMPLE if _started_as_example(op) else op
+        template = TEMPLATES / example / KINDS[backend]
         if name in registry.backend_files(op):
             # Also where only the other half is there: the two would become one backend.
             existing = next(path for path in folder.glob(f"{name}.*") if path.is_file())
@@ -79,13 +80,23 @@ def _files(op: str, backend: str, name: str) -> dict[Path, str]:
             )
         if not template.is_file():
             raise WorkspaceError(_copy_instead(op, backend))
-        return {folder / f"{name}{suffix}": template.read_text()}
+        return {folder / f"{name}{suffix}": template.read_text().replace(example, op)}
     if folder.exists() or folder.with_suffix(".py").exists():
         raise WorkspaceError(f"OP={op} is taken by {_shown(build.PACKAGE)} itself; give another")
     names = {"__init__.py", "reference.py", "cases.py"}
     texts = {folder / one: (TEMPLATES / EXAMPLE / one).read_text() for one in sorted(names)}
     texts[folder / f"{name}{suffix}"] = (TEMPLATES / EXAMPLE / KINDS[backend]).read_text()
     return {path: text.replace(EXAMPLE, op) for path, text in texts.items()}
+
+
+def _started_as_example(op: str) -> bool:
+    """Whether the operation still takes what a new one does, so that its templates fit."""
+    function = re.compile(r"^def exact\(.*$", re.MULTILINE)
+    own, example = (
+        function.search((folder / "reference.py").read_text())
+        for folder in (build.PACKAGE / op, TEMPLATES / EXAMPLE)
+    )
+    return own is not None and example is not None and own[0] == example[0]
 
 
 def _copy_instead(op: str, backend: str) -> str:

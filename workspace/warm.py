@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import cache_from_source
@@ -49,6 +50,8 @@ def main() -> None:
             import_module(name)
     # Nobody else must find bytecode of a file that was saved a moment later, see _forget_bytecode.
     sys.dont_write_bytecode = True
+    # Of a fork beside threads: what libraries started at import waits for work, and holds no lock.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         answer(json.loads(line))
@@ -148,6 +151,11 @@ def check(question: dict[str, Any]) -> dict[str, Any]:
         return {"not_checked": reason}
     checked = checking.check(operation, backend, place, quick=True)
     wrong = [str(one) for one in checked if one.failure is not None]
+    if question["gpu"] and wrong:
+        try:
+            torch.cuda.synchronize(place)
+        except RuntimeError:  # everything after the first error says the same
+            return {"error": wrong[0]}
     found: dict[str, Any] = {"checked": len(checked), "wrong": wrong}
     if question["gpu"] and not wrong:
         found["times"] = _times(operation, backend, place)

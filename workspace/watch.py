@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make watch K=gemm.triton`: on saving a kernel, compile, check and time it; show what changed.
 
-Two processes do the work (see warm.py): one compiles, and on a GPU also checks and times; without a
-GPU a second one checks Triton kernels in the interpreter. Both fork a child per question, so a
-kernel that crashes or hangs costs a verdict, not the watch.
+Two processes do the work side by side (see warm.py): one compiles for the report; the other checks
+and times on the GPU, or checks Triton kernels in the interpreter where there is none. Both fork a
+child per question, so a kernel that crashes or hangs costs a verdict, not the watch.
 
 On a terminal one screen stays, with the last versions of every backend; elsewhere each verdict is
 printed as lines.
@@ -33,13 +33,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from workspace.bootstrap import say
+from workspace.bootstrap import device, say
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 DEFAULT_ARCHITECTURE = "9.0a"
 TIMEOUT = 30
-"""Seconds after which a child is taken to hang."""
+"""Seconds after which a check is taken to hang."""
+COMPILE_TIMEOUT = 900
+"""nvcc does not hang, but a CUTLASS kernel takes minutes."""
 HISTORY = 8
 SHOWN_FAILURES = 3
 COLOURS = {"right": "green", "compiled": "green", "wrong": "red"}
@@ -122,6 +124,7 @@ class Warm:
         }
         # Asking for a GPU through NVML does not initialize CUDA, after which no fork could use it.
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # no threads before a fork
         if interpret:
             environment["TRITON_INTERPRET"] = "1"
         # In a session of its own: Ctrl-C is for the watch, which then ends this.
@@ -150,15 +153,16 @@ class Warm:
     def ask(self, **question: Any) -> dict[str, Any]:
         """The answer of a child. Raises Crash if it ends without one, or takes too long."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(question | {"timeout": self.timeout}) + "\n")
+        timeout = COMPILE_TIMEOUT if question["action"] == "inspect" else self.timeout
+        self.process.stdin.write(json.dumps(question | {"timeout": timeout}) + "\n")
         self.process.stdin.flush()
         self.child = self._line(None)["child"]
         try:
-            found = self._line(self.timeout)
+            found = self._line(timeout)
         except queue.Empty:
-            self._end_child()
+            self.end_child()
             self._line(None)
-            raise Crash("hangs", f"no answer after {self.timeout} s: ended") from None
+            raise Crash("hangs", "no answer in time: ended") from None
         finally:
             self.child = None
         if "crashed" in found:
@@ -173,13 +177,14 @@ class Warm:
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def _end_child(self) -> None:
-        if self.child is not None:
+    def end_child(self) -> None:
+        child = self.child
+        if child is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child, signal.SIGKILL)
+                os.killpg(child, signal.SIGKILL)
 
     def close(self) -> None:
-        self._end_child()
+        self.end_child()
         self.process.kill()
         self.process.wait()
 
@@ -204,12 +209,16 @@ class Watch:
 
     def start(self) -> None:
         """Start what is needed and see whether there is a GPU."""
-        self.processes = [Warm(self.timeout, interpret=False)]
-        self.processes.append(Warm(self.timeout, interpret=True))
+        interpret = device() != "cuda"
+        self.processes = [Warm(self.timeout, False), Warm(self.timeout, interpret)]
         for process in self.processes:
             process.wait_until_ready()
         found = self.processes[0].ask(action="device")
         self.gpu = found["gpu"]
+        if self.gpu is None and not interpret:  # a GPU that torch cannot use
+            self.processes.pop().close()
+            self.processes.append(Warm(self.timeout, True))
+            self.processes[-1].wait_until_ready()
         if self.gpu is not None:
             self.architecture = self.arch or found["architecture"]
 
@@ -218,27 +227,32 @@ class Watch:
     ) -> Iterator[Verdict]:
         """One for every backend as it is now, then one for each change, for ever."""
         # The files are watched before they are read: no save is missed.
-        changes = _changes()
-        next(changes)
-        known = {}
-        for backend in backends:
-            known[backend] = _fingerprint(backend)
-            started = time.time()
-            busy(".".join(backend))
-            yield self.verdict(backend, started)
-        for saved in changes:
-            for backend in backends:
-                now = _fingerprint(backend)
-                if now == known[backend]:
-                    continue
-                known[backend] = now
-                busy(".".join(backend))
-                yield self.verdict(backend, saved)
+        saves = Saves()
+        known: dict[tuple[str, str], str | None] = dict.fromkeys(backends)
+        saved = time.time()
+        try:
+            while True:
+                # What was saved while another verdict was made is found by its contents.
+                for backend in backends:
+                    if _fingerprint(backend) == known[backend]:
+                        continue
+                    first = known[backend] is None
+                    known[backend] = _fingerprint(backend)
+                    busy(".".join(backend))
+                    started = time.time() if first else saved
+                    verdict = self.verdict(backend, started, known[backend])
+                    if verdict is not None:
+                        yield verdict
+                saved = saves.wait()
+        finally:
+            saves.close()
 
-    def verdict(self, backend: tuple[str, str], started: float) -> Verdict:
-        """Compile and check side by side, and say what came of it."""
+    def verdict(
+        self, backend: tuple[str, str], started: float, version: str | None = None
+    ) -> Verdict | None:
+        """Compile and check side by side, and say what came of it. None if the files changed
+        meanwhile: nobody waits for the verdict on an old version."""
         operation, name = backend
-        self.numbers[backend] = self.numbers.get(backend, 0) + 1
         question = {"operation": operation, "backend": name, "gpu": self.gpu}
         kind = registry.kind(operation, name) if _fingerprint(backend) else "torch"
         answers: dict[str, Any] = {}
@@ -251,17 +265,32 @@ class Watch:
             except (Crash, WorkspaceError) as error:
                 answers[action] = error
 
-        # Both see the GPU; only the second has Triton's interpreter, which no GPU wants.
         threads = [threading.Thread(target=ask, args=(self.processes[0], "inspect"))]
-        if self.gpu is None and kind in ("triton", "torch"):
+        if self.gpu is not None or kind in ("triton", "torch"):
             threads.append(threading.Thread(target=ask, args=(self.processes[1], "check")))
+        if self._outdated(threads, backend, version):
+            return None
+        self.numbers[backend] = self.numbers.get(backend, 0) + 1
+        return self._judge(backend, answers, started)
+
+    def _outdated(
+        self, threads: Sequence[threading.Thread], backend: tuple[str, str], version: str | None
+    ) -> bool:
+        """Run them to their end, or until the backend's files are saved again."""
         for thread in threads:
             thread.start()
+        outdated = False
+        looked = time.monotonic()
         for thread in threads:
-            thread.join()
-        if self.gpu is not None and "reports" in _mapping(answers["inspect"]):
-            ask(self.processes[0], "check")
-        return self._judge(backend, answers, started)
+            while thread.is_alive():
+                thread.join(0.02)
+                if not outdated and time.monotonic() > looked + 0.3:
+                    looked = time.monotonic()
+                    outdated = version is not None and _fingerprint(backend) != version
+                    if outdated:
+                        for process in self.processes:
+                            process.end_child()
+        return outdated
 
     def _judge(self, backend: tuple[str, str], answers: dict[str, Any], started: float) -> Verdict:
         details: list[str] = []
@@ -282,7 +311,7 @@ class Watch:
             reports = tuple(inspection.Report(**one) for one in inspected["reports"])
             remarks += inspected["warnings"]
         times: dict[str, dict[str, Any]] = {}
-        if isinstance(checked, Crash):
+        if isinstance(checked, Crash) and state != "does not compile":
             state = checked.state
             details.append(f"while it was checked: {checked}")
         elif "error" in checked and state == "compiled":
@@ -313,49 +342,46 @@ class Watch:
         )
 
 
-def _mapping(answer: Any) -> dict[str, Any]:
-    return answer if isinstance(answer, dict) else {}
+class Saves:
+    """The times of saves below the package, from when this is made until it is closed."""
 
+    def __init__(self) -> None:
+        self._found: queue.Queue[float] = queue.Queue()
+        self._stop, self._watched = threading.Event(), threading.Event()
+        threading.Thread(target=self._follow, daemon=True).start()
+        self._watched.wait()
 
-def _changes() -> Iterator[float]:
-    """First, once the folder is watched, 0; then the time of each save below the package."""
-    from watchfiles import DefaultFilter, watch
+    def _follow(self) -> None:
+        from watchfiles import DefaultFilter, watch
 
-    stop = threading.Event()
-    found: queue.Queue[float] = queue.Queue()
-
-    def follow() -> None:
         # A short step: what an editor writes in two steps is still one save.
         for changes in watch(
             build.PACKAGE,
             watch_filter=DefaultFilter(ignore_entity_patterns=[r"\.tmp$", r"\.pyc$", r"~$"]),
             step=30,
             debounce=300,
-            stop_event=stop,
+            stop_event=self._stop,
             yield_on_timeout=True,
             rust_timeout=500,
         ):
-            if changes:
-                seen = time.time()
-                times = [Path(path).stat().st_mtime for _, path in changes if Path(path).exists()]
-                # The clock starts with the save, not when it is noticed; an editor may have kept
-                # an older time.
-                found.put(max([time for time in times if seen - 2 < time <= seen], default=seen))
-            else:
-                found.put(0.0)
+            self._watched.set()  # the first time-out says that it is
+            if not changes:
+                continue
+            seen = time.time()
+            times = [Path(path).stat().st_mtime for _, path in changes if Path(path).exists()]
+            # The clock starts with the save, not when it is noticed; an editor may have kept an
+            # older time.
+            self._found.put(max([time for time in times if seen - 2 < time <= seen], default=seen))
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        while found.get():  # the first time-out says that the folder is watched
-            pass
-        yield 0.0
-        while True:
-            saved = found.get()
-            if saved:
-                yield saved
-    finally:
-        stop.set()
+    def wait(self) -> float:
+        """Wait for a save; the time of the last one that was not waited for yet."""
+        last = self._found.get()
+        while not self._found.empty():
+            last = self._found.get()
+        return last
+
+    def close(self) -> None:
+        self._stop.set()
 
 
 def _fingerprint(backend: tuple[str, str]) -> str:

@@ -163,7 +163,10 @@ def check_case(
     except timing.WrongResultError as error:
         failure = str(error)
     except Exception as error:
+        # An error of CUDA explains itself at length: its first line is what happened.
         failure = inspection.explain(error)
+        if "CUDA error" in failure:
+            failure = failure.splitlines()[0]
     return Checked(dtype, case.labels, time.perf_counter() - started, worst, failure)
 
 

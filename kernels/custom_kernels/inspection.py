@@ -395,6 +395,7 @@ def _compiled_by_nvrtc(
         "--device-as-default-execution-space",
         f"-arch=sm_{_number(architecture)}",
         "--ptxas-options=-v",
+        "--no-cache",  # what comes from NVRTC's cache comes without ptxas's report
     )
     try:
         nvrtc.compileProgram(program, options)

@@ -109,6 +109,13 @@ def test_a_new_kernel_works_at_once(copy: Copy, operation: str, backend: str) ->
         assert called.returncode == 0, called.stderr
 
 
+def test_a_new_operation_gets_the_other_kinds_too(copy: Copy) -> None:
+    for backend in ("cupy", "triton", "cuda"):
+        assert copy.new_kernel("gelu_gate", backend).returncode == 0
+    assert {"gelu_gate/cupy.py", "gelu_gate/triton.py", "gelu_gate/cuda.cu"} <= copy.files()
+    assert "scaled_silu" not in (copy.root / "custom_kernels/gelu_gate/cuda.cu").read_text()
+
+
 def test_nothing_is_written_over(copy: Copy) -> None:
     assert copy.new_kernel("gemm", "cupy").returncode == 0
     before = copy.files()
