@@ -169,7 +169,10 @@ def sparse_linear(
     Returns [..., N] bfloat16. bfloat16 weights take the expanded x as it is.
     """
     if weight.dtype == torch.bfloat16:
-        return custom_sparse_gemm(quantization.expand(x, weight.pattern), None, weight, bias)
+        # The expansion for 2:4 is the row itself, padded.
+        same = weight.pattern.n == 2 and weight.k == weight.expanded
+        a = x if same else quantization.expand(x, weight.pattern)
+        return custom_sparse_gemm(a, None, weight, bias)
     q, scale = custom_quant_expand(x, str(weight.pattern), weight.dtype)
     return custom_sparse_gemm(q, scale, weight, bias)
 

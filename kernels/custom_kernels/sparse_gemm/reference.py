@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = (A · Wᵀ) · a_scale · w_scale + b in plain torch, in float64: what is right.
 
-The weight is unpacked to the dense expanded one first. Sums of products of 8-bit values are exact in
-float64 up to any K; the result is rounded once. It is far too slow to serve a model.
+The weight is unpacked to the dense expanded one first. Sums of products of 8-bit values are exact
+in float64; the result is rounded once. It is far too slow to serve a model.
 """
 
 import torch
 
+from custom_kernels.quant_expand import reference as quantization
 from custom_kernels.sparse_gemm import _packing
 
 
@@ -26,20 +27,22 @@ def run(
     features: int,
 ) -> torch.Tensor:
     """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16."""
-    return exact(a, a_scale, values, metadata, w_scale, bias, features).bfloat16()
+    weight = _packing.decompress(values, metadata)
+    return dense(a, a_scale, weight, w_scale, bias).bfloat16()
 
 
 def exact(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
     w_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    features: int,
+    pattern: str,
 ) -> torch.Tensor:
-    """The same, not rounded: [M, N] float64."""
-    return dense(a, a_scale, _packing.decompress(values, metadata), w_scale, bias)
+    """The whole layer as it is measured, without any expansion, [M, N] float64: x [M, K] is
+    quantized where the weight [N, K] is of an 8-bit dtype."""
+    if w_scale is None:
+        return dense(x, None, weight, None, bias)
+    return dense(*quantization.quantize(x, weight.dtype), weight, w_scale, bias)
 
 
 def dense(

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the cuSPARSELt backend that decides: how shapes are padded, and when the library
+searches for an algorithm.
+
+What is fused: with bfloat16 everything; with int8 the weight's scale, while the activation's scale
+and the bias, which come after it, are a second kernel that rewrites the output in place (so the
+result is rounded twice); with float8 nothing, all of that is the second kernel.
+
+The library wants N and M in multiples. N is padded when the weight is packed; where M is not a
+multiple, the activation is copied into a padded one.
+"""
+
+import functools
+import logging
+import threading
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from custom_kernels import build
+from custom_kernels.gemm.cublaslt import buckets
+
+DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
+
+FEATURES_MULTIPLE = 32
+TOKENS_MULTIPLE = 16
+
+log = logging.getLogger(__name__)
+
+_settings: dict[tuple[Any, ...], list[int]] = {}
+"""What a search found, per layer shape and bucket of M."""
+_searching = threading.Lock()
+
+
+def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expanded weight [N, K'], compressed by the library; nothing else is kept. Done on the
+    weight's own GPU."""
+    if expanded.device.type != "cuda":
+        raise ValueError(
+            "sparse_gemm.cusparselt: the library compresses weights on the GPU, this one is on "
+            f"{expanded.device}"
+        )
+    library = _library(expanded.device)
+    padded = pad_rows(expanded, FEATURES_MULTIPLE)
+    size, scratch = library.compressed_size(padded)
+    out = torch.empty(size, dtype=torch.uint8, device=expanded.device)
+    buffer = torch.empty(max(scratch, 1), dtype=torch.uint8, device=expanded.device)
+    library.compress(padded, out, buffer)
+    return out, out.new_empty(0)
+
+
+def run(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> torch.Tensor:
+    """a [M, K'] contiguous, values from ``storage``; returns [M, N] bfloat16.
+
+    Asynchronous on the current stream. The first call for a new bucket of M searches, which waits
+    for the device. During a CUDA-graph capture nothing is searched: a shape whose bucket has not
+    been searched runs with the library's default algorithm.
+    """
+    m = a.shape[0]
+    a = pad_rows(a, TOKENS_MULTIPLE)
+    padded = -(-features // FEATURES_MULTIPLE) * FEATURES_MULTIPLE
+    fused_scale = w_scale if a.dtype == torch.int8 else None
+    if fused_scale is not None and padded != features:
+        fused_scale = pad(fused_scale, (0, padded - features))
+    fused_bias = bias if a_scale is None and padded == features else None
+    y = a.new_empty((a.shape[0], padded), dtype=torch.bfloat16)
+    product = (a, values, fused_scale, fused_bias, y)
+    library = _library(a.device)
+    if not library.multiply(*product):
+        library.adopt(*product, _find(library, *product))
+        library.multiply(*product)
+    if a_scale is None:
+        out = y[:m, :features]
+        if bias is not None and fused_bias is None:
+            out = out + bias
+        return out.contiguous()
+    out = y[:m] if padded == features else y.new_empty((m, features))
+    library.scale(y, a_scale, w_scale if fused_scale is None else None, bias, out)
+    return out
+
+
+def pad_rows(matrix: torch.Tensor, multiple: int) -> torch.Tensor:
+    """The matrix itself if its number of rows is a multiple, else a copy with rows of zeros."""
+    rows, columns = matrix.shape
+    if rows % multiple == 0:
+        return matrix
+    out = matrix.new_zeros((rows + -rows % multiple, columns))
+    out[:rows] = matrix
+    return out
+
+
+def _find(
+    library: Any,
+    a: torch.Tensor,
+    values: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+) -> list[int]:
+    m, k = a.shape
+    *_, bucket = buckets(m)
+    key = (a.device, a.dtype, bucket, y.shape[1], k, bias is not None)
+    with _searching:
+        if key not in _settings:
+            if torch.cuda.is_current_stream_capturing():
+                return []
+            _settings[key] = [int(value) for value in library.search(a, values, w_scale, bias, y)]
+        return _settings[key]
+
+
+@functools.cache
+def _library(device: torch.device) -> Any:
+    return build.load("sparse_gemm", "cusparselt", device)

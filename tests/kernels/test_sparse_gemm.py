@@ -1,0 +1,603 @@
+# SPDX-License-Identifier: Apache-2.0
+"""custom_sparse_gemm: packing is exact, every backend is right, and what does not fit is refused in
+one line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from custom_kernels import build, checking, launches, registry, sparsity
+from custom_kernels.gemm.cublaslt import buckets
+from custom_kernels.quant_expand.reference import expand, quantize
+from custom_kernels.sparse_gemm import (
+    DTYPES,
+    SCALED,
+    SparseWeight,
+    _packing,
+    cusparselt,
+    custom_sparse_gemm,
+    cutlass,
+    pack,
+    quantize_weight,
+    reference,
+    sparse_linear,
+)
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+# ‖out - exact‖ / ‖exact‖: rounded once to bfloat16; cuSPARSELt's 8-bit products are rounded twice.
+TOLERANCES = {"cusparselt": 3.5e-3}
+ONCE = 2.5e-3
+
+PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "30:32")
+CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
+BACKENDS = registry.backends("sparse_gemm")
+
+
+def make_weight(
+    rows: int, k: int, pattern: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Small integers, which every dtype holds, with as many nonzeros as the pattern allows and
+    some fewer."""
+    kind = sparsity.pattern(pattern)
+    shape = (rows, kind.groups(k), kind.group)
+    weight = torch.randint(-4, 5, shape, device=device)
+    places = torch.rand(shape, device=device).argsort(-1)[..., :2]
+    return weight.scatter(2, places, 0).flatten(1)[:, :k].contiguous().to(dtype)
+
+
+def make_activation(
+    rows: int, k: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    return torch.randint(-4, 5, (rows, k), device=device).to(dtype)
+
+
+def make(
+    m: int,
+    n: int,
+    k: int,
+    pattern: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    backend: str,
+    bias: bool = True,
+) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """Arguments of custom_sparse_gemm, and the exact result of the dense product."""
+    x = make_activation(m, k, dtype, device)
+    weight = make_weight(n, k, pattern, dtype, device)
+    scaled = dtype in SCALED
+    a_scale = torch.rand(m, device=device) + 0.5 if scaled else None
+    w_scale = torch.rand(n, device=device) + 0.5 if scaled else None
+    b = torch.randn(n, device=device).bfloat16() if bias else None
+    packed = pack(weight, pattern, w_scale, backend=backend)
+    wanted = reference.dense(x, a_scale, weight, w_scale, b)
+    return (expand(x, packed.pattern), a_scale, packed, b), wanted
+
+
+def assert_right(out: torch.Tensor, wanted: torch.Tensor, backend: str) -> None:
+    assert out.dtype == torch.bfloat16
+    assert out.shape == wanted.shape
+    assert out.is_contiguous()
+    if out.numel():
+        error = float((out.double() - wanted).norm() / wanted.norm())
+        assert error <= TOLERANCES.get(backend, ONCE)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that the folder holds."""
+    return str(request.param)
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """A device that the backend runs on, or a skip with the reason."""
+    if CUDA is not None and registry.available("sparse_gemm", backend, CUDA) is None:
+        return CUDA
+    reason = registry.available("sparse_gemm", backend, "cpu")
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
+    return torch.device("cpu")
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+@st.composite
+def sparse_rows(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
+    """A pattern and a weight of integers, its groups filled in any way that the pattern allows."""
+    pattern = draw(st.sampled_from(PATTERNS))
+    kind = sparsity.pattern(pattern)
+    k = draw(st.integers(1, 3 * kind.group + 3))
+    rows = draw(st.integers(1, 3))
+    weight = torch.zeros(rows, kind.groups(k) * kind.group, dtype=torch.int64)
+    for row in range(rows):
+        for group in range(kind.groups(k)):
+            inside = st.integers(0, kind.group - 1)
+            for place in draw(st.sets(inside, max_size=kind.nonzeros)):
+                weight[row, group * kind.group + place] = draw(st.integers(-9, 9))
+    return pattern, weight[:, :k].contiguous()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=sparse_rows(), seed=st.integers(0, 2**16))
+def test_expanded_times_packed_is_the_dense_product(
+    drawn: tuple[str, torch.Tensor], seed: int
+) -> None:
+    pattern, weight = drawn
+    kind = sparsity.pattern(pattern)
+    torch.manual_seed(seed)
+    x = torch.randint(-99, 100, (2, weight.shape[1]))
+    windows = _packing.decompose(weight, kind)
+    assert windows.shape[1] == kind.expanded(weight.shape[1])
+    assert ((windows.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+    assert (windows != 0).sum() == (weight != 0).sum()
+    assert torch.equal(_packing.decompress(*_packing.compress(windows)), windows)
+    assert torch.equal(expand(x, kind) @ windows.t(), x @ weight.t())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8"])
+def test_every_way_to_fill_a_group_is_decomposed(pattern: str) -> None:
+    kind = sparsity.pattern(pattern)
+    codes = torch.arange(2**kind.group)
+    weight = (codes[:, None] >> torch.arange(kind.group) & 1) * torch.arange(1, kind.group + 1)
+    weight = weight[(weight != 0).sum(1) <= kind.nonzeros]
+    x = torch.randint(-99, 100, (3, kind.group))
+    windows = _packing.decompose(weight, kind)
+    assert ((windows.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
+    assert torch.equal(expand(x, kind) @ windows.t(), x @ weight.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_packing_keeps_every_bit_of_any_dtype(dtype: torch.dtype) -> None:
+    weight = make_weight(5, 200, "6:8", dtype)
+    if dtype.is_floating_point:
+        weight = (weight.float() * 1.0625).to(dtype)  # not an integer
+    kind = sparsity.pattern("6:8")
+    windows = _packing.decompose(weight, kind)
+    assert windows.dtype == dtype
+    values, metadata = _packing.compress(windows)
+    assert (values.dtype, metadata.dtype) == (dtype, torch.uint8)
+    x = torch.eye(200, dtype=torch.float64)
+    assert torch.equal(expand(x, kind) @ windows.double().t(), weight.double().t())
+
+
+def test_large_weights_are_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = make_weight(37, 96, "6:8", torch.int8)
+    whole = _packing.decompose(weight, sparsity.Pattern(4))
+    monkeypatch.setattr(_packing, "_CHUNK", 1000)
+    assert torch.equal(_packing.decompose(weight, sparsity.Pattern(4)), whole)
+    for part, all_at_once in zip(_packing.compress(whole), _packing.compress(whole), strict=True):
+        assert torch.equal(part, all_at_once)
+    weight[29, 90] = weight[29, 88:96].fill_(1)[2]
+    with pytest.raises(ValueError, match=r"row 29, group 11 \(columns 88 to 95\) has 8 nonzeros"):
+        _packing.decompose(weight, sparsity.Pattern(4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_that_violates_the_pattern_is_refused(dtype: torch.dtype) -> None:
+    weight = make_weight(6, 100, "6:8", dtype)
+    weight[4, 8:15], weight[4, 15] = 1, 0
+    weight[4, 16:24] = 1
+    weight[5, 0:8] = 1
+    scale = torch.ones(6) if dtype in SCALED else None
+    with pytest.raises(
+        ValueError,
+        match=r"the weight is not 6:8: row 4, group 1 \(columns 8 to 15\) has 7 nonzeros, 6 are",
+    ) as caught:
+        pack(weight, "6:8", scale, backend="reference")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_zero_is_a_zero() -> None:
+    weight = torch.tensor([[1.0, -0.0, 2.0, -0.0]]).to(torch.float8_e4m3fn)
+    packed = pack(weight, "2:4", torch.ones(1), backend="reference")
+    assert packed.values[0, :2].float().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_quantizing_a_weight_keeps_its_zeros_and_is_the_activations_quantization(
+    dtype: torch.dtype,
+) -> None:
+    weight = torch.randn(8, 64) * make_weight(8, 64, "6:8", torch.int8).bool()
+    q, scale = quantize_weight(weight, dtype)
+    assert ((q.float() != 0) <= (weight != 0)).all()
+    right, right_scale = quantize(weight, dtype)
+    assert torch.equal(q.view(torch.uint8), right.view(torch.uint8))
+    assert torch.equal(scale, right_scale)
+    pack(q, "6:8", scale, backend="reference")
+
+
+# --- every backend --------------------------------------------------------------------------------
+
+SIZES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 200, 257]))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    m=st.one_of(st.sampled_from([0, 1, 2]), SIZES),
+    n=SIZES,
+    k=SIZES,
+    bias=st.booleans(),
+    pattern=st.sampled_from(PATTERNS),
+    dtype=st.sampled_from(DTYPES),
+)
+@example(m=0, n=8, k=8, bias=True, pattern="6:8", dtype=torch.int8)
+@example(m=1, n=1, k=1, bias=True, pattern="4:6", dtype=torch.float8_e4m3fn)
+@example(m=33, n=1001, k=1003, bias=False, pattern="8:10", dtype=torch.bfloat16)
+@example(m=300, n=512, k=640, bias=True, pattern="2:4", dtype=torch.float8_e4m3fn)
+def test_matches_exact_at_any_shape(
+    backend: str,
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    bias: bool,
+    pattern: str,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(m * 7919 + n * 104729 + k)
+    arguments, wanted = make(m, n, k, pattern, dtype, device, backend, bias)
+    assert_right(custom_sparse_gemm(*arguments), wanted, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_passes_the_operations_own_checks(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    name = str(dtype).removeprefix("torch.")
+    failures = [
+        str(one) for one in checking.check("sparse_gemm", backend, device, name) if one.failure
+    ]
+    assert not failures
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_is_close_to_the_layer_it_was_made_from(
+    backend: str, device: torch.device, pattern: str, dtype: torch.dtype
+) -> None:
+    n, k = 96, 320
+    weight = torch.randn(n, k, device=device) / math.sqrt(k)
+    weight *= make_weight(n, k, pattern, torch.int8, device).bool()
+    q, scale = (weight.bfloat16(), None) if dtype not in SCALED else quantize_weight(weight, dtype)
+    packed = pack(q, pattern, scale, backend=backend)
+    x = torch.randn(2, 3, k, device=device).bfloat16()
+    bias = torch.randn(n, device=device).bfloat16()
+    out = sparse_linear(x, packed, bias)
+    wanted = x.double() @ weight.double().t() + bias.double()
+    assert out.shape == (2, 3, n)
+    allowed = {torch.float8_e4m3fn: 5e-2, torch.int8: 2e-2, torch.bfloat16: 6e-3}[dtype]
+    assert float((out.double() - wanted).norm() / wanted.norm()) < allowed
+
+
+def test_leading_dimensions_are_kept(backend: str, device: torch.device) -> None:
+    (a, scale, weight, bias), _ = make(30, 24, 40, "6:8", torch.int8, device, backend)
+    flat = custom_sparse_gemm(a, scale, weight, bias)
+    for shape in [(2, 15), (2, 3, 5), (30,), (1, 30)]:
+        out = custom_sparse_gemm(a.view(*shape, -1), scale.view(shape), weight, bias)
+        assert torch.equal(out, flat.view(*shape, 24))
+    one = custom_sparse_gemm(a[0], scale[0], weight, bias)
+    assert one.shape == (24,)
+    empty = custom_sparse_gemm(a[:0].view(0, 3, a.shape[1]), scale[:0].view(0, 3), weight, bias)
+    assert empty.shape == (0, 3, 24)
+
+
+def test_a_row_whose_scale_is_nan_is_nan_and_a_row_of_zeros_is_the_bias(
+    backend: str, device: torch.device
+) -> None:
+    for dtype in SCALED:
+        (a, scale, weight, bias), wanted = make(5, 40, 96, "6:8", dtype, device, backend)
+        scale[1] = torch.nan
+        scale[3] = 0
+        out = custom_sparse_gemm(a, scale, weight, bias)
+        assert out[1].isnan().all()
+        assert torch.equal(out[3], bias)
+        assert_right(out[[0, 2, 4]].contiguous(), wanted[[0, 2, 4]], backend)
+
+
+def test_activation_and_bias_of_any_layout(backend: str, device: torch.device) -> None:
+    (a, scale, weight, bias), wanted = make(6, 24, 40, "4:6", torch.int8, device, backend)
+    strided = torch.stack([a, a], 1)[:, 0]
+    scales, biases = torch.stack([scale, scale], 1)[:, 0], torch.stack([bias, bias], 1)[:, 0]
+    assert not strided.is_contiguous()
+    assert_right(custom_sparse_gemm(strided, scales, weight, biases), wanted, backend)
+    assert_right(custom_sparse_gemm(a.t().contiguous().t(), scale, weight, bias), wanted, backend)
+
+
+# --- the operation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), (2, 5), (0,)])
+def test_opcheck(
+    backend: str, device: torch.device, bias: bool, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    rows = math.prod(shape)
+    (a, scale, weight, b), _ = make(rows, 24, 40, "6:8", dtype, device, backend, bias)
+    a, scale = a.view(*shape, a.shape[1]), None if scale is None else scale.view(shape)
+    arguments = (a, scale, weight.values, weight.metadata, weight.scale, b, 24, backend)
+    torch.library.opcheck(torch.ops.custom_kernels.sparse_gemm, arguments)
+
+
+def test_compiles_to_one_op_without_a_graph_break(backend: str, device: torch.device) -> None:
+    (a, scale, weight, bias), _ = make(6, 24, 40, "6:8", torch.int8, device, backend)
+    targets: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(
+        lambda a, scale: torch.relu(custom_sparse_gemm(a, scale, weight, bias)),
+        backend=keep,
+        fullgraph=True,
+    )
+    wanted = torch.relu(custom_sparse_gemm(a, scale, weight, bias))
+    assert torch.equal(compiled(a, scale), wanted)
+    assert sum("sparse_gemm" in target for target in targets) == 1
+
+
+def test_a_call_is_counted_and_an_error_is_not() -> None:
+    (a, scale, weight, bias), _ = make(3, 8, 16, "2:4", torch.int8, "cpu", "reference")
+    launches.reset()
+    custom_sparse_gemm(a, scale, weight, bias)
+    with pytest.raises(ValueError, match=r"a_scale"):
+        custom_sparse_gemm(a, scale[:2], weight, bias)
+    assert launches.counts() == {"sparse_gemm.reference": 1}
+
+
+@pytest.fixture
+def arguments() -> dict[str, Any]:
+    (a, scale, weight, bias), _ = make(3, 8, 16, "6:8", torch.int8, "cpu", "reference")
+    return {"a": a, "a_scale": scale, "weight": weight, "bias": bias}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": torch.zeros(3, 24, dtype=torch.int8)}, ValueError, r"expanded for 6:8, got \[3, 24"),
+        ({"a": torch.zeros(3, 64)}, TypeError, r"a must be \[\.\.\., 64\] torch.int8"),
+        ({"a_scale": None}, ValueError, r"torch.int8 needs a_scale"),
+        ({"a_scale": torch.ones(3).double()}, TypeError, r"a_scale must be float32, got torch.fl"),
+        ({"a_scale": torch.ones(4)}, ValueError, r"a_scale must be \[3\], one per row of a, got"),
+        ({"bias": torch.ones(8)}, TypeError, r"bias must be bfloat16, got torch.float32"),
+        ({"bias": torch.ones(7).bfloat16()}, ValueError, r"bias must be \[8\] on cpu, got \[7\]"),
+        ({"backend": "cutlass"}, ValueError, r"packed for reference, not for cutlass: pack it"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_clear_error(
+    arguments: dict[str, Any], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        custom_sparse_gemm(**{**arguments, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_devices_that_differ_are_one_clear_error(arguments: dict[str, Any]) -> None:
+    weight = arguments["weight"].to("meta")
+    with pytest.raises(ValueError, match=r"must be \[8\] on cpu|must be on one device"):
+        custom_sparse_gemm(**{**arguments, "weight": weight})
+
+
+@pytest.mark.parametrize(
+    ("weight", "pattern", "scale", "error", "message"),
+    [
+        (torch.zeros(4), "2:4", None, ValueError, r"weight must be \[N, K\], got \[4\]"),
+        (torch.zeros(4, 4), "2:4", None, TypeError, r"weight must be one of float8_e4m3fn, int8"),
+        (torch.zeros(4, 4).char(), "2:4", None, ValueError, r"torch.int8 needs scale"),
+        (torch.zeros(4, 4).bfloat16(), "2:4", torch.ones(4), ValueError, r"takes no scale"),
+        (torch.zeros(4, 4).char(), "2:4", torch.ones(5), ValueError, r"scale must be \[4\] on cpu"),
+        (torch.zeros(4, 4).char(), "3:4", torch.ones(4), ValueError, r"3:4 is not of the kind"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_clear_error(
+    weight: torch.Tensor,
+    pattern: str,
+    scale: torch.Tensor | None,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        pack(weight, pattern, scale, backend="reference")
+
+
+def test_a_wrong_backend_is_one_clear_error() -> None:
+    weight = torch.zeros(4, 4).char()
+    with pytest.raises(registry.BackendError, match=r"no backend 'cutlas'; there are: cutlass"):
+        pack(weight, "2:4", torch.ones(4), backend="cutlas")
+    if CUDA is None:
+        assert pack(weight, "2:4", torch.ones(4)).backend == "reference"
+    packed = replace(pack(weight, "2:4", torch.ones(4), backend="reference"), backend="cutlass")
+    with pytest.raises(registry.BackendError, match=r"cutlass.* on cpu: it runs on CUDA devices"):
+        custom_sparse_gemm(torch.zeros(2, 64).char(), torch.ones(2), packed)
+
+
+# --- CUTLASS's metadata and tiles, without a GPU --------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_cutlass_metadata_is_permuted_as_cutlass_says(bits: int) -> None:
+    """What torch does atom by atom is what CUTLASS's layout says byte by byte, and loses none."""
+    library = build.load("sparse_gemm", "cutlass")
+    rows, columns = 192, 64
+    offsets = torch.empty((rows, columns), dtype=torch.int64)
+    size = library.metadata_offsets(offsets, bits)
+    assert sorted(offsets.flatten().tolist()) == list(range(size))
+    metadata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    wanted = torch.empty(size, dtype=torch.uint8)
+    wanted[offsets.flatten()] = metadata.flatten()
+    assert torch.equal(cutlass.arrange(metadata, bits), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cutlass_pads_metadata_to_whole_atoms(dtype: torch.dtype) -> None:
+    weight = make_weight(100, 200, "6:8", dtype)
+    scale = torch.ones(100) if dtype in SCALED else None
+    packed = pack(weight, "6:8", scale, backend="cutlass")
+    columns = 128 if dtype in SCALED else 64
+    rows, length = 128, -(-packed.expanded // columns) * columns
+    assert packed.metadata.shape == (rows * length // 8,)
+    assert packed.values.shape == (100, packed.expanded // 2)
+
+
+KINDS = {torch.float8_e4m3fn: 8, torch.int8: -8, torch.bfloat16: 16}
+"""Names of the dtypes in the compiled half."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cutlass_tiles_are_those_that_python_numbers(dtype: torch.dtype) -> None:
+    tiles = build.load("sparse_gemm", "cutlass").tiles(KINDS[dtype])
+    costs = [cutlass.COSTS[name] for name in cutlass.TILES[dtype]]
+    assert [tuple(tile)[:2] for tile in tiles] == [(one.features, one.tokens) for one in costs]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "name"),
+    [
+        (1, 4608, 3584, cutlass.SMALL),
+        (64, 37888, 3584, cutlass.SMALL),
+        (128, 37888, 3584, cutlass.MEDIUM),
+        (384, 3584, 3584, cutlass.MEDIUM),
+        (512, 4608, 3584, cutlass.WHOLE),
+        (4096, 37888, 3584, cutlass.WHOLE),
+        (2048, 3584, 18944, cutlass.WHOLE),
+        (4096, 3584, 18944, cutlass.SHARED),
+        (16384, 3584, 3584, cutlass.WHOLE),
+    ],
+)
+def test_cutlass_chooses_what_was_fastest_on_an_h200(m: int, n: int, k: int, name: str) -> None:
+    for dtype in SCALED:
+        choice = cutlass.choose(dtype, m, n, k, 132)
+        assert cutlass.TILES[dtype][choice.tile] == name
+
+
+def test_cusparselt_packs_on_a_gpu_only() -> None:
+    with pytest.raises(ValueError, match=r"compresses weights on the GPU, this one is on cpu"):
+        pack(torch.zeros(4, 4).char(), "2:4", torch.ones(4), backend="cusparselt")
+
+
+def test_cusparselt_pads_rows_only_where_it_must() -> None:
+    matrix = torch.ones(32, 4)
+    assert cusparselt.pad_rows(matrix, 16) is matrix
+    padded = cusparselt.pad_rows(matrix[:17], 16)
+    assert padded.shape == (32, 4)
+    assert padded.sum() == 17 * 4
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    assert CUDA is not None
+    return CUDA
+
+
+FAST = pytest.mark.parametrize("fast", [name for name in BACKENDS if name != "reference"])
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("m", [1, 17, 63, 200, 257, 1024])
+def test_exact_on_integers(
+    gpu: torch.device, fast: str, dtype: torch.dtype, pattern: str, m: int
+) -> None:
+    """Without scales every sum is a small integer, which bfloat16 holds up to 256 exactly."""
+    weight = make_weight(328, 328, pattern, dtype, gpu).to(torch.float32).sign().to(dtype)
+    x = make_activation(m, 328, dtype, gpu).to(torch.float32).sign().to(dtype)
+    ones = [torch.ones(size, device=gpu) if dtype in SCALED else None for size in (m, 328)]
+    packed = pack(weight, pattern, ones[1], backend=fast)
+    out = custom_sparse_gemm(expand(x, packed.pattern), ones[0], packed)
+    assert torch.equal(out.double(), x.double() @ weight.double().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_of_cutlass_is_right(
+    gpu: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(1, 128, 128), (300, 1000, 640), (1000, 3584, 3584)]
+    for m, n, k in shapes:
+        arguments, wanted = make(m, n, k, "6:8", dtype, gpu, "cutlass")
+        for tile in range(len(cutlass.TILES[dtype])):
+            for swizzle in (1, 4):
+                choice = cutlass.Choice(tile, swizzle)
+                monkeypatch.setattr(cutlass, "choose", lambda *_, choice=choice: choice)
+                assert_right(custom_sparse_gemm(*arguments), wanted, "cutlass")
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n"), [(24, 1160), (1000, 3584)])
+def test_capture_and_replay(
+    gpu: torch.device, fast: str, dtype: torch.dtype, m: int, n: int
+) -> None:
+    (a, scale, weight, bias), _ = make(m, n, 904, "6:8", dtype, gpu, fast)
+    custom_sparse_gemm(a, scale, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = custom_sparse_gemm(a, scale, weight, bias)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        a.copy_(make_activation(m, a.shape[1], dtype, gpu))
+        out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        eager = custom_sparse_gemm(a, scale, weight, bias)
+        assert torch.equal(out, eager)
+
+
+@pytest.mark.gpu
+def test_cusparselt_does_not_search_during_a_capture(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (a, scale, weight, bias), wanted = make(48, 1184, 640, "2:4", torch.int8, gpu, "cusparselt")
+    custom_sparse_gemm(a[:16], scale[:16], weight, bias)  # loads the library, plans another bucket
+    searched = dict(cusparselt._settings)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = custom_sparse_gemm(a, scale, weight, bias)
+    graph.replay()
+    assert cusparselt._settings == searched
+    assert_right(out, wanted, "cusparselt")
+    assert [*buckets(48)][-1] == 48
+
+
+@pytest.mark.gpu
+@FAST
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_every_time(gpu: torch.device, fast: str, dtype: torch.dtype) -> None:
+    arguments, _ = make(1000, 3584, 3584, "6:8", dtype, gpu, fast)
+    first = custom_sparse_gemm(*arguments)
+    assert all(torch.equal(custom_sparse_gemm(*arguments), first) for _ in range(5))
+
+
+@pytest.mark.gpu
+@FAST
+def test_more_elements_than_32_bits_can_count(gpu: torch.device, fast: str) -> None:
+    m, n, k = 70_000, 32_768, 64
+    (a, scale, weight, bias), _ = make(m, n, k, "2:4", torch.int8, gpu, fast)
+    out = custom_sparse_gemm(a, scale, weight, bias)
+    assert m * n > 2**31
+    plain = pack_again(weight, fast, n, k, gpu)
+    for rows in (slice(0, 4), slice(65_530, 65_542), slice(m - 4, m)):
+        part = custom_sparse_gemm(a[rows], scale[rows], plain, bias)
+        assert float((out[rows].double() - part.double()).abs().max()) < 1.0
+
+
+def pack_again(weight: SparseWeight, fast: str, n: int, k: int, gpu: torch.device) -> SparseWeight:
+    """The weight for the reference: recovered by multiplying with the identity."""
+    one = torch.ones(weight.expanded, device=gpu)
+    unit = replace(weight, scale=torch.ones(n, device=gpu))
+    eye = torch.eye(weight.expanded, device=gpu, dtype=torch.int8)
+    dense = custom_sparse_gemm(eye, one, unit).t()[:, :k].to(torch.int8).contiguous()
+    return pack(dense, "2:4", weight.scale, backend="reference")
