@@ -135,6 +135,43 @@ def test_linear_in_x_for_powers_of_two(backend: str, device: torch.device) -> No
     assert torch.equal(custom_gemm(2 * x, weight, backend=backend), 2 * out)
 
 
+def test_the_same_call_gives_the_same_bits(backend: str, device: torch.device) -> None:
+    for m, n, k in [(1, 40, 1000), (16, 72, 2048), (33, 100, 520)]:
+        x, weight, bias = make(m, n, k, dtypes_of(backend)[0], device)
+        first = custom_gemm(x, weight, bias, backend=backend)
+        for _ in range(3):
+            assert torch.equal(custom_gemm(x, weight, bias, backend=backend), first)
+
+
+@pytest.mark.parametrize("k", [4096, 18944, 20001])
+def test_long_rows(backend: str, device: torch.device, k: int) -> None:
+    for m in (1, 9):
+        x, weight, bias = make(m, 24, k, dtypes_of(backend)[0], device)
+        assert_right(custom_gemm(x, weight, bias, backend=backend), x, weight, bias)
+
+
+@pytest.mark.parametrize("m", [3, 12, 40])
+def test_inf_and_nan_stay_in_their_row_and_column(
+    backend: str, device: torch.device, m: int
+) -> None:
+    x, weight, bias = make(m, 37, 104, dtypes_of(backend)[0], device)
+    x[1, 5], x[2, 103] = math.inf, math.nan
+    weight[20, 7] = math.nan
+    weight[:, 5] = weight[:, 5].abs() + 0.125
+    out = custom_gemm(x, weight, bias, backend=backend)
+    wanted = exact(x, weight, bias)
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert torch.equal(out.isinf(), wanted.isinf())
+    finite = wanted.isfinite()
+    torch.testing.assert_close(out.double()[finite], wanted[finite], **TOLERANCES[out.dtype])
+
+
+def test_without_a_measurement_the_order_of_preference_decides() -> None:
+    launches.reset()
+    custom_gemm(torch.ones(2, 8), torch.ones(4, 8))
+    assert launches.counts() == {"gemm.reference": 1}
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "bias", "error", "message"),
     [
@@ -257,6 +294,40 @@ def test_buckets_are_exact_for_small_batches_and_four_per_doubling_after() -> No
 def gpu() -> torch.device:
     assert CUDA is not None
     return CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 24, 300])
+def test_every_backend_is_captured_and_replayed(
+    gpu: torch.device, backend: str, device: torch.device, m: int
+) -> None:
+    if device != gpu:
+        pytest.skip(f"{backend} does not run on the GPU")
+    x, weight, b = make(m, 1168, 904, dtypes_of(backend)[0], gpu)
+    custom_gemm(x, weight, b, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = custom_gemm(x, weight, b, backend=backend)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.normal_()
+        out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_right(out, x, weight, b)
+
+
+@pytest.mark.gpu
+def test_rows_beyond_32_bit_offsets(gpu: torch.device) -> None:
+    """The last row of W starts more than 2^31 elements after the first."""
+    k = 64
+    weight = torch.empty((2**31 // 2**20 + 2) * 2**20, dtype=torch.bfloat16, device=gpu)
+    weight = weight.view(-1, 2**20)[:, :k].normal_()
+    x = torch.randn(5, k, dtype=torch.bfloat16, device=gpu)
+    for backend in registry.backends("gemm"):
+        if registry.available("gemm", backend, gpu) is None:
+            out = custom_gemm(x, weight, backend=backend)
+            torch.testing.assert_close(out.double(), exact(x, weight, None), rtol=2**-8, atol=0.1)
 
 
 @pytest.mark.gpu

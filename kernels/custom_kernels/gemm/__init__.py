@@ -8,10 +8,11 @@ torch.compile and in vLLM.
 
 import torch
 
-from custom_kernels import launches, registry
+from custom_kernels import launches, registry, tuning
 
 PREFERENCE = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
-"""Backends per device type, best first."""
+"""Backends per device type, best first. Where a GPU's tuning file says that another was measured to
+be surely faster than the first, that one goes before."""
 
 
 def custom_gemm(
@@ -31,8 +32,9 @@ def custom_gemm(
             not adjacent, x is copied first.
         weight: [N, K], dtype and device of x, the elements of a row adjacent.
         bias: [N], dtype and device of x, or None.
-        backend: a name from ``registry.backends("gemm")``; None takes the best for x's device and
-            dtype.
+        backend: a name from ``registry.backends("gemm")``; None takes what was measured to be best
+            for this GPU, layer and number of rows (see ``tuning``), or without a measurement the
+            first of PREFERENCE that takes x's device and dtype.
 
     Returns:
         [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the
@@ -105,9 +107,12 @@ def _gemm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
 ) -> torch.Tensor:
     _check(x, weight, bias)
-    backend = backend or registry.best("gemm", x.device, x.dtype)
-    run = registry.runner("gemm", backend, x.device, x.dtype)
     n, k = weight.shape
+    chosen = not backend
+    if chosen:
+        m = x.numel() // k if k else 0
+        backend = tuning.backend("gemm", x.device, x.dtype, m, N=n, K=k, bias=bias is not None)
+    run = registry.runner("gemm", backend, x.device, x.dtype)
     if x.numel() == 0 or n == 0:
         out = empty_output(x, weight, bias)
         return out.zero_() if bias is None else out.copy_(bias)
@@ -116,9 +121,27 @@ def _gemm(
         rows = rows.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    if chosen and backend != PREFERENCE["cuda"][0] and x.device.type == "cuda":
+        _plan_ahead(rows, weight, bias)
     out = run(rows, weight, bias)
     launches.record("gemm", backend)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
+
+
+_planned: dict[tuple[object, ...], int] = {}
+
+
+def _plan_ahead(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """In the engine cuBLASLt's first call of a layer, the largest, plans the smaller batches. Where
+    tuning gives the largest to another backend, the plans are made all the same."""
+    from custom_kernels.gemm import cublaslt
+
+    if not cublaslt.plan_smaller_batches or rows.dtype not in cublaslt.DTYPES:
+        return
+    layer = (rows.device, rows.dtype, weight.shape, bias is not None)
+    if rows.shape[0] > _planned.get(layer, 0) and not torch.cuda.is_current_stream_capturing():
+        _planned[layer] = rows.shape[0]
+        cublaslt.plan_ahead(rows, weight, bias)
 
 
 def _fake(

@@ -5,7 +5,7 @@ Shapes follow from the models' published configurations; query, key and value ar
 and up another, as vLLM runs them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,15 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             for m in tokens:
                 labels: dict[str, str | int] = {"model": name, "layer": layer}
                 yield case(labels, m, n, k, has_bias, dtype)
+
+
+def layer_of(labels: Mapping[str, str | int]) -> dict[str, int | bool] | None:
+    """What tuning tells layers apart by; None for a case that is no layer of a model."""
+    model = MODELS.get(str(labels.get("model")))
+    if model is None:
+        return None
+    n, k, has_bias = model.layers()[str(labels["layer"])]
+    return {"N": n, "K": k, "bias": has_bias}
 
 
 def checks(dtype: str) -> Iterator[Case]:

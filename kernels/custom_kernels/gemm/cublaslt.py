@@ -134,6 +134,22 @@ def _run_first_time(
             library.run(x, weight, bias, out)
 
 
+def plan_ahead(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Plan for x's rows and all smaller batches of this layer without running any, where the call
+    itself goes to another backend. Does nothing during a CUDA-graph capture."""
+    if torch.cuda.is_current_stream_capturing():
+        return
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    plans = _plans(x.device)
+    with _planning, torch.cuda.device(x.device):
+        missing = [
+            plans.ensure(bucket, x[:bucket], weight, bias, out[:bucket])
+            for bucket in buckets(x.shape[0])
+        ]
+        if any(missing):
+            plans.save()
+
+
 class _Plans:
     """The plans of one device, in memory and on disk."""
 

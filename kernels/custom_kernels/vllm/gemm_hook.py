@@ -31,7 +31,8 @@ def _backend(device_type: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def choose_backend(device_type: str, dtype: torch.dtype) -> str:
-    """``VLLM_CUSTOM_GEMM_BACKEND``, or the best for this device and dtype when it is unset.
+    """``VLLM_CUSTOM_GEMM_BACKEND``; when it is unset, none: then each call takes the best for its
+    layer and number of rows.
 
     A layer whose dtype the wanted backend does not take (a float32 router in a bfloat16 model) goes
     to the best one that does, and that is announced. Raises registry.BackendError for a name that
@@ -43,7 +44,7 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     wanted = envs.VLLM_CUSTOM_GEMM_BACKEND or registry.preferred("gemm", device)
     registry.require("gemm", wanted, device)
     if registry.takes("gemm", wanted, dtype):
-        return wanted
+        return envs.VLLM_CUSTOM_GEMM_BACKEND or ""
     backend = registry.best("gemm", device, dtype)
     log.warning(
         "gemm: %s does not take %s, layers of that dtype run with %s", wanted, dtype, backend
