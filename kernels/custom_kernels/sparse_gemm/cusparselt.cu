@@ -90,7 +90,9 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<uint4*>(target) = values.whole;
     return;
   }
-  for (int i = 0; i < kVector && column + i < columns; ++i) target[i] = values.part[i];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i)
+    if (column + i < columns) target[i] = values.part[i];
 }
 
 // ---- One product, described to the library
