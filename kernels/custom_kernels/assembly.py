@@ -67,23 +67,23 @@ def occupancy(architecture: str, threads: int, registers: int, shared: int) -> O
     """Resident blocks of ``threads`` threads with ``registers`` each and ``shared`` bytes.
 
     None for an architecture that the table above does not hold. The rules are those of CUDA's
-    occupancy calculator: a block's warps spread over four schedulers, each of which has a quarter
-    of the registers.
+    occupancy calculator (cuda_occupancy.h): warps are spread over four schedulers, each of which
+    has a quarter of the registers.
     """
     limits = LIMITS.get(architecture.rstrip("abcdefghijklmnopqrstuvwxyz"))
     if limits is None:
         return None
-    warps = _up(max(1, math.ceil(threads / 32)), 4)
+    warps = max(1, math.ceil(threads / 32))
     per_warp = max(REGISTER_UNIT, _up(registers * 32, REGISTER_UNIT))
     held = {
-        "registers": 4 * (REGISTERS // 4 // per_warp) // warps,
-        "shared memory": limits.shared // _up(shared + SHARED_RESERVED, SHARED_UNIT),
-        "threads": limits.warps // math.ceil(threads / 32),
+        "threads": limits.warps // warps,
         "blocks": limits.blocks,
+        "shared memory": limits.shared // _up(shared + SHARED_RESERVED, SHARED_UNIT),
+        "registers": 4 * (REGISTERS // 4 // per_warp) // warps,
     }
     limiter = min(held, key=lambda name: held[name])
     blocks = held[limiter]
-    return Occupancy(blocks, blocks * math.ceil(threads / 32) / limits.warps, limiter)
+    return Occupancy(blocks, blocks * warps / limits.warps, limiter)
 
 
 def _up(value: int, multiple: int) -> int:
