@@ -40,6 +40,8 @@ from typing import Any
 
 from custom_kernels import assembly, build, registry
 
+MULTIPLYING = frozenset({"cublas", "cublasLt", "cusparse", "cusparseLt"})
+"""Libraries that multiply matrices on tensor cores."""
 KEPT_REPORTS = 500
 """Reports that stay in the cache."""
 _NOTES = re.compile(
@@ -181,6 +183,9 @@ def warnings(reports: Sequence[Report]) -> list[str]:
     for operation, backend in dict.fromkeys((item.operation, item.backend) for item in reports):
         if not is_matrix(operation) or "no tensor cores" in notes(operation, backend):
             continue
+        source = build.find(operation, backend)
+        if source is not None and MULTIPLYING & set(source.libraries()):
+            continue  # the library multiplies; what is compiled here prepares and finishes
         own = [item for item in reports if (item.operation, item.backend) == (operation, backend)]
         for name in dict.fromkeys(report.architecture for report in own):
             if not any(report.tensor for report in own if report.architecture == name):

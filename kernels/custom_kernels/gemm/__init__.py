@@ -14,6 +14,9 @@ PREFERENCE = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first. Where a GPU's tuning file says that another was measured to
 be surely faster than the first, that one goes before."""
 
+MATRIX = True
+"""A product of matrices: inspection warns of kernels without tensor-core instructions."""
+
 
 def custom_gemm(
     x: torch.Tensor,

@@ -19,6 +19,9 @@ from custom_kernels.sparse_gemm import _packing
 PREFERENCE = {"cuda": ("cutlass", "cusparselt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
 
+MATRIX = True
+"""A product of matrices: inspection warns of kernels without tensor-core instructions."""
+
 SCALED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes of A and W that come with scales; bfloat16 comes without."""
 DTYPES = (*SCALED, torch.bfloat16)
