@@ -595,7 +595,8 @@ def test_more_elements_than_32_bits_can_count(gpu: torch.device, fast: str) -> N
     plain = pack_again(weight, fast, n, k, gpu)
     for rows in (slice(0, 4), slice(65_530, 65_542), slice(m - 4, m)):
         part = custom_sparse_gemm(a[rows], scale[rows], plain, bias)
-        assert float((out[rows].double() - part.double()).abs().max()) < 1.0
+        # Both are rounded to bfloat16, one of them perhaps twice: two units in the last place.
+        torch.testing.assert_close(out[rows].double(), part.double(), rtol=2**-6, atol=2**-6)
 
 
 def pack_again(weight: SparseWeight, fast: str, n: int, k: int, gpu: torch.device) -> SparseWeight:
