@@ -514,18 +514,17 @@ class LiveScreen(Screen):
                 Text.from_markup("  " + _marked(line))
                 for line in figures(last, earlier[-1] if earlier else None)
             ]
-            parts += [Text(f"  {line}", style="yellow") for line in last.remarks[1:]]
+            parts += [Text(f"  {line}", style="yellow") for line in last.remarks]
         if self.working:
             parts.append(Text(f"working on {self.working} …", style="cyan"))
         return Group(*parts)
 
     def _versions(self, backend: str, versions: Sequence[Verdict]) -> Table:
         table = Table(title=backend, title_justify="left", title_style="bold", header_style="bold")
-        table.add_column("version", justify="right")
-        table.add_column("verdict")
+        table.add_column("", justify="right")
+        table.add_column("verdict", no_wrap=True)
         for name in ("registers", "spills", "shared", "SASS", "time", "from save"):
-            table.add_column(name, justify="right")
-        table.add_column("")
+            table.add_column(name, justify="right", no_wrap=True)
         for one in versions[-HISTORY:]:
             style = COLOURS.get(one.state, "red")
             times = [found["us"] for found in one.times.values() if found["us"] is not None]
@@ -535,7 +534,6 @@ class LiveScreen(Screen):
                 *(_most(one.reports, name) for name in ("registers", "spills", "shared", "sass")),
                 ", ".join(f"{value:.1f} µs" for value in times) or "-",
                 f"{one.seconds:.2f} s",
-                escape(one.remarks[0]) if one.remarks else "",
             )
         return table
 
