@@ -84,8 +84,11 @@ gemm(const T* x, const T* w, const T* bias, T* y, long long m, long long n, long
   // Blocks that run at the same time share a tile of W, the larger matrix.
   const long long m0 = blockIdx.x % tiles_m * BM, n0 = blockIdx.x / tiles_m * BN;
 
+  // Every loop over fragments is unrolled: registers have no index that is known at run time only.
   fragment<accumulator, 16, 16, 16, float> sums[FRAGMENTS_M][FRAGMENTS_N];
+#pragma unroll
   for (int i = 0; i < FRAGMENTS_M; ++i)
+#pragma unroll
     for (int j = 0; j < FRAGMENTS_N; ++j) fill_fragment(sums[i][j], 0.f);
 
   const auto copy_step = [&](long long step) {
@@ -107,18 +110,24 @@ gemm(const T* x, const T* w, const T* bias, T* y, long long m, long long n, long
     for (int kk = 0; kk < BK; kk += 16) {
       fragment<matrix_a, 16, 16, 16, T, row_major> a[FRAGMENTS_M];
       fragment<matrix_b, 16, 16, 16, T, col_major> b[FRAGMENTS_N];  // W's rows are Wᵀ's columns
+#pragma unroll
       for (int i = 0; i < FRAGMENTS_M; ++i)
         load_matrix_sync(a[i], x_tile + (warp_m + i * 16) * ROW + kk, ROW);
+#pragma unroll
       for (int j = 0; j < FRAGMENTS_N; ++j)
         load_matrix_sync(b[j], w_tile + (warp_n + j * 16) * ROW + kk, ROW);
+#pragma unroll
       for (int i = 0; i < FRAGMENTS_M; ++i)
+#pragma unroll
         for (int j = 0; j < FRAGMENTS_N; ++j) mma_sync(sums[i][j], a[i], b[j], sums[i][j]);
     }
   }
   __syncthreads();  // the buffers' memory is used again
 
   float* patch = reinterpret_cast<float*>(memory) + warp * 16 * 16;  // of this warp alone
+#pragma unroll
   for (int i = 0; i < FRAGMENTS_M; ++i)
+#pragma unroll
     for (int j = 0; j < FRAGMENTS_N; ++j) {
       store_matrix_sync(patch, sums[i][j], 16, mem_row_major);
       __syncwarp();
