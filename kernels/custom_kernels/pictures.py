@@ -17,6 +17,11 @@ COLOURS = ("#2f6fde", "#d64545", "#2d9d78", "#b7791f", "#7c4dff", "#d4589a", "#0
 MARKERS = "os^Dv*XP"
 
 
+FEW_OPERATIONS = 1.0
+"""Per byte. Below it an operation does no more than touch what it moves; the ridge of a GPU's
+roofline lies at some hundreds."""
+
+
 def draw(record: Record, beside: Path) -> list[Path]:
     """Draw both pictures of a record next to its file; returns where they are."""
     drawn = []
@@ -29,14 +34,14 @@ def draw(record: Record, beside: Path) -> list[Path]:
 
 def roofline(record: Record, path: Path) -> bool:
     """Operations per second over operations per byte, one point per case and contender, under the
-    measured ceilings. An operation that counts no operations is drawn as bytes per second over
+    measured ceilings. An operation that computes next to nothing is drawn as bytes per second over
     bytes. False, and no file, if nothing was measured."""
     names = measured_names(record)
     rows = record["rows"]
     if not names:
         return False
     figure, axes = _figure(8, 5.4)
-    computes = any(row["flops"] > 0 for row in rows)
+    computes = any(row["flops"] > FEW_OPERATIONS * row["bytes"] for row in rows)
     xs: list[float] = []
     for place, name in enumerate(names):
         points = [

@@ -181,6 +181,8 @@ def _compiled(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Round
 
 @functools.cache
 def _compile(pattern: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
+    # All of these share one piece of code, of which dynamo compiles 8 versions and then none.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(lambda x: reference.run(x, pattern, dtype), dynamic=True)
 
 
