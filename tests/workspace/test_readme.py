@@ -7,9 +7,12 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
 
 import pytest
 import typer
+from custom_kernels.build import PACKAGE
 
 from workspace.cli import app
 from workspace.paths import BENCHMARKS, PATCHES, ROOT
@@ -98,6 +101,52 @@ def test_the_kernel_figures_quoted_are_those_of_the_record() -> None:
     for page in ("README.md", "benchmarks/README.md"):
         text = " ".join((ROOT / page).read_text().split())
         assert all(word in text for word in words)
+
+
+def test_the_sparse_figures_quoted_are_those_of_the_record() -> None:
+    record = json.loads((BENCHMARKS / "kernels" / "sparse_gemm-h200.json").read_text())
+    page = (BENCHMARKS / "README.md").read_text()
+    quoted = re.findall(r"^\| (\d+:\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+    assert len(quoted) == 12
+    for pattern, tokens, *figures in quoted:
+        rows = [
+            row["contenders"]
+            for row in record["rows"]
+            if row["labels"]["pattern"] == pattern and row["labels"]["M"] == int(tokens)
+        ]
+        for name, figure in zip(("cutlass", "cusparselt"), figures, strict=True):
+            assert f"{geometric_mean([row[name]['ratio'] for row in rows]):.3f}" == figure
+
+
+def test_the_figures_quoted_for_few_tokens_and_quantization_are_those_of_the_records() -> None:
+    page = " ".join((BENCHMARKS / "README.md").read_text().split())
+    gemm = json.loads((BENCHMARKS / "kernels" / "gemm-h200.json").read_text())
+    for name in ("skinny", "cublaslt", "triton", "cupy"):
+        assert f"{name} {gemm['summary'][name]['all']['geometric_mean']:.3f}" in page
+    tuned = json.loads((PACKAGE / "gemm" / "tuning" / "NVIDIA-H200.json").read_text())
+    chosen = [row["contenders"][choice(tuned, row["labels"])] for row in gemm["rows"]]
+    verdicts = [one["verdict"] for one in chosen]
+    assert (
+        f"as `custom_gemm` chooses by them {geometric_mean([one['ratio'] for one in chosen]):.3f}: "
+        f"{verdicts.count('FASTER')} faster, {verdicts.count('SAME')} same" in page
+    )
+    quantization = json.loads((BENCHMARKS / "kernels" / "quant_expand-h200.json").read_text())
+    percents = [
+        row["contenders"]["cuda"]["percent_of_copy"]
+        for row in quantization["rows"]
+        if row["labels"]["M"] >= 4096
+    ]
+    assert f"{min(percents):.1f} to {max(percents):.1f} % of the copy bandwidth" in page
+
+
+def choice(tuned: dict[str, Any], labels: dict[str, Any]) -> str:
+    """The backend that a tuning file names for a case."""
+    for layer in tuned["choices"]:
+        if (layer["N"], layer["K"]) == (labels["N"], labels["K"]):
+            for low, high, backend in layer["ranges"]:
+                if low <= labels["M"] <= high:
+                    return str(backend)
+    raise AssertionError(labels)
 
 
 def test_the_size_of_the_fork_is_as_said() -> None:
