@@ -262,8 +262,11 @@ def kernels() -> Check:
         return Check("kernels", "problem", str(error), "make kernels")
     if stale:
         return Check("kernels", "note", f"not compiled: {', '.join(stale)}", "make kernels")
-    names = ", ".join(source.name for source in build.sources())
-    return Check("kernels", "ok", f"{names} for {', '.join(wanted)}")
+    names = []
+    for source in build.sources():
+        only = source.architectures(wanted)
+        names.append(source.name if list(only) == wanted else f"{source.name} ({', '.join(only)})")
+    return Check("kernels", "ok", f"{', '.join(names)} for {', '.join(wanted)}")
 
 
 def tools() -> Check:
