@@ -40,7 +40,7 @@ compare: ## two records: faster, slower, same or ambiguous (A=before.json B=afte
 profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, M, ...)
 	@$(WORKSPACE) profile
 
-test: ## run the tests (K=name or path)
+test: ## run the tests (K=gemm, gemm.triton, a path or a name)
 	@$(WORKSPACE) test
 
 lint: ## run every pre-commit hook

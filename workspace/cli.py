@@ -130,7 +130,7 @@ def bench(
 
 @app.command("bench-kernels")
 def bench_kernels(
-    k: Annotated[Text, option("K", "The operation.")] = None,
+    k: Annotated[Text, option("K", "OPERATION or OPERATION.BACKEND; default: gemm.")] = None,
     model: Annotated[Text, option("MODEL", "Whose layer shapes; several with commas.")] = None,
     m: Annotated[Text, option("M", "Numbers of tokens, e.g. 1,16,4096.")] = None,
     backend: Annotated[Text, option("BACKEND", "With commas; default: all that can run.")] = None,
@@ -140,7 +140,8 @@ def bench_kernels(
     tune: Annotated[Text, option("TUNE", "1: choose by these results from now on.")] = None,
 ) -> None:
     """Time kernels on the GPU against what a user would call instead."""
-    operation = k or "gemm"
+    operation, named = _kernel(k or "gemm")
+    backend = backend or named
     set_up(engine=False, operation=operation)
     command = [sys.executable, "-m", "custom_kernels.bench", operation]
     for name in _words(model):
@@ -219,7 +220,7 @@ def compare(
 
 @app.command()
 def profile(
-    k: Annotated[Text, option("K", "The operation.")] = None,
+    k: Annotated[Text, option("K", "OPERATION or OPERATION.BACKEND; default: gemm.")] = None,
     model: Annotated[Text, option("MODEL", "Whose layer shapes.")] = None,
     layer: Annotated[Text, option("LAYER", "Which of its layers; default: the first.")] = None,
     m: Annotated[Text, option("M", "Number of tokens.")] = None,
@@ -228,7 +229,8 @@ def profile(
     pattern: Annotated[Text, option("PATTERN", "A sparsity pattern, e.g. 6:8.")] = None,
 ) -> None:
     """Run Nsight Compute on one call of one backend."""
-    operation = k or "gemm"
+    operation, named = _kernel(k or "gemm")
+    backend = backend or named
     set_up(engine=False, operation=operation)
     command = [sys.executable, "-m", "custom_kernels.profiling", operation]
     given = {
@@ -240,20 +242,54 @@ def profile(
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
+def _kernel(k: str) -> tuple[str, Text]:
+    """OPERATION or OPERATION.BACKEND, checked without importing either."""
+    from custom_kernels import registry
+
+    operation, _, backend = k.partition(".")
+    if operation not in registry.operations():
+        known = ", ".join(registry.operations())
+        raise WorkspaceError(f"K={k}: there is no operation {operation!r}; there are: {known}")
+    if backend and backend not in registry.backend_files(operation):
+        known = ", ".join(sorted(registry.backend_files(operation)))
+        raise WorkspaceError(f"K={k}: {operation} has no backend {backend!r}; there are: {known}")
+    return operation, backend or None
+
+
 def _words(value: Text) -> list[str]:
     return (value or "").replace(",", " ").split()
 
 
+def selection(k: Text) -> list[str]:
+    """K= as pytest's arguments. For a kernel: its own test file, and what the tests of all
+    operations do with it."""
+    from custom_kernels import registry
+
+    if not k:
+        return []
+    operation, _, backend = k.partition(".")
+    if operation in registry.operations():
+        own = f"test_{operation} and {backend}" if backend else f"test_{operation}"
+        return ["-k", f"({own}) or [{operation}.{backend}"]
+    return [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
+
+
 @app.command("test")
 def run_tests(
-    k: Annotated[Text, option("K", "A path, or words as for pytest -k.")] = None,
+    k: Annotated[
+        Text, option("K", "OPERATION[.BACKEND], a path, or words as for pytest -k.")
+    ] = None,
 ) -> None:
-    """Run the tests; K= narrows them to a path or to names."""
-    set_up(engine=not k)
-    command = [sys.executable, "-m", "pytest", "-q"]
-    if k:
-        command += [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    """Run the tests; K= narrows them to a kernel, a path or names."""
+    from custom_kernels import registry
+
+    operation = (k or "").partition(".")[0]
+    set_up(engine=not k, operation=operation if operation in registry.operations() else None)
+    command = [sys.executable, "-m", "pytest", "-q", *selection(k)]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status == 5:
+        raise WorkspaceError(f"no test matches K={k}")
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -82,6 +82,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _show(records.read(options.record), options.record, options.output)
     if options.operation is None:
         raise UsageError("name an operation, or a record with --record")
+    definition = definition_of(options.operation)
     import torch
 
     if not torch.cuda.is_available():
@@ -91,7 +92,6 @@ def _main(arguments: Sequence[str] | None) -> int:
             f"`make inspect K={options.operation}` shows what the compilers made of them"
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    definition = definition_of(options.operation)
     plan = plan_of(options, definition)
     record = _run(plan, definition, device)
     path = records.write(record, options.output or results_folder())
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     from custom_kernels import registry
 
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__)
-    parser.add_argument("operation", nargs="?", choices=registry.operations())
+    parser.add_argument("operation", nargs="?", help=f"one of {', '.join(registry.operations())}")
     parser.add_argument(
         "--model", action="append", help="a model of the operation's cases; repeatable"
     )
@@ -126,7 +126,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def definition_of(operation: str) -> ModuleType:
-    """The operation's ``cases.py``. Raises UsageError if it has none."""
+    """The operation's ``cases.py``. Raises UsageError if there is no such operation or it has
+    none."""
+    from custom_kernels import registry
+
+    if operation not in registry.operations():
+        known = ", ".join(registry.operations())
+        raise UsageError(f"there is no operation {operation!r}; there are: {known}")
     name = f"custom_kernels.{operation}.cases"
     if importlib.util.find_spec(name) is None:
         raise UsageError(f"{operation} has no cases.py, which says at which shapes to measure it")

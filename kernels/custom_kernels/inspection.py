@@ -301,9 +301,10 @@ def _run_jobs(jobs: Sequence[_Job]) -> list[Report]:
         # Forked: kernels are functions that cannot be sent, and imports cost seconds.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
             found = list(pool.map(_run_shared, range(len(jobs))))
-    errors = list(dict.fromkeys(error for error in found if isinstance(error, str)))
+    # What the compiler says is mostly the same for every dtype and architecture: show it once.
+    errors = {error.partition("\n")[2] or error: error for error in found if isinstance(error, str)}
     if errors:
-        raise InspectionError("\n\n".join(errors))
+        raise InspectionError("\n\n".join(errors.values()))
     return [report for one in found if not isinstance(one, str) for report in one]
 
 

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     from custom_kernels import registry
 
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.profiling", description=__doc__)
-    parser.add_argument("operation", choices=registry.operations())
+    parser.add_argument("operation", help=f"one of {', '.join(registry.operations())}")
     parser.add_argument("--backend", help="default: the best for this device")
     parser.add_argument("--model", help="default: the last of those measured by default")
     parser.add_argument("--layer", help="default: the first of the model")

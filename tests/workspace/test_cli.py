@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs make of their variables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from workspace import cli
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+
+def collected(k: str) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/kernels"]
+    result = subprocess.run(
+        [*command, *cli.selection(k)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_an_operation_selects_its_own_tests_and_its_share_of_the_common_ones() -> None:
+    found = collected("gemm")
+    assert any("test_gemm.py::" in name for name in found)
+    assert any(name.endswith("[gemm.triton]") for name in found)
+    assert not any("sparse_gemm" in name for name in found)
+
+
+def test_a_backend_selects_its_tests_only() -> None:
+    found = collected("quant_expand.cupy")
+    assert found
+    assert all("cupy" in name for name in found)
+    assert any("test_quant_expand.py::" in name for name in found)
+    assert any(name.endswith("[quant_expand.cupy]") for name in found)
+
+
+def test_a_kernel_is_split_into_operation_and_backend() -> None:
+    assert cli._kernel("gemm") == ("gemm", None)
+    assert cli._kernel("gemm.triton") == ("gemm", "triton")
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        ("gem", "there is no operation 'gem'; there are: gemm"),
+        ("gemm.tritton", "gemm has no backend 'tritton'; there are: cublaslt"),
+    ],
+)
+def test_a_misspelt_kernel_is_one_line_with_those_that_exist(k: str, message: str) -> None:
+    with pytest.raises(WorkspaceError, match=message):
+        cli._kernel(k)
