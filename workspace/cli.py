@@ -17,7 +17,7 @@ import typer
 
 from workspace.bootstrap import LOCK_VARIABLE, device, say
 from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
+from workspace.paths import KERNELS, ROOT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -175,9 +175,9 @@ def new_kernel(
     name: Annotated[Text, option("NAME", "The file's name; default: BACKEND.")] = None,
 ) -> None:
     """Write a small kernel that works, to start from."""
+    install_package()
     from workspace import new_kernel as module
 
-    install_package()
     module.run(op, backend, name)
 
 
@@ -188,18 +188,18 @@ def watch(
     timeout: Annotated[Text, option("TIMEOUT", "Seconds after which a kernel hangs.")] = None,
 ) -> None:
     """On saving a kernel: compile, check and time it, and show what changed."""
+    install_package()
     from workspace import watch as module
 
-    install_package()
     module.run(k, arch, timeout)
 
 
 @app.command()
 def notebook() -> None:
     """JupyterLab over notebooks/, on this machine only."""
+    install_package()
     from workspace import notebook as module
 
-    install_package()
     module.run()
 
 
@@ -242,17 +242,17 @@ def profile(
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
-def _kernel(k: str) -> tuple[str, Text]:
-    """OPERATION or OPERATION.BACKEND, checked without importing either."""
-    from custom_kernels import registry
+def _operations() -> list[str]:
+    """By their files: the package may not be installed yet."""
+    return sorted(path.parent.name for path in KERNELS.glob("custom_kernels/*/reference.py"))
 
+
+def _kernel(k: str) -> tuple[str, Text]:
+    """OPERATION or OPERATION.BACKEND; the backend is checked by who uses it."""
     operation, _, backend = k.partition(".")
-    if operation not in registry.operations():
-        known = ", ".join(registry.operations())
+    if operation not in _operations():
+        known = ", ".join(_operations())
         raise WorkspaceError(f"K={k}: there is no operation {operation!r}; there are: {known}")
-    if backend and backend not in registry.backend_files(operation):
-        known = ", ".join(sorted(registry.backend_files(operation)))
-        raise WorkspaceError(f"K={k}: {operation} has no backend {backend!r}; there are: {known}")
     return operation, backend or None
 
 
@@ -263,12 +263,10 @@ def _words(value: Text) -> list[str]:
 def selection(k: Text) -> list[str]:
     """K= as pytest's arguments. For a kernel: its own test file, and what the tests of all
     operations do with it."""
-    from custom_kernels import registry
-
     if not k:
         return []
     operation, _, backend = k.partition(".")
-    if operation in registry.operations():
+    if operation in _operations():
         own = f"test_{operation} and {backend}" if backend else f"test_{operation}"
         return ["-k", f"({own}) or [{operation}.{backend}"]
     return [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
@@ -281,10 +279,8 @@ def run_tests(
     ] = None,
 ) -> None:
     """Run the tests; K= narrows them to a kernel, a path or names."""
-    from custom_kernels import registry
-
     operation = (k or "").partition(".")[0]
-    set_up(engine=not k, operation=operation if operation in registry.operations() else None)
+    set_up(engine=not k, operation=operation if operation in _operations() else None)
     command = [sys.executable, "-m", "pytest", "-q", *selection(k)]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == 5:
