@@ -28,13 +28,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from workspace import index  # noqa: E402
+from workspace import index, release  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
 from workspace.paths import PINS, STATE, cache_folder, lock_path  # noqa: E402
 
 TOOLS = STATE / "tools"
-ENVIRONMENTS = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}
+MODES = ("uv", "conda", "system")
 LOCK_VARIABLE = "WORKSPACE_LOCK_FD"
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
@@ -288,18 +288,19 @@ def _system_environment(prefix: Path, python: str) -> None:
     (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
 
 
-def ensure_environment(mode: str) -> Path:
-    """The interpreter of an environment that matches the lock, made or mended if need be."""
-    import tomllib
-
-    prefix = ENVIRONMENTS[mode]
+def ensure_environment(mode: str, version: str) -> Path:
+    """The interpreter of an environment that matches the release's lock, made or mended if need
+    be."""
+    prefix = release.environment(mode, version)
     own = prefix / "bin" / "python"
-    pins = tomllib.loads(PINS.read_text())
-    files = [] if mode == "system" else lock_files(pins["vllm"]["default"], device())
+    pins = release.pins()
+    files = [] if mode == "system" else lock_files(version, device())
     digest = hashlib.sha256()
     for path in files:
         if not path.exists():
-            raise WorkspaceError(f"{path} is missing; run: git checkout {path.relative_to(ROOT)}")
+            raise WorkspaceError(
+                f"{path} is missing; run: git checkout {path.relative_to(ROOT)}, or make lock"
+            )
         digest.update(path.read_bytes())
     wanted = {"lock": digest.hexdigest()}
     if os.environ.get("PYTHON"):
@@ -363,22 +364,32 @@ def main(arguments: list[str]) -> int:
         # tomllib and the workspace need 3.11; go on in an interpreter that has it.
         python = find_python()
         os.execv(python, [python, __file__, *arguments])
-    if mode not in ENVIRONMENTS:
+    if mode not in MODES:
         raise WorkspaceError(f"ENV={mode} is not known; give ENV=uv, ENV=conda or ENV=system")
+    if verb == "clean":
+        # It removes the environment, so it cannot run in it.
+        take_lock(verb)
+        from workspace import clean
+
+        return clean.run(force=os.environ.get("FORCE") == "1")
+    version = release.selected()
+    release.require_pinned(version)
     if verb == "doctor":
         # It only looks: no lock, and nothing is set up.
-        if not (ENVIRONMENTS[mode] / "workspace.json").exists():
+        prefix = release.environment(mode, version)
+        if not (prefix / "workspace.json").exists():
             return doctor_without_environment(arguments[1:])
-        interpreter = ENVIRONMENTS[mode] / "bin" / "python"
+        interpreter = prefix / "bin" / "python"
     else:
         take_lock(verb)
-        if verb == "clean":
-            # It removes the environment, so it cannot run in it.
-            from workspace import clean
+        if verb == "dev":
+            from workspace import fork_tree
 
-            return clean.run(force=os.environ.get("FORCE") == "1")
-        interpreter = ensure_environment(mode)
+            fork_tree.require_switchable(version)
+        interpreter = ensure_environment(mode, version)
     os.environ["ENV"] = mode
+    os.environ[release.SELECTED] = version
+    os.environ.pop(release.ASKED, None)
     # Tools that start other tools (pre-commit, torch's inductor, ninja) find the pinned ones.
     os.environ["PATH"] = os.pathsep.join([str(interpreter.parent), os.environ.get("PATH", "")])
     # Where this is set, every start of vLLM compiles thousands of modules anew: 20 s on 2 cores.

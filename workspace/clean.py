@@ -10,9 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from workspace import release
 from workspace.errors import WorkspaceError
+from workspace.files import PARTIAL
 from workspace.fork_tree import state
-from workspace.paths import FORK, FORK_SRC, ROOT, STATE
+from workspace.paths import FORK, ROOT, STATE
 
 CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 
@@ -37,27 +39,33 @@ def _users_work(tree: Path) -> list[str]:
 
 
 def run(*, force: bool) -> int:
-    """Remove environments, tools, caches, and src where it holds nothing of the user's.
+    """Remove environments, tools, caches, and each tree that holds nothing of the user's.
 
     The lock file stays, because this process holds it; recorded results stay, because a
     measurement cannot be made again.
     """
-    for name in (".venv", ".conda", *CACHES):
-        _remove(ROOT / name)
+    for pattern in (".venv*", ".conda*", *CACHES):
+        for path in sorted(ROOT.glob(pattern)):
+            _remove(path)
     for path in sorted(STATE.glob("*")):
         if path.name != "lock":
             _remove(path)
-    for pattern in (".src-*", "src"):
-        for path in FORK.glob(pattern):
-            work = _users_work(path) if path == FORK_SRC else []
-            if work and not force:
-                print(f"· keeping {path.relative_to(ROOT)}: it holds work of yours:")
-                print("\n".join(f"    {line}" for line in work[:20]))
-                if len(work) > 20:
-                    print(f"    … and {len(work) - 20} more")
-                print("  to remove it all the same: make clean FORCE=1")
-                continue
-            for line in work:
-                print(f"· lost: {line}", file=sys.stderr)
-            _remove(path)
+    for path in (*FORK.glob(f"{PARTIAL}*"), *FORK.glob(f"releases/{PARTIAL}*")):
+        _remove(path)
+    for path in (*release.trees(), release.link()):
+        if path.is_symlink():
+            continue
+        work = _users_work(path) if path.exists() else []
+        if work and not force:
+            print(f"· keeping {path.relative_to(ROOT)}: it holds work of yours:")
+            print("\n".join(f"    {line}" for line in work[:20]))
+            if len(work) > 20:
+                print(f"    … and {len(work) - 20} more")
+            print("  to remove it all the same: make clean FORCE=1")
+            continue
+        for line in work:
+            print(f"· lost: {line}", file=sys.stderr)
+        _remove(path)
+    if release.link().is_symlink() and not release.link().exists():
+        release.link().unlink()
     return 0

@@ -79,7 +79,12 @@ def install_package() -> None:
 @app.command()
 def dev() -> None:
     """Set everything up: environment, fork, binaries, kernels."""
+    from workspace import fork_tree, release
+
     set_up()
+    version = release.selected()
+    if before := fork_tree.switch(version):
+        say(f"vllm-fork/src shows vLLM {version} now; {before} stays in vllm-fork/releases")
     say("ready")
 
 

@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workspace import fork, install
+from workspace import install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
-from workspace.paths import FORK_SRC
+from workspace.paths import ROOT
 from workspace.pins import Release, load
+from workspace.release import active, selected, tree
 
 Status = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
@@ -83,7 +84,7 @@ def locked(files: list[Path]) -> dict[str, set[str]]:
 def packages(mode: str) -> Check:
     if mode == "system":
         return Check("packages", "note", "the host's own (ENV=system), not compared with the lock")
-    wanted = locked(lock_files(load().vllm.default, device()))
+    wanted = locked(lock_files(selected(), device()))
     wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
     if wrong:
         names = ", ".join(f"{name} {_installed(name) or 'missing'}" for name in sorted(wrong)[:4])
@@ -211,11 +212,12 @@ def vllm() -> Check:
         return Check("vLLM", "problem", "not installed", "make dev")
     origin = json.loads(metadata.distribution("vllm").read_text("direct_url.json") or "{}")
     source = str(origin.get("url", "")).removeprefix("file://")
-    if Path(source or "/nowhere") != FORK_SRC:
+    place = tree()
+    if Path(source or "/nowhere") != place:
         where = source or "a released wheel"
         return Check("vLLM", "problem", f"{version} from {where}, not from our fork", "make dev")
     manifest = install.read_manifest()
-    missing = [name for name in manifest.get("files", {}) if not (FORK_SRC / name).exists()]
+    missing = [name for name in manifest.get("files", {}) if not (place / name).exists()]
     if not manifest or missing:
         return Check("vLLM", "problem", f"{version}, {len(missing)} binaries missing", "make dev")
     wanted = device()
@@ -224,11 +226,11 @@ def vllm() -> Check:
             "vLLM", "problem", f"{version} with binaries for {manifest['device']}, not {wanted}",
             "make dev",
         )  # fmt: skip
-    if wanted == "cpu" and not (FORK_SRC / "vllm" / cpu_library()).exists():
+    if wanted == "cpu" and not (place / "vllm" / cpu_library()).exists():
         return Check("vLLM", "problem", f"this CPU needs {cpu_library()}", "make dev")
     if wanted == "cpu" and not install.has_libnuma():
         return Check("vLLM", "problem", f"{version} needs libnuma.so.1", "make dev")
-    detail = f"{version}, editable from vllm-fork/src, {manifest['device']} binaries"
+    detail = f"{version}, editable from {place.relative_to(ROOT)}, {manifest['device']} binaries"
     return Check("vLLM", "ok", detail + (f" ({cpu_library()})" if wanted == "cpu" else ""))
 
 
@@ -238,12 +240,15 @@ def fork_state() -> Check:
     except WorkspaceError as error:
         return Check("fork", "problem", str(error), "move it away, then: make dev")
     if found is None:
-        return Check("fork", "problem", "vllm-fork/src is not there", "make dev")
-    patches = fork.patch_files(found.version)
+        return Check("fork", "problem", f"{tree().relative_to(ROOT)} is not there", "make dev")
+    patches = patch_queue.files(found.version)
     own = f"{len(found.own_commits)} own commits, {len(found.uncommitted)} uncommitted"
-    if found.patches_digest != fork.patches_digest(patches):
+    if found.patches_digest != patch_queue.digest(patches):
         return Check("fork", "note", f"patches changed since they were applied; {own}", "make dev")
-    return Check("fork", "ok", f"vLLM {found.version}, {len(patches)} patches applied, {own}")
+    shown = "" if active() == found.version else f" (src shows {active()})"
+    return Check(
+        "fork", "ok", f"vLLM {found.version}{shown}, {len(patches)} patches applied, {own}"
+    )
 
 
 def kernels() -> Check:

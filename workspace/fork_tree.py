@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in vllm-fork/src: the pristine release, our patches, and the user's own work.
+"""What is in the tree of a release: the pristine release, our patches, and the user's own work.
 
 The tree is a git repository of its own. `upstream/<version>` is the tag of the pristine
 release, `refs/workspace/applied` the commit after the last of our patches: everything beyond
@@ -15,8 +15,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from workspace import release
 from workspace.errors import WorkspaceError
-from workspace.paths import FORK_SRC
+from workspace.paths import ROOT
 
 APPLIED = "refs/workspace/applied"
 PATCHES_KEY = "workspace.patches"
@@ -35,24 +36,23 @@ def git(
     Raises:
         WorkspaceError: git is missing or failed; the message ends with git's own last line.
     """
-    command = [
-        "git",
-        "-c", "core.hooksPath=/dev/null",
-        "-c", "core.autocrlf=false",
-        "-c", "commit.gpgSign=false",
-        "-c", "tag.gpgSign=false",
-        "-c", "gc.auto=0",
-        "-c", f"safe.directory={tree.resolve()}",
-        *arguments,
-    ]  # fmt: skip
-    # A git hook or a rebase around us sets variables that would redirect us to its repository.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    clean.update({"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"})
+    output = git_bytes(*arguments, tree=tree, env=env, stdin=stdin, check=check)
+    return output.decode(errors="surrogateescape")
+
+
+def git_bytes(
+    *arguments: str,
+    tree: Path,
+    env: dict[str, str] | None = None,
+    stdin: bytes | None = None,
+    check: bool = True,
+) -> bytes:
+    """`git`, for output that is not text."""
     try:
         result = subprocess.run(
-            command,
+            [*command(tree), *arguments],
             cwd=tree,
-            env={**clean, **(env or {})},
+            env=environment(tree) | (env or {}),
             input=stdin,
             capture_output=True,
             check=False,
@@ -65,12 +65,31 @@ def git(
         complaint = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         verb = next(word for word in arguments if word[0] != "-" and "=" not in word)
         raise WorkspaceError(f"git {verb} in {tree}: {complaint[-1]}")
-    return result.stdout.decode(errors="surrogateescape") if not result.returncode else ""
+    return result.stdout if not result.returncode else b""
+
+
+def command(tree: Path) -> list[str]:
+    """git, apart from the user's hooks, templates and signing."""
+    return [
+        "git",
+        "-c", "core.hooksPath=/dev/null",
+        "-c", "core.autocrlf=false",
+        "-c", "commit.gpgSign=false",
+        "-c", "tag.gpgSign=false",
+        "-c", "gc.auto=0",
+        "-c", f"safe.directory={tree.resolve()}",
+    ]  # fmt: skip
+
+
+def environment(tree: Path) -> dict[str, str]:
+    """A git hook or a rebase around us sets variables that would redirect us to its repository."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return clean | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"}
 
 
 @dataclass(frozen=True)
 class ForkState:
-    """vllm-fork/src as it is now."""
+    """A release's tree as it is now."""
 
     version: str
     head: str
@@ -86,12 +105,13 @@ class ForkState:
         return lost + [f"commit {line}" for line in self.own_commits]
 
 
-def state(tree: Path = FORK_SRC) -> ForkState | None:
-    """The fork's state, or None where there is no tree.
+def state(tree: Path | None = None) -> ForkState | None:
+    """The state of a tree (the selected release's, if none is given), or None where there is none.
 
     Raises:
         WorkspaceError: something is at that place which this workspace did not make.
     """
+    tree = tree or release.tree()
     if not tree.exists():
         return None
     applied = ""
@@ -113,3 +133,36 @@ def state(tree: Path = FORK_SRC) -> ForkState | None:
         uncommitted=[entry for entry in status.split("\0") if entry],
         own_commits=[*own.splitlines(), *stash.splitlines()],
     )
+
+
+def shown(tree: Path) -> str:
+    """A tree's place in the checkout, for messages."""
+    return str(tree.relative_to(ROOT)) if tree.is_relative_to(ROOT) else str(tree)
+
+
+def require_switchable(version: str) -> None:
+    """Raise where `vllm-fork/src` must not change to `version`: uncommitted edits are in the way.
+
+    They would be safe, each tree keeps its own. But an editor that has those files open by their
+    name in src would save them into the other release.
+    """
+    before = release.active()
+    if before in (None, version):
+        return
+    tree = release.tree(before)
+    found = state(tree)
+    if found and found.uncommitted:
+        names = ", ".join(entry[3:] for entry in found.uncommitted[:3])
+        more = ", …" if len(found.uncommitted) > 3 else ""
+        raise WorkspaceError(
+            f"{shown(tree)} has uncommitted edits ({names}{more}), and vllm-fork/src would show "
+            f"vLLM {version} in their place; commit or stash them there, then run this again"
+        )
+
+
+def switch(version: str) -> str | None:
+    """Let `vllm-fork/src` show the tree of `version`; the release it showed before, if another."""
+    require_switchable(version)
+    before = release.active()
+    release.activate(version)
+    return before if before != version else None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put the fork and the kernels into the environment, editable, with the right binaries.
 
-The Python of vLLM comes from vllm-fork/src. What a compiler made (and the sources that
-upstream's build fetches) comes from the released wheel of the same version: exactly the files
-that the wheel has and the sdist lacks. So an edit in src is live in the next run, and no
-compiler runs.
+The Python of vLLM comes from the tree of the selected release. What a compiler made (and the
+sources that upstream's build fetches) comes from the released wheel of the same version: exactly
+the files that the wheel has and the sdist lacks. So an edit in the tree is live in the next run,
+and no compiler runs.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
-from workspace.paths import FORK_SRC, KERNELS, ROOT
+from workspace.paths import KERNELS, ROOT
 from workspace.pins import Artifact, Device, load
+from workspace.release import selected, tree
 
-MANIFEST = FORK_SRC / ".git" / "workspace-binaries.json"
-"""Which wheel the compiled files in src come from, with the CRC-32 of each."""
+
+def manifest() -> Path:
+    """Which wheel the compiled files in the tree come from, with the CRC-32 of each."""
+    return tree() / ".git" / "workspace-binaries.json"
 
 
 def version_label(version: str, device: Device, cuda_release: str) -> str:
@@ -42,7 +45,7 @@ def version_label(version: str, device: Device, cuda_release: str) -> str:
 
 
 def read_manifest() -> dict:
-    return json.loads(MANIFEST.read_text()) if MANIFEST.exists() else {}
+    return json.loads(manifest().read_text()) if manifest().exists() else {}
 
 
 def _crc32(path: Path) -> int:
@@ -77,7 +80,7 @@ def exclude_patterns(names: list[str], tracked: set[str]) -> list[str]:
 
 def hide(patterns: list[str]) -> None:
     """Add the patterns to git's local excludes, below what the user has there."""
-    exclude = FORK_SRC / ".git" / "info" / "exclude"
+    exclude = tree() / ".git" / "info" / "exclude"
     header = "# Below, written by `make dev`: compiled files from the released wheel.\n"
     users = exclude.read_text().split(header)[0] if exclude.exists() else ""
     text = users + header + "".join(f"{pattern}\n" for pattern in [*patterns, "*.partial"])
@@ -85,16 +88,16 @@ def hide(patterns: list[str]) -> None:
 
 
 def place_binaries(artifact: Artifact, device: Device) -> bool:
-    """Extract the wheel's compiled files into src; True when something was done.
+    """Extract the wheel's compiled files into the tree; True when something was done.
 
     Each file is written beside its place and renamed; the manifest comes last.
 
     Raises:
         WorkspaceError: an extracted file was edited since; it is not overwritten.
     """
-    before = read_manifest()
+    place, before = tree(), read_manifest()
     files = before.get("files", {})
-    present = all((FORK_SRC / name).exists() for name in files)
+    present = all((place / name).exists() for name in files)
     if before.get("sha256") == artifact.sha256 and present:
         return False
     # Imported late: a run with nothing to do would take twice as long.
@@ -104,24 +107,24 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
     edited = [
         name
         for name, crc in files.items()
-        if (FORK_SRC / name).exists() and _crc32(FORK_SRC / name) != crc
+        if (place / name).exists() and _crc32(place / name) != crc
     ]
     if edited and os.environ.get("FORCE") != "1":
         raise WorkspaceError(
-            f"{edited[0]} in vllm-fork/src was changed after it was taken from {before['wheel']} "
-            f"({len(edited)} such files); save it, then run: make dev FORCE=1"
+            f"{edited[0]} in {place.relative_to(ROOT)} was changed after it was taken from "
+            f"{before['wheel']} ({len(edited)} such files); save it, then run: make dev FORCE=1"
         )
     for name in files:
-        (FORK_SRC / name).unlink(missing_ok=True)
-    MANIFEST.unlink(missing_ok=True)
-    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(_version()), tree=FORK_SRC)
+        (place / name).unlink(missing_ok=True)
+    manifest().unlink(missing_ok=True)
+    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(selected()), tree=place)
     # setup.py writes what the release leaves out, e.g. vllm/_version.py.
     tracked = {*listing.split("\0"), *GENERATED}
     bootstrap.say(f"taking the {device} binaries from {artifact.filename}")
     with zipfile.ZipFile(wheel_path) as wheel:
         members = binary_members(wheel, tracked)
         for member in members:
-            target = FORK_SRC / member.filename
+            target = place / member.filename
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(target.name + ".partial")
             with wheel.open(member) as source, temporary.open("wb") as sink:
@@ -136,12 +139,8 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
         "device": device,
         "files": {member.filename: member.CRC for member in members},
     }
-    write_file(MANIFEST, json.dumps(record).encode())
+    write_file(manifest(), json.dumps(record).encode())
     return True
-
-
-def _version() -> str:
-    return load().vllm.default
 
 
 def _installer() -> list[str]:
@@ -233,14 +232,13 @@ def ensure_system_files(device: Device) -> None:
 
 def install_fork(device: Device) -> None:
     """Binaries for the device, then the editable install under a version that names it."""
-    version = _version()
-    release = load().release()
+    version, release, place = selected(), load().release(), tree()
     place_binaries(release.binary(device), device)
     ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
-    build = (FORK_SRC / "setup.py").read_bytes() + (FORK_SRC / "pyproject.toml").read_bytes()
+    build = (place / "setup.py").read_bytes() + (place / "pyproject.toml").read_bytes()
     editable(
-        FORK_SRC,
+        place,
         f"{label} {zlib.crc32(build):08x}",
         # `empty` compiles nothing: the binaries are in place already.
         env={"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": label},

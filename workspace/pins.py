@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from workspace.errors import WorkspaceError
 from workspace.paths import PINS
+from workspace.release import selected
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Device = Literal["cuda", "cpu"]
@@ -95,7 +96,8 @@ class Pins(_Model):
     packages: Packages
 
     def release(self, version: str | None = None) -> Release:
-        version = version or self.vllm.default
+        """The pins of a release; without `version`, of the selected one."""
+        version = version or selected()
         try:
             return self.vllm.release[version]
         except KeyError:

@@ -32,6 +32,7 @@ from workspace import lock
 from workspace.bootstrap import LOCK_VARIABLE
 from workspace.paths import KERNELS, LOCKS, ROOT, STATE
 from workspace.pins import load
+from workspace.release import ASKED, SELECTED
 
 SOURCES = {
     "setup.py": (
@@ -135,7 +136,11 @@ class Checkout:
 
     @property
     def src(self) -> Path:
+        """The link to the active release's tree."""
         return self.root / "vllm-fork" / "src"
+
+    def tree(self, version: str) -> Path:
+        return self.root / "vllm-fork" / "releases" / version
 
     @property
     def python(self) -> Path:
@@ -230,6 +235,8 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
         "FORCE",
         "ARCH",
         LOCK_VARIABLE,
+        ASKED,
+        SELECTED,
     )
     env = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("GIT_")}
     # Compiled once for all of them: what is compiled does not depend on the folder.

@@ -32,12 +32,15 @@ def imported(checkout: Checkout, expression: str) -> str:
 
 def assert_whole(checkout: Checkout) -> None:
     """Everything that `make dev` promises is there, and nothing half made beside it."""
-    assert imported(checkout, "vllm.__file__") == str(checkout.src / "vllm" / "__init__.py")
+    assert imported(checkout, "vllm.__file__") == str(
+        checkout.tree(VERSION) / "vllm" / "__init__.py"
+    )
     assert "added = True" in (checkout.src / "vllm/envs.py").read_text()
     for name, content in BINARIES.items():
         assert (checkout.src / name).read_bytes() == content
     assert checkout.git("status", "--porcelain") == ""
-    assert list((checkout.root / "vllm-fork").glob(".src-*")) == []
+    assert list((checkout.root / "vllm-fork").rglob(".partial-*")) == []
+    assert os.readlink(checkout.src) == f"releases/{VERSION}"
     assert list(checkout.src.rglob("*.partial")) == []
     libraries = list(Path(checkout.env["CUSTOM_KERNELS_CACHE"]).rglob("*.so"))
     assert libraries
@@ -130,7 +133,10 @@ def test_an_edited_file_of_the_wheel_is_not_overwritten(ready_checkout: Checkout
     manifest.write_text(json.dumps({**record, "sha256": "0" * 64}))
     result = ready_checkout.make("dev")
     assert result.returncode != 0
-    assert "vllm/third_party/made/__init__.py in vllm-fork/src was changed" in result.stdout
+    assert (
+        f"vllm/third_party/made/__init__.py in vllm-fork/releases/{VERSION} was changed"
+        in result.stdout
+    )
     assert edited.read_text() == "made = 'by me'\n"
     assert ready_checkout.make("dev", "FORCE=1").returncode == 0
     assert edited.read_bytes() == BINARIES["vllm/third_party/made/__init__.py"]
@@ -216,7 +222,7 @@ def test_dev_survives_being_killed_at_any_moment(small_checkout: Checkout) -> No
     length = time.perf_counter() - started
     generator = random.Random(os.urandom(8))
     for attempt in range(int(os.environ.get("KILLS", "4"))):
-        for made in (".venv", "vllm-fork/src", ".workspace/kernels"):
+        for made in (".venv", "vllm-fork/releases", ".workspace/kernels"):
             shutil.rmtree(small_checkout.root / made, ignore_errors=True)
         if attempt % 2:
             # Killed twice before it may finish: what the first left must not mislead the second.

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from workspace import doctor, install
-from workspace.paths import FORK_SRC, LOCKS, ROOT
+from workspace.paths import LOCKS, ROOT
 from workspace.pins import load
+from workspace.release import tree
 
 VERSION = load().vllm.default
 needs_dev = pytest.mark.skipif(
@@ -27,7 +28,7 @@ def row(rows: list[doctor.Check], name: str) -> doctor.Check:
 def test_this_checkout_is_usable_and_says_from_where() -> None:
     rows = doctor.checks(os.environ.get("ENV", "uv"))
     assert [r for r in rows if r.status == "problem"] == []
-    assert "editable from vllm-fork/src" in row(rows, "vLLM").detail
+    assert "editable from vllm-fork/releases/" in row(rows, "vLLM").detail
     assert load().release().cuda.release in row(rows, "CUDA release").detail
     assert "patches applied" in row(rows, "fork").detail
 
@@ -86,7 +87,7 @@ def test_wrong_binaries_are_a_problem(
 
 @needs_dev
 def test_an_uncommitted_edit_is_counted() -> None:
-    probe = FORK_SRC / "vllm" / "doctor_probe.py"
+    probe = tree() / "vllm" / "doctor_probe.py"
     probe.write_text("mine = True\n")
     try:
         assert "0 uncommitted" not in doctor.fork_state().detail

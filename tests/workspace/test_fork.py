@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import PATCH, SOURCES, blob, sdist_bytes
-from workspace import fork, fork_tree
+from workspace import fork, fork_tree, patch_queue
+from workspace import release as releases_module
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import APPLIED, git
-from workspace.paths import FORK_SRC, PATCHES
+from workspace.paths import PATCHES
 from workspace.pins import Release, load
+from workspace.release import link
+from workspace.release import tree as release_tree
 
 VERSION = load().vllm.default
 OURS = sorted((PATCHES / VERSION).glob("*.patch"))
@@ -39,10 +42,9 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
     pins = load()
     releases = pins.vllm.model_copy(update={"release": {VERSION: small}})
     monkeypatch.setattr(fork, "load", lambda: pins.model_copy(update={"vllm": releases}))
-    monkeypatch.setattr(fork, "FORK", place)
-    monkeypatch.setattr(fork, "FORK_SRC", place / "src")
-    monkeypatch.setattr(fork, "PATCHES", place / "patches")
-    monkeypatch.setattr(fork, "state", lambda: fork_tree.state(place / "src"))
+    monkeypatch.setattr(releases_module, "FORK", place)
+    monkeypatch.setattr(patch_queue, "PATCHES", place / "patches")
+    monkeypatch.setenv(releases_module.SELECTED, VERSION)
     return small
 
 
@@ -53,7 +55,7 @@ def commit(tree: Path, message: str) -> None:
 
 def test_the_tree_is_the_release_with_our_patches_as_commits(release: Release) -> None:
     state = fork.ensure()
-    tree = fork.FORK_SRC
+    tree = release_tree()
     assert (tree / "vllm/envs.py").read_text() == "first = 1\nadded = True\nsecond = 2\nthird = 3\n"
     assert git("log", "--format=%s %an %ad", "--date=iso", tree=tree).splitlines() == [
         "Add a line A Maintainer 2026-11-23 09:00:00 +0000",
@@ -65,13 +67,13 @@ def test_the_tree_is_the_release_with_our_patches_as_commits(release: Release) -
 
 def test_the_same_release_and_patches_are_the_same_commit(release: Release) -> None:
     first = fork.ensure().head
-    fork.FORK_SRC.rename(fork.FORK / "elsewhere")
+    release_tree().rename(release_tree().with_name("elsewhere"))
     assert fork.ensure().head == first
 
 
 def test_what_packing_generated_is_no_part_of_the_release(release: Release) -> None:
     fork.ensure()
-    names = git("ls-files", tree=fork.FORK_SRC).split()
+    names = git("ls-files", tree=release_tree()).split()
     assert "vllm/kept.py" in names
     assert "PKG-INFO" not in names
     assert "vllm/_version.py" not in names
@@ -79,25 +81,25 @@ def test_what_packing_generated_is_no_part_of_the_release(release: Release) -> N
 
 def test_a_second_run_changes_nothing(release: Release) -> None:
     before = fork.ensure()
-    stat = (fork.FORK_SRC / "vllm/envs.py").stat()
+    stat = (release_tree() / "vllm/envs.py").stat()
     assert fork.ensure() == before
-    assert (fork.FORK_SRC / "vllm/envs.py").stat().st_mtime_ns == stat.st_mtime_ns
+    assert (release_tree() / "vllm/envs.py").stat().st_mtime_ns == stat.st_mtime_ns
 
 
 def test_changed_patches_replace_the_old_ones(release: Release) -> None:
     fork.ensure()
-    patch = fork.patch_files(VERSION)[0]
+    patch = patch_queue.files(VERSION)[0]
     patch.write_text(PATCH.replace("added = True", "added = 'again'"))
     state = fork.ensure()
-    assert "added = 'again'" in (fork.FORK_SRC / "vllm/envs.py").read_text()
+    assert "added = 'again'" in (release_tree() / "vllm/envs.py").read_text()
     assert state.own_work == []
-    assert git("rev-list", "--count", "HEAD", tree=fork.FORK_SRC).strip() == "2"
+    assert git("rev-list", "--count", "HEAD", tree=release_tree()).strip() == "2"
 
 
 @pytest.mark.parametrize("kind", ["edit", "new file", "commit", "branch", "stash"])
 def test_the_users_work_is_untouched_when_patches_change(release: Release, kind: str) -> None:
     fork.ensure()
-    tree = fork.FORK_SRC
+    tree = release_tree()
     (tree / "vllm/kept.py").write_text("mine = True\n")
     if kind == "new file":
         (tree / "vllm/kept.py").write_text(SOURCES["vllm/kept.py"])
@@ -113,7 +115,7 @@ def test_the_users_work_is_untouched_when_patches_change(release: Release, kind:
         subprocess.run(command, cwd=tree, check=True)
     before = fork.ensure()
     assert before.own_work
-    fork.patch_files(VERSION)[0].write_text(PATCH.replace("added = True", "added = 2"))
+    patch_queue.files(VERSION)[0].write_text(PATCH.replace("added = True", "added = 2"))
     after = fork.ensure()
     assert (after.head, after.uncommitted, after.own_commits) == (
         before.head, before.uncommitted, before.own_commits
@@ -123,12 +125,12 @@ def test_the_users_work_is_untouched_when_patches_change(release: Release, kind:
 
 def test_a_patch_that_does_not_apply_is_named_and_src_stays(release: Release) -> None:
     before = fork.ensure()
-    patch = fork.patch_files(VERSION)[0]
+    patch = patch_queue.files(VERSION)[0]
     patch.write_text(PATCH.replace(f"index {blob(SOURCES['vllm/envs.py'])}", f"index {'1' * 40}"))
     says = r"0001-add-a-line\.patch does not apply: vllm/envs\.py \(hunk -1,0 \+2,1\)"
     with pytest.raises(WorkspaceError, match=says):
         fork.ensure()
-    after = fork_tree.state(fork.FORK_SRC)
+    after = fork_tree.state()
     assert after is not None
     assert (after.head, after.uncommitted) == (before.head, [])
 
@@ -142,16 +144,33 @@ def test_a_release_that_is_not_the_pinned_tree_is_refused(
     monkeypatch.setattr(fork, "load", lambda: pins.model_copy(update={"vllm": vllm}))
     with pytest.raises(WorkspaceError, match="pinned is 000000000000"):
         fork.ensure()
-    assert not fork.FORK_SRC.exists()
-    assert list(fork.FORK.glob(".src-*")) == []
+    assert not link().exists()
+    assert list(release_tree().parent.iterdir()) == []
 
 
 def test_a_tree_that_is_not_ours_is_refused_and_kept(release: Release) -> None:
-    fork.FORK_SRC.mkdir()
-    (fork.FORK_SRC / "precious.py").write_text("mine = True\n")
+    link().mkdir()
+    (link() / "precious.py").write_text("mine = True\n")
     with pytest.raises(WorkspaceError, match="did not make it; move it away"):
         fork.ensure()
-    assert (fork.FORK_SRC / "precious.py").read_text() == "mine = True\n"
+    assert (link() / "precious.py").read_text() == "mine = True\n"
+
+
+def test_a_tree_of_the_older_layout_moves_to_its_release_with_the_users_work(
+    release: Release,
+) -> None:
+    fork.ensure()
+    (release_tree() / "vllm/kept.py").write_text("mine = True\n")
+    commit(release_tree(), "Mine")
+    (release_tree() / "vllm/new.py").write_text("mine = True\n")
+    before = fork_tree.state()
+    link().unlink()
+    release_tree().rename(link())
+    assert fork.ensure() == before
+    assert os.readlink(link()) == f"releases/{VERSION}"
+    link().unlink()  # where a kill came between the move and the link
+    assert fork.ensure() == before
+    assert link().is_symlink()
 
 
 def test_a_member_that_leaves_the_archive_is_refused(tmp_path: Path) -> None:
@@ -166,7 +185,7 @@ def test_a_member_that_leaves_the_archive_is_refused(tmp_path: Path) -> None:
 def test_the_files_are_the_users_whoever_packed_them(release: Release) -> None:
     """A sdist names its packer, and root's tar would give the files to a user of that name."""
     fork.ensure()
-    owners = {path.stat().st_uid for path in fork.FORK_SRC.rglob("*")}
+    owners = {path.stat().st_uid for path in release_tree().rglob("*")}
     assert owners == {os.getuid()}
 
 
@@ -200,18 +219,22 @@ def test_our_patches_register_every_switch() -> None:
         assert f'"{switch}": lambda' in text
 
 
-@pytest.mark.skipif(not (FORK_SRC / "setup.py").exists(), reason="no fork here: run make dev")
+@pytest.mark.skipif(
+    not (release_tree(VERSION) / "setup.py").exists(), reason="no fork here: run make dev"
+)
 def test_the_fork_of_this_checkout_is_the_pinned_release() -> None:
     tag = fork.upstream_tag(VERSION)
-    tree = git("rev-parse", f"{tag}^{{tree}}", tree=FORK_SRC).strip()
+    tree = git("rev-parse", f"{tag}^{{tree}}", tree=release_tree(VERSION)).strip()
     assert tree == load().release().tree
-    assert git("merge-base", "--is-ancestor", APPLIED, "HEAD", tree=FORK_SRC) == ""
+    assert git("merge-base", "--is-ancestor", APPLIED, "HEAD", tree=release_tree(VERSION)) == ""
 
 
-@pytest.mark.skipif(not (FORK_SRC / "setup.py").exists(), reason="no fork here: run make dev")
+@pytest.mark.skipif(
+    not (release_tree(VERSION) / "setup.py").exists(), reason="no fork here: run make dev"
+)
 def test_our_patches_apply_to_the_real_release() -> None:
-    tip = fork.commit_patches(FORK_SRC, fork.upstream_tag(VERSION), OURS)
-    stat = git("diff", "--numstat", fork.upstream_tag(VERSION), tip, tree=FORK_SRC)
+    tip = patch_queue.commit_files(release_tree(VERSION), fork.upstream_tag(VERSION), OURS)
+    stat = git("diff", "--numstat", fork.upstream_tag(VERSION), tip, tree=release_tree(VERSION))
     assert sum(int(line.split()[0]) for line in stat.splitlines()) == sum(
         map(len, map(added, OURS))
     )

@@ -15,7 +15,8 @@ from tests.workspace.conftest import wheel_bytes
 from workspace import bootstrap, install
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import git
-from workspace.paths import FORK_SRC, ROOT
+from workspace.paths import ROOT
+from workspace.release import tree
 
 TRACKED = {"setup.py", "vllm/__init__.py", "vllm/third_party/__init__.py"}
 
@@ -46,17 +47,17 @@ def test_the_version_names_the_device(device: str, label: str) -> None:
     assert install.version_label("0.25.1", device, "13.0") == label  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not install.MANIFEST.exists(), reason="run make dev first")
+@pytest.mark.skipif(not install.manifest().exists(), reason="run make dev first")
 def test_the_binaries_of_this_checkout_are_those_of_the_wheel() -> None:
     manifest = install.read_manifest()
     assert manifest["files"]
     for name, crc in manifest["files"].items():
-        assert install._crc32(FORK_SRC / name) == crc, name
+        assert install._crc32(tree() / name) == crc, name
 
 
-@pytest.mark.skipif(not install.MANIFEST.exists(), reason="run make dev first")
+@pytest.mark.skipif(not install.manifest().exists(), reason="run make dev first")
 def test_git_in_the_fork_does_not_see_the_binaries() -> None:
-    untracked = git("ls-files", "--others", "--exclude-standard", tree=FORK_SRC).splitlines()
+    untracked = git("ls-files", "--others", "--exclude-standard", tree=tree()).splitlines()
     assert set(untracked).isdisjoint(install.read_manifest()["files"])
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
 from workspace.errors import WorkspaceError
-from workspace.paths import FORK_SRC, STATE
+from workspace.paths import STATE
+from workspace.release import tree as release_tree
 
 TREE = STATE / "pristine"
 TAG = "upstream"
@@ -23,7 +24,8 @@ IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
 
 def sides(plan: Plan) -> tuple[Variant, Variant]:
     """(pristine, stock): neither runs kernels of ours."""
-    tree = make_tree(FORK_SRC, TREE / _tag(FORK_SRC).replace("/", "-"))
+    source = release_tree()
+    tree = make_tree(source, TREE / _tag(source).replace("/", "-"))
     return Variant("pristine", python_path=tree), Variant("stock")
 
 
