@@ -184,12 +184,12 @@ def gpu(release: Release) -> Check:
 def libraries(release: Release) -> Iterator[Check]:
     """torch, triton and cupy at the pinned versions."""
     for name, wanted in (
-        ("torch", release.torch), ("triton", release.triton), ("cupy-cuda13x", release.cupy)
+        ("torch", release.torch), ("triton", release.triton), (release.cupy_package, release.cupy)
     ):  # fmt: skip
         found = _installed(name)
         good = found is not None and found.split("+")[0] == wanted
         yield Check(
-            name.removesuffix("-cuda13x"),
+            name.split("-")[0],
             "ok" if good else "problem",
             found or "missing",
             "" if good else f"pinned is {wanted}: make dev",

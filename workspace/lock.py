@@ -32,9 +32,10 @@ def requirements(pins: Pins, version: str) -> list[str]:
         f"vllm=={version}",
         f"torch=={release.torch}",
         f"triton=={release.triton}",
-        f"cupy-cuda13x=={release.cupy}",
+        f"{release.cupy_package}=={release.cupy}",
     ]
-    for group in (release.cuda.wheels, release.cuda.libraries, pins.packages.direct):
+    packages = {**pins.packages.direct, **release.packages}
+    for group in (release.cuda.wheels, release.cuda.libraries, packages):
         lines += [f"{name}=={number}" for name, number in group.items()]
     return lines
 

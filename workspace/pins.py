@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,10 @@ class Cuda(_Model):
     libraries: dict[str, str]
     conda: dict[str, str]
 
+    @property
+    def major(self) -> str:
+        return self.release.split(".")[0]
+
 
 class Release(_Model):
     """One supported vLLM release with everything that has to match it."""
@@ -60,22 +65,37 @@ class Release(_Model):
     tree: str
     torch: str
     triton: str
-    cupy: str = Field(alias="cupy-cuda13x")
+    cupy: str
     sdist: Artifact
-    binaries: dict[Device, dict[str, Artifact]]
+    binaries: dict[Device, dict[str, Artifact | dict[str, Artifact]]]
+    """By device and machine; where a wheel serves one Python only, by Python, too."""
     cuda: Cuda
+    packages: dict[str, str] = Field(default_factory=dict)
+    """What this release needs instead of, or beside, the packages of all releases."""
+
+    @property
+    def cupy_package(self) -> str:
+        return f"cupy-cuda{self.cuda.major}x"
 
     def binary(self, device: Device) -> Artifact:
-        """The wheel whose compiled parts run on `device` of this machine."""
-        machine = platform.machine()
-        try:
-            return self.binaries[device][machine]
-        except KeyError:
-            known = ", ".join(sorted(self.binaries.get(device, {}))) or "none"
+        """The wheel whose compiled parts run on `device` of this machine, with this Python."""
+        machine, python = platform.machine(), f"{sys.version_info.major}.{sys.version_info.minor}"
+        wheels = self.binaries.get(device, {})
+        found = wheels.get(machine)
+        if found is None:
+            known = ", ".join(sorted(wheels)) or "none"
             raise WorkspaceError(
                 f"no pinned vLLM binaries for {device} on {machine} (there are: {known}); "
                 "add the wheel to pins.toml"
-            ) from None
+            )
+        if isinstance(found, Artifact):
+            return found
+        if python not in found:
+            raise WorkspaceError(
+                f"no vLLM binaries for {device} on {machine} with Python {python}; give PYTHON= "
+                f"one of {', '.join(sorted(found))}"
+            )
+        return found[python]
 
 
 class Vllm(_Model):
