@@ -9,7 +9,8 @@ from pathlib import Path
 
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Plan
-from workspace.paths import ROOT
+from workspace.bench.releases import random_lengths
+from workspace.paths import FORK_SRC, ROOT
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
@@ -83,14 +84,11 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
 
 
 def arguments(plan: Plan) -> list[str]:
-    """Arguments for `vllm bench METRIC`, without seed and output file.
-
-    Throughput takes its lengths from the --random-… options; it would ignore --input-len.
-    """
+    """Arguments for `vllm bench METRIC`, without seed and output file."""
     result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
     if plan.metric == "throughput":
-        result += ["--dataset-name", "random", "--random-input-len", str(plan.input_len)]
-        result += ["--random-output-len", str(plan.output_len)]
+        result += ["--dataset-name", "random"]
+        result += random_lengths(FORK_SRC, plan.input_len, plan.output_len)
         result += ["--num-prompts", str(plan.num_prompts)]
     else:
         result += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
