@@ -258,7 +258,7 @@ def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> N
     installing.unlink()
 
 
-def _conda_environment(prefix: Path, uv: Path, files: list[Path]) -> None:
+def _conda_environment(prefix: Path, uv: Path, described: Path, files: list[Path]) -> None:
     """environment.yml through micromamba, mamba or conda; the Python packages from the lock."""
     tool = next(filter(None, map(shutil.which, ("micromamba", "mamba", "conda"))), None)
     if tool is None:
@@ -268,8 +268,8 @@ def _conda_environment(prefix: Path, uv: Path, files: list[Path]) -> None:
     verb = ["env", "create"] if Path(tool).name == "conda" else ["create"]
     own = prefix / "bin" / "python"
     if not own.exists():
-        say(f"creating {prefix.name} with {Path(tool).name} from environment.yml")
-        run([tool, *verb, "-y", "-p", str(prefix), "-f", str(ROOT / "environment.yml")])
+        say(f"creating {prefix.name} with {Path(tool).name} from {described.name}")
+        run([tool, *verb, "-y", "-p", str(prefix), "-f", str(described)])
     _uv_environment(prefix, uv, str(own), files)
 
 
@@ -318,7 +318,7 @@ def ensure_environment(mode: str, version: str) -> Path:
         if mode == "uv":
             _uv_environment(prefix, uv, python, files)
         else:
-            _conda_environment(prefix, uv, files)
+            _conda_environment(prefix, uv, release.conda_file(version), files)
     write_file(stamp, json.dumps({**wanted, "python": python}).encode())
     return own
 

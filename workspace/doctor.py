@@ -34,6 +34,7 @@ from workspace.pins import Release, load
 from workspace.release import active, selected, tree
 
 Status = Literal["ok", "note", "problem"]
+CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -102,7 +103,7 @@ def cuda_components(release: Release) -> dict[str, str | None]:
     found = {name: _installed(name) for name in release.cuda.wheels}
     for distribution in metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"])
-        if re.fullmatch(r"nvidia-cuda-[a-z-]+|nvidia-nvvm|nvidia-nvjitlink|nvidia-nvtx", name):
+        if CUDA_COMPONENT.fullmatch(name):
             found[name] = distribution.version
     return found
 
@@ -139,7 +140,11 @@ def tool_chain(release: Release, mode: str) -> Iterator[Check]:
         yield Check("nvcc", "problem", "the kernels package is not installed", "make dev")
         return
     except build.BuildError as error:
-        yield Check("nvcc", "problem", str(error), "make dev, or install what is named")
+        if isinstance(error, build.NoCompiler) and not release.cuda.packages_hold_nvcc:
+            remedy = f"CUDA_HOME=<CUDA {release.cuda.release}>, or ENV=conda"
+            yield Check("nvcc", "note", f"kernels in CUDA C++ are left out: {error}", remedy)
+        else:
+            yield Check("nvcc", "problem", str(error), "make dev, or install what is named")
         return
     right = tools.nvcc_version.startswith(release.cuda.release + ".")
     where = f"from {tools.nvcc}" if tools.origin == "system" else "of this environment"
@@ -263,6 +268,8 @@ def kernels() -> Check:
         ]
     except (ImportError, OSError) as error:
         return Check("kernels", "problem", str(error), "make dev")
+    except build.NoCompiler:
+        return Check("kernels", "note", "those in Triton and CuPy: there is no nvcc for the others")
     except RuntimeError as error:
         return Check("kernels", "problem", str(error), "make kernels")
     if stale:

@@ -30,6 +30,9 @@ def architectures(asked: str | None) -> list[str]:
 def run(arch: str | None = None, operation: str | None = None) -> None:
     """Bring every kernel (of ``operation``, if given) up to date and say what was compiled.
 
+    Where the release's packages hold no nvcc and there is no other, kernels in CUDA C++ are left
+    out, and that is said.
+
     Raises:
         WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
     """
@@ -45,6 +48,9 @@ def run(arch: str | None = None, operation: str | None = None) -> None:
     try:
         build.build_all(architectures(arch), progress=report, operation=operation)
     except build.BuildError as error:
+        if isinstance(error, build.NoCompiler) and not load().release().cuda.packages_hold_nvcc:
+            say(f"kernels in CUDA C++ are left out: {error}")
+            return
         first, _, rest = str(error).partition("\n")
         if rest:
             print(rest, file=sys.stderr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make lock`: hash-pinned requirement files and environment.yml from pins.toml.
+"""`make lock`: hash-pinned requirement files and conda's environment files from pins.toml.
 
 The locks hold versions and hashes but no addresses, so they work with any mirror. One file
 serves every supported Python (environment markers tell them apart).
@@ -21,8 +21,7 @@ from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Pins, load
-
-ENVIRONMENT_YML = ROOT / "environment.yml"
+from workspace.release import conda_file
 
 
 def requirements(pins: Pins, version: str) -> list[str]:
@@ -92,9 +91,9 @@ def split(text: str, names: list[str]) -> tuple[str, str]:
     return "\n".join(outside) + "\n", "\n".join(inside) + "\n"
 
 
-def environment_yml(pins: Pins) -> str:
+def environment_yml(pins: Pins, version: str) -> str:
     """The conda way to the same versions: tool chain from conda-forge, Python from the lock."""
-    release = pins.release()
+    release = pins.release(version)
     conda = [f"{name}={number}" for name, number in release.cuda.conda.items()]
     tools = ["cmake", "ninja", "ccache", "make", "git"]
     lines = [
@@ -109,13 +108,13 @@ def environment_yml(pins: Pins) -> str:
         "  - pip",
         *(f"  - {entry}" for entry in [*conda, *tools]),
         "  - pip:",
-        f"      - --requirement {lock_path(pins.vllm.default).relative_to(ROOT)}",
+        f"      - --requirement {lock_path(version).relative_to(ROOT)}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def run(*, upgrade: bool = False) -> list[Path]:
-    """Write all locks and environment.yml; returns the files."""
+    """Write the locks and the environment file of each release; returns the files."""
     pins = load()
     LOCKS.mkdir(exist_ok=True)
     written = []
@@ -127,5 +126,6 @@ def run(*, upgrade: bool = False) -> list[Path]:
         ):
             write_file(path, (header(pins, version) + text).encode())
             written.append(path)
-    write_file(ENVIRONMENT_YML, environment_yml(pins).encode())
-    return [*written, ENVIRONMENT_YML]
+        write_file(conda_file(version), environment_yml(pins, version).encode())
+        written.append(conda_file(version))
+    return written

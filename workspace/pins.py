@@ -55,8 +55,13 @@ class Cuda(_Model):
     conda: dict[str, str]
 
     @property
-    def major(self) -> str:
-        return self.release.split(".")[0]
+    def major(self) -> int:
+        return int(self.release.split(".")[0])
+
+    @property
+    def packages_hold_nvcc(self) -> bool:
+        """NVIDIA's packages do since CUDA 13; those of CUDA 12 have headers and libraries only."""
+        return self.major >= 13
 
 
 class Release(_Model):

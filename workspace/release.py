@@ -114,8 +114,17 @@ def adopt(version: str) -> None:
         activate(version)
 
 
+def _suffix(version: str) -> str:
+    """What a release's own files have in their names: the default one has the plain names."""
+    return "" if version == pins()["vllm"]["default"] else f"-{version}"
+
+
 def environment(mode: str, version: str) -> Path:
-    """The environment of a release: the default one has the plain name."""
-    suffix = "" if version == pins()["vllm"]["default"] else f"-{version}"
+    """The environment of a release."""
     place = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}[mode]
-    return place.with_name(place.name + suffix)
+    return place.with_name(place.name + _suffix(version))
+
+
+def conda_file(version: str) -> Path:
+    """What conda makes the environment of a release from."""
+    return ROOT / f"environment{_suffix(version)}.yml"

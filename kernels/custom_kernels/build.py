@@ -19,6 +19,7 @@ This module does not import torch: finding that there is nothing to do takes a f
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -31,7 +32,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import tomllib
@@ -70,6 +70,10 @@ log = logging.getLogger(__name__)
 class BuildError(RuntimeError):
     """A kernel cannot be compiled. The message says why, with the compiler's own words where it has
     any."""
+
+
+class NoCompiler(BuildError):
+    """There is no nvcc, or none that goes with the environment's CUDA runtime."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,15 @@ def architecture(device: "torch.device") -> str:
 @functools.cache
 def toolchain() -> Toolchain:
     """Find nvcc, the host compiler and tvm-ffi. Raises BuildError with the remedy if one is
-    missing."""
+    missing, NoCompiler if that is nvcc."""
     nvcc, origin = _find_nvcc()
+    nvcc_version = _version([str(nvcc), "--version"], r"V(\d+\.\d+\.\d+)")
+    runtime = packaged_runtime()
+    if runtime and runtime.split(".")[0] != nvcc_version.split(".")[0]:
+        raise NoCompiler(
+            f"{nvcc} is nvcc {nvcc_version}, which does not go with this environment's CUDA "
+            f"{runtime}: {_nvcc_remedy(runtime)}"
+        )
     cxx = _find_cxx()
     tvm_ffi = importlib.util.find_spec("tvm_ffi")
     if tvm_ffi is None or not tvm_ffi.submodule_search_locations:
@@ -257,7 +268,7 @@ def toolchain() -> Toolchain:
     folders = _cuda_folders(nvcc)
     return Toolchain(
         nvcc=nvcc,
-        nvcc_version=_version([str(nvcc), "--version"], r"V(\d+\.\d+\.\d+)"),
+        nvcc_version=nvcc_version,
         cxx=cxx,
         cxx_version=_version([str(cxx), "--version"], r"(.+)"),
         tvm_ffi=Path(tvm_ffi.submodule_search_locations[0]),
@@ -285,10 +296,9 @@ def include_folders() -> tuple[Path, ...]:
 
 def _cuda_folders(nvcc: Path | None) -> list[Path]:
     """Where headers and libraries lie: in the packages, then beside nvcc."""
-    packages = _cuda_package()
     home = [nvcc.parent.parent] if nvcc else []
     targets = [path for folder in home for path in folder.glob("targets/x86_64-linux")]
-    return [packages, packages.parent / "cusparselt", *targets, *home]
+    return [*_cuda_packages(), *targets, *home]
 
 
 def _find_nvcc() -> tuple[Path, str]:
@@ -296,18 +306,29 @@ def _find_nvcc() -> tuple[Path, str]:
     prefix = Path(sys.prefix)
     if (prefix / "conda-meta").is_dir() and (prefix / "bin" / "nvcc").is_file():
         return prefix / "bin" / "nvcc", "conda"
-    packaged = _cuda_package() / "bin" / "nvcc"
-    if packaged.is_file():
-        return packaged, "packages"
+    for folder in _cuda_packages():
+        if (folder / "bin" / "nvcc").is_file():
+            return folder / "bin" / "nvcc", "packages"
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         nvcc = Path(os.environ.get(variable) or "/nonexistent") / "bin" / "nvcc"
         if nvcc.is_file():
             return nvcc, "system"
     if found := shutil.which("nvcc"):
         return Path(found).resolve(), "system"
-    raise BuildError(
-        "there is no nvcc in this environment, under CUDA_HOME or on PATH: run `make dev`, which "
-        "installs the pinned one, or install the package nvidia-cuda-nvcc"
+    raise NoCompiler(
+        "there is no nvcc in this environment, under CUDA_HOME or on PATH: "
+        + _nvcc_remedy(packaged_runtime())
+    )
+
+
+def _nvcc_remedy(runtime: str | None) -> str:
+    if runtime and int(runtime.split(".")[0]) < 13:
+        return (
+            f"NVIDIA's packages of CUDA {runtime} hold no nvcc, so set CUDA_HOME to a toolkit of "
+            "that release, or use ENV=conda"
+        )
+    return (
+        "run `make dev`, which installs the pinned one, or install the package nvidia-cuda-nvcc"
     )
 
 
@@ -324,12 +345,25 @@ def _find_cxx() -> Path:
     )
 
 
-def _cuda_package() -> Path:
-    """nvidia/cu13, in whichever of this interpreter's folders the packages are."""
+def _cuda_packages() -> list[Path]:
+    """Folders of CUDA's packages, in whichever of this interpreter's folders they are: nvidia/cu13
+    and the one of cuSPARSELt; up to CUDA 12 one folder per component."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(name) for name in (spec.submodule_search_locations or [])] if spec else []
-    found = [folder / "cu13" for folder in folders if (folder / "cu13").is_dir()]
-    return found[0] if found else Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
+    for folder in folders:
+        if (folder / "cu13").is_dir():
+            return [folder / "cu13", folder / "cusparselt"]
+    parts = [part for folder in folders for part in sorted(folder.iterdir())]
+    return [part for part in parts if (part / "include").is_dir() or (part / "lib").is_dir()]
+
+
+def packaged_runtime() -> str | None:
+    """The release of the CUDA runtime among the packages, for example ``12.8``; None where there is
+    none."""
+    for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return ".".join(importlib.metadata.version(package).split(".")[:2])
+    return None
 
 
 def _headers(name: str) -> tuple[Path, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
-from workspace.paths import FORK_SRC, ROOT
+from workspace.paths import ROOT
+from workspace.release import tree
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
@@ -88,7 +89,7 @@ def arguments(plan: Plan) -> list[str]:
     result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
     if plan.metric == "throughput":
         result += ["--dataset-name", "random"]
-        result += random_lengths(FORK_SRC, plan.input_len, plan.output_len)
+        result += random_lengths(tree(), plan.input_len, plan.output_len)
         result += ["--num-prompts", str(plan.num_prompts)]
     else:
         result += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
