@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench new-kernel watch inspect notebook bench-kernels compare profile test lint lock clean
+.PHONY: help dev doctor kernels bench new-kernel watch inspect notebook bench-kernels compare profile test fork-status fork-diff fork-export fork-rebase lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -42,6 +42,18 @@ profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYE
 
 test: ## run the tests (K=gemm, gemm.triton, a path or a name)
 	@$(WORKSPACE) test
+
+fork-status: ## release, patches, commits not exported, uncommitted edits (JSON=1)
+	@$(WORKSPACE) fork-status
+
+fork-diff: ## all that differs from the release (STAT=1; OWN=1: from our patches)
+	@$(WORKSPACE) fork-diff
+
+fork-export: ## your commits in vllm-fork/src as patches in vllm-fork/patches/<version>
+	@$(WORKSPACE) fork-export
+
+fork-rebase: ## carry your commits to another release (VERSION=0.26.0; ABORT=1)
+	@$(WORKSPACE) fork-rebase
 
 lint: ## run every pre-commit hook
 	@$(WORKSPACE) lint

@@ -356,6 +356,24 @@ def doctor_without_environment(arguments: list[str]) -> int:
     return 1
 
 
+def _release_for(verb: str) -> str:
+    """The release that a verb works on.
+
+    Raises:
+        WorkspaceError: it is not pinned, or a rebase to it is not done.
+    """
+    from workspace import rebase_state
+
+    rebase = rebase_state.read()
+    if rebase and verb == "fork-rebase":
+        return rebase.origin
+    version = release.selected()
+    if rebase and version == rebase.target:
+        raise WorkspaceError(f"a rebase is under way {rebase_state.summary()}")
+    release.require_pinned(version)
+    return version
+
+
 def main(arguments: list[str]) -> int:
     """Set up the environment and become the verb."""
     verb = arguments[0] if arguments else "help"
@@ -372,8 +390,15 @@ def main(arguments: list[str]) -> int:
         from workspace import clean
 
         return clean.run(force=os.environ.get("FORCE") == "1")
-    version = release.selected()
-    release.require_pinned(version)
+    if verb == "fork-status":
+        from workspace import fork_status
+
+        return fork_status.run(as_json=os.environ.get("JSON") == "1")
+    if verb == "fork-diff":
+        from workspace import fork_diff
+
+        return fork_diff.run(own=os.environ.get("OWN") == "1", stat=os.environ.get("STAT") == "1")
+    version = _release_for(verb)
     if verb == "doctor":
         # It only looks: no lock, and nothing is set up.
         prefix = release.environment(mode, version)

@@ -293,6 +293,25 @@ def run_tests(
     raise typer.Exit(status)
 
 
+@app.command("fork-export")
+def fork_export() -> None:
+    """Write the tree's commits as the release's queue of patches."""
+    from workspace import fork_export as module
+
+    module.run()
+
+
+@app.command("fork-rebase")
+def fork_rebase(
+    version: Annotated[Text, option("VERSION", "The vLLM release to go to.")] = None,
+    abort: Annotated[bool, typer.Option("--abort", envvar="ABORT")] = False,
+) -> None:
+    """Carry the tree's commits over to another vLLM release."""
+    from workspace import fork_rebase as module
+
+    module.run(version, abort=abort)
+
+
 @app.command()
 def lint() -> None:
     """Run every pre-commit hook over all files."""

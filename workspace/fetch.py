@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -44,6 +45,37 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A file of a project, as the package index lists it."""
+
+    filename: str
+    version: str | None
+    sha256: str
+
+
+def listing(project: str) -> list[Listed]:
+    """Every file of a project whose sha256 the package index names.
+
+    Raises:
+        WorkspaceError: no network, or the index does not have the project.
+    """
+    with _clear_errors(project, f"the list of {project}'s files"), _client() as client:
+        page = client.get_project_page(project, timeout=60)
+    return [
+        Listed(package.filename, package.version, package.digests["sha256"])
+        for package in page.packages
+        if "sha256" in package.digests
+    ]
+
+
+def _client() -> PyPISimple:
+    session = requests.Session()
+    for scheme in ("https://", "http://"):
+        session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
+    return PyPISimple(index.index_url() or PYPI_SIMPLE_ENDPOINT, session=session)
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("· {task.description}"),
@@ -56,11 +88,7 @@ def _progress() -> Progress:
 
 
 def _download(artifact: Artifact, target: Path) -> None:
-    endpoint = index.index_url() or PYPI_SIMPLE_ENDPOINT
-    session = requests.Session()
-    for scheme in ("https://", "http://"):
-        session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
-    with PyPISimple(endpoint, session=session) as client:
+    with _client() as client:
         page = client.get_project_page(artifact.project, timeout=60)
         try:
             package = next(p for p in page.packages if p.filename == artifact.filename)
@@ -69,7 +97,7 @@ def _download(artifact: Artifact, target: Path) -> None:
                 f"the package index has {artifact.project}, but no {artifact.filename}; point "
                 "UV_DEFAULT_INDEX (or pip's index-url) to one that has it"
             ) from None
-        with session.get(package.url, stream=True, timeout=60) as response, _progress() as bar:
+        with client.s.get(package.url, stream=True, timeout=60) as response, _progress() as bar:
             response.raise_for_status()
             total = int(response.headers.get("content-length") or 0) or None
             task = bar.add_task(f"fetching {artifact.filename}", total=total)
@@ -80,25 +108,25 @@ def _download(artifact: Artifact, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(artifact: Artifact, target: Path) -> Iterator[None]:
-    by_hand = f"or put the file there yourself: {target}"
+def _clear_errors(project: str, what: str, otherwise: str = "") -> Iterator[None]:
+    """Errors in one line that says what could not be had, and what else to do."""
     try:
         yield
     except NoSuchProjectError:
         raise WorkspaceError(
-            f"the package index has no project {artifact.project}; point UV_DEFAULT_INDEX (or "
-            f"pip's index-url) to one that has {artifact.filename}, {by_hand}"
+            f"the package index has no project {project}; point UV_DEFAULT_INDEX (or pip's "
+            f"index-url) to one that has it{otherwise}"
         ) from None
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise WorkspaceError(
-            f"the package index answered {status} for {artifact.filename}; try again later, "
-            f"point UV_DEFAULT_INDEX (or pip's index-url) to another, {by_hand}"
+            f"the package index answered {status} for {what}; try again later, "
+            f"point UV_DEFAULT_INDEX (or pip's index-url) to another{otherwise}"
         ) from None
     except requests.RequestException as error:
         raise WorkspaceError(
-            f"{artifact.filename} could not be fetched ({type(error).__name__}); check the "
-            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror, {by_hand}"
+            f"{what} could not be fetched ({type(error).__name__}); check the "
+            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror{otherwise}"
         ) from None
     except (
         UnsupportedContentTypeError,
@@ -131,7 +159,8 @@ def fetch(artifact: Artifact) -> Path:
     os.close(descriptor)
     partial = Path(name)
     try:
-        with _clear_errors(artifact, target):
+        by_hand = f", or put the file there yourself: {target}"
+        with _clear_errors(artifact.project, artifact.filename, by_hand):
             _download(artifact, partial)
         found = sha256(partial)
         if found != artifact.sha256:

@@ -166,3 +166,23 @@ def switch(version: str) -> str | None:
     before = release.active()
     release.activate(version)
     return before if before != version else None
+
+
+def branch(tree: Path) -> str:
+    """The branch that is checked out, or the commit where none is."""
+    name = git("symbolic-ref", "-q", "--short", "HEAD", tree=tree, check=False).strip()
+    return name or git("rev-parse", "--short", "HEAD", tree=tree).strip()
+
+
+def require_no_operation(tree: Path) -> None:
+    """Raise where git is in the middle of something there."""
+    names = {
+        "rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge",
+        "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "BISECT_LOG": "bisect",
+    }  # fmt: skip
+    for name, operation in names.items():
+        if (tree / ".git" / name).exists():
+            raise WorkspaceError(
+                f"git is in the middle of a {operation} in {shown(tree)}; end it there (git "
+                "status says how), then run this again"
+            )

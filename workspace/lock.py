@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,22 +53,20 @@ def header(pins: Pins, version: str) -> str:
     )
 
 
-def _resolve(pins: Pins, version: str, *, upgrade: bool) -> str:
-    """Everything the release needs, resolved for all supported Pythons at once."""
+def resolve(pins: Pins, lines: list[str], *, start: str | None) -> str:
+    """All that the requirements need, resolved for all supported Pythons at once.
+
+    Versions stay those of the lock of release `start`, where they fit.
+    """
     uv = obtain_uv(sys.executable, pins.model_dump())
     oldest = min(pins.python.supported, key=lambda v: tuple(map(int, v.split("."))))
     with tempfile.TemporaryDirectory() as work:
         source, output = Path(work) / "requirements.in", Path(work) / "lock.txt"
-        source.write_text("\n".join(requirements(pins, version)) + "\n")
+        source.write_text("\n".join(lines) + "\n")
         # uv keeps what an existing output has, so that a lock moves only where it must.
-        if not upgrade:
-            output.write_text(
-                "".join(
-                    path.read_text()
-                    for path in (lock_path(version), lock_path(version, gpu=True))
-                    if path.exists()
-                )
-            )
+        if start:
+            paths = (lock_path(start), lock_path(start, gpu=True))
+            output.write_text("".join(path.read_text() for path in paths if path.exists()))
         command = [
             str(uv), "pip", "compile", str(source), "-o", str(output), "-q",
             "--universal", "--python-version", oldest, "--generate-hashes",
@@ -78,8 +77,13 @@ def _resolve(pins: Pins, version: str, *, upgrade: bool) -> str:
             command, env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode:
-            raise WorkspaceError(f"the pins do not resolve: {result.stderr.strip()}")
+            raise WorkspaceError(f"the pins do not resolve: {_because(result.stderr)}")
         return output.read_text()
+
+
+def _because(complaint: str) -> str:
+    """uv's explanation, which is several lines that it wraps, in one."""
+    return re.sub(r"[\s│╰─▶×]+", " ", complaint).strip()
 
 
 def split(text: str, names: list[str]) -> tuple[str, str]:
@@ -113,13 +117,15 @@ def environment_yml(pins: Pins, version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(*, upgrade: bool = False) -> list[Path]:
-    """Write the locks and the environment file of each release; returns the files."""
+def run(*, upgrade: bool = False, only: str | None = None) -> list[Path]:
+    """Write the locks and the environment file of each release, or of one; returns the files."""
     pins = load()
     LOCKS.mkdir(exist_ok=True)
     written = []
-    for version in pins.vllm.release:
-        everywhere, gpu = split(_resolve(pins, version, upgrade=upgrade), pins.packages.gpu)
+    for version in [only] if only else pins.vllm.release:
+        start = version if lock_path(version).exists() else pins.vllm.default
+        text = resolve(pins, requirements(pins, version), start=None if upgrade else start)
+        everywhere, gpu = split(text, pins.packages.gpu)
         for path, text in (
             (lock_path(version), everywhere),
             (lock_path(version, gpu=True), gpu),

@@ -34,6 +34,7 @@ ESCAPED = re.compile(rb"^>(>*(?:---$|diff -|From ))", re.MULTILINE)
 HUNK = re.compile(rb"^(@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@).*$", re.MULTILINE)
 """In a diff only a hunk's first line begins with @@: lines of a file have a sign before them."""
 FULL_INDEX = re.compile(rb"^index [0-9a-f]{40}\.\.[0-9a-f]{40}", re.MULTILINE)
+ORDER = ("-c", "diff.orderFile=/dev/null")
 NEUTRAL = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
 """A user's settings (whitespace, prefixes, attributes) must not change what is in a patch."""
 
@@ -99,10 +100,10 @@ def commits(tree: Path, base: str, tip: str) -> list[str]:
 def read_commit(tree: Path, commit: str) -> Patch:
     form = "%an%x00%ae%x00%ad%x00%B"
     options = ["--encoding=UTF-8", "--date=rfc2822", f"--format={form}", "-s"]
-    text = git_bytes("show", *options, commit, tree=tree, env=NEUTRAL)
+    text = git_bytes(*ORDER, "show", *options, commit, tree=tree, env=NEUTRAL)
     author, email, date, message = text.split(b"\0", 3)
     diff = git_bytes(
-        "-c", "core.quotePath=true",
+        *ORDER, "-c", "core.quotePath=true",
         "diff-tree", "-r", "-p", "-U0", "--root", "--no-commit-id", "--full-index", "--binary",
         "-M", "-l2000", "--diff-algorithm=myers", "--inter-hunk-context=0", "--no-color",
         "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", commit,
@@ -222,7 +223,7 @@ def _apply(tree: Path, diff: bytes, index: dict[str, str], work: Path) -> None:
             raise WorkspaceError(
                 f"{where[name]} has no full index line; make it with git diff --full-index"
             )
-    before = _preimages(tree, diff, work, where)
+    before = _preimages(tree, diff, index, work, where)
     found = _blobs(tree, list(before), index)
     for name, blob in before.items():
         if found.get(name) != blob:
@@ -254,13 +255,15 @@ def _numstat_names(listed: bytes) -> list[str]:
     return names
 
 
-def _preimages(tree: Path, diff: bytes, work: Path, where: dict[str, str]) -> dict[str, str]:
+def _preimages(
+    tree: Path, diff: bytes, index: dict[str, str], work: Path, where: dict[str, str]
+) -> dict[str, str]:
     """Old name → blob that the patch was made for, as git itself reads them out of the patch."""
     place = work / "before"
     place.unlink(missing_ok=True)
     command = ["apply", "--unidiff-zero", f"--build-fake-ancestor={place}"]
     try:
-        git(*command, tree=tree, env=NEUTRAL, stdin=diff)
+        git(*command, tree=tree, env=index, stdin=diff)
     except WorkspaceError as error:
         # The blob is not in the repository at all, so no file has it.
         named = re.search(r"useless \((.+)\)\.?$", str(error))

@@ -327,9 +327,7 @@ def _nvcc_remedy(runtime: str | None) -> str:
             f"NVIDIA's packages of CUDA {runtime} hold no nvcc, so set CUDA_HOME to a toolkit of "
             "that release, or use ENV=conda"
         )
-    return (
-        "run `make dev`, which installs the pinned one, or install the package nvidia-cuda-nvcc"
-    )
+    return "run `make dev`, which installs the pinned one, or install the package nvidia-cuda-nvcc"
 
 
 def _find_cxx() -> Path:

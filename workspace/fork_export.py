@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make fork-export`: the commits of the tree, written as the release's queue of patches.
+
+Steps: read the commits after the pristine release, write them as patches in memory, prove that
+these make the same tree again, then put the files in place and write down that they are applied.
+The tree and its branches are not touched. A kill leaves files of both queues at most, and the next
+export sets that right, because the commits are all still there.
+"""
+
+from __future__ import annotations
+
+from workspace import fork, patch_queue, release
+from workspace.bootstrap import say
+from workspace.errors import WorkspaceError
+from workspace.files import remove_partial, write_file
+from workspace.fork_tree import git, require_no_operation, shown, state
+from workspace.paths import PATCHES
+
+
+def run() -> None:
+    """Export the commits of the branch that is checked out.
+
+    Raises:
+        WorkspaceError: no tree, a history that no queue can hold, or a full disk.
+    """
+    version = release.selected()
+    tree = release.tree(version)
+    found = state(tree)
+    if found is None:
+        raise WorkspaceError(f"{shown(tree)} is not there; run: make dev")
+    require_no_operation(tree)
+    base = fork.upstream_tag(version)
+    commits = patch_queue.commits(tree, base, "HEAD")
+    patches = [patch_queue.read_commit(tree, commit) for commit in commits]
+    named = {
+        patch_queue.file_name(number, patch): patch_queue.as_file(patch)
+        for number, patch in enumerate(patches, 1)
+    }
+    _prove(version, named, found.head)
+    changed = _write(version, named)
+    digest = patch_queue.digest(patch_queue.files(version))
+    if found.applied != found.head or found.patches_digest != digest:
+        git("update-ref", f"{fork.REPLACED}/{found.applied[:12]}", found.applied, tree=tree)
+        fork.record(tree, found.head, digest)
+    _report(version, len(named), changed, patches)
+    for line in _left_out(version):
+        say(line)
+
+
+def _prove(version: str, named: dict[str, bytes], head: str) -> None:
+    """Apply what would be written, and compare the trees hash for hash."""
+    tree = release.tree(version)
+    read = [(name, patch_queue.from_file(content)) for name, content in named.items()]
+    tip = patch_queue.commit_all(tree, fork.upstream_tag(version), read)
+    made, wanted = (git("rev-parse", f"{one}^{{tree}}", tree=tree) for one in (tip, head))
+    if made != wanted:
+        names = git("diff", "--name-only", tip, head, tree=tree).split("\n")[0]
+        raise WorkspaceError(
+            f"the patches would not make the same tree again ({names} differs), so nothing was "
+            "written; please report it with that commit"
+        )
+
+
+def _write(version: str, named: dict[str, bytes]) -> int:
+    """Bring the folder to what is named; how many files changed."""
+    folder = PATCHES / version
+    remove_partial(folder)
+    changed = 0
+    for name, content in named.items():
+        path = folder / name
+        if not path.exists() or path.read_bytes() != content:
+            write_file(path, content)
+            changed += 1
+    for path in patch_queue.files(version):
+        if path.name not in named:
+            path.unlink()
+            changed += 1
+    return changed
+
+
+def _report(version: str, count: int, changed: int, patches: list[patch_queue.Patch]) -> None:
+    where = f"vllm-fork/patches/{version}"
+    added = sum(patch.lines[0] for patch in patches)
+    if not changed:
+        say(f"{where} holds all {count} commits already, {added} lines added")
+        return
+    say(f"{where}: {count} patches, {added} lines added; commit that folder to keep them")
+    for number, patch in enumerate(patches, 1):
+        if patch.lines[1]:
+            say(f"{patch_queue.file_name(number, patch)} removes {patch.lines[1]} upstream lines")
+
+
+def _left_out(version: str) -> list[str]:
+    """What the queue does not hold, in words."""
+    found = state(release.tree(version))
+    left = []
+    if found and found.uncommitted:
+        left.append(f"{len(found.uncommitted)} uncommitted edits are not in it")
+    if found and found.own_commits:
+        left.append(f"{len(found.own_commits)} commits of other branches or stashes are not in it")
+    return left
