@@ -8,6 +8,9 @@ import subprocess
 import pytest
 
 
+NEEDED = {"gpu": "a GPU", "nvcc": "nvcc"}
+
+
 def _gpu_missing() -> str | None:
     try:
         import torch
@@ -16,12 +19,28 @@ def _gpu_missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
+def _nvcc_missing() -> str | None:
+    """None also where nvcc is missing though the release's packages hold one: then tests fail."""
+    from custom_kernels import build
+
+    from workspace.pins import load
+
+    if load().release().cuda.packages_hold_nvcc:
+        return None
+    try:
+        build.toolchain()
+    except build.NoCompiler as error:
+        return str(error)
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what the machine cannot run, with the reason."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    reason = _gpu_missing() if marked else None
-    for item in marked if reason else []:
-        item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {reason}"))
+    for mark, missing in (("gpu", _gpu_missing), ("nvcc", _nvcc_missing)):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = missing() if marked else None
+        for item in marked if reason else []:
+            item.add_marker(pytest.mark.skip(reason=f"needs {NEEDED[mark]}: {reason}"))
 
 
 @pytest.fixture(autouse=True)

@@ -201,11 +201,18 @@ def libraries(release: Release) -> Iterator[Check]:
         )
 
 
-def cpu_library() -> str:
-    """The vLLM CPU library that this processor needs, by vLLM's own rule."""
-    if platform.machine() != "x86_64":
+def cpu_flags() -> set[str]:
+    return set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags", 1)[-1][:4000]))
+
+
+def cpu_library(there: set[str]) -> str:
+    """Of the vLLM CPU libraries that are `there`, the one for this processor, by vLLM's own rule.
+
+    A release with one library for all (0.13.0) has it compiled for AVX2.
+    """
+    if platform.machine() != "x86_64" or "_C_AVX2.abi3.so" not in there:
         return "_C.abi3.so"
-    flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags", 1)[-1][:4000]))
+    flags = cpu_flags()
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         return "_C.abi3.so" if "avx512_bf16" in flags else "_C_AVX512.abi3.so"
     return "_C_AVX2.abi3.so"
@@ -231,12 +238,18 @@ def vllm() -> Check:
             "vLLM", "problem", f"{version} with binaries for {manifest['device']}, not {wanted}",
             "make dev",
         )  # fmt: skip
-    if wanted == "cpu" and not (place / "vllm" / cpu_library()).exists():
-        return Check("vLLM", "problem", f"this CPU needs {cpu_library()}", "make dev")
+    library = cpu_library({path.name for path in (place / "vllm").glob("_C*.so")})
+    if wanted == "cpu" and not (place / "vllm" / library).exists():
+        return Check("vLLM", "problem", f"this CPU needs {library}", "make dev")
+    if wanted == "cpu" and platform.machine() == "x86_64" and "avx2" not in cpu_flags():
+        return Check(
+            "vLLM", "problem", "this CPU lacks AVX2, without which no vLLM binaries run on it",
+            "take another machine",
+        )  # fmt: skip
     if wanted == "cpu" and not install.has_libnuma():
         return Check("vLLM", "problem", f"{version} needs libnuma.so.1", "make dev")
     detail = f"{version}, editable from {place.relative_to(ROOT)}, {manifest['device']} binaries"
-    return Check("vLLM", "ok", detail + (f" ({cpu_library()})" if wanted == "cpu" else ""))
+    return Check("vLLM", "ok", detail + (f" ({library})" if wanted == "cpu" else ""))
 
 
 def fork_state() -> Check:

@@ -64,6 +64,10 @@ class Cuda(_Model):
         return self.major >= 13
 
 
+def python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
 class Release(_Model):
     """One supported vLLM release with everything that has to match it."""
 
@@ -84,7 +88,7 @@ class Release(_Model):
 
     def binary(self, device: Device) -> Artifact:
         """The wheel whose compiled parts run on `device` of this machine, with this Python."""
-        machine, python = platform.machine(), f"{sys.version_info.major}.{sys.version_info.minor}"
+        machine, python = platform.machine(), python_version()
         wheels = self.binaries.get(device, {})
         found = wheels.get(machine)
         if found is None:

@@ -255,8 +255,8 @@ def toolchain() -> Toolchain:
     runtime = packaged_runtime()
     if runtime and runtime.split(".")[0] != nvcc_version.split(".")[0]:
         raise NoCompiler(
-            f"{nvcc} is nvcc {nvcc_version}, which does not go with this environment's CUDA "
-            f"{runtime}: {_nvcc_remedy(runtime)}"
+            f"{nvcc} is of CUDA {nvcc_version}, this environment of {runtime}: "
+            + _nvcc_remedy(runtime)
         )
     cxx = _find_cxx()
     tvm_ffi = importlib.util.find_spec("tvm_ffi")
@@ -324,8 +324,8 @@ def _find_nvcc() -> tuple[Path, str]:
 def _nvcc_remedy(runtime: str | None) -> str:
     if runtime and int(runtime.split(".")[0]) < 13:
         return (
-            f"NVIDIA's packages of CUDA {runtime} hold no nvcc, so set CUDA_HOME to a toolkit of "
-            "that release, or use ENV=conda"
+            f"the packages of CUDA {runtime} hold none; set CUDA_HOME to a toolkit of that release "
+            "or use ENV=conda"
         )
     return "run `make dev`, which installs the pinned one, or install the package nvidia-cuda-nvcc"
 

@@ -47,7 +47,10 @@ KEPT_REPORTS = 500
 _NOTES = re.compile(
     r"^(?://|#) (architectures|spills|no tensor cores|not deterministic): *(.+)$", re.MULTILINE
 )
-_VERSIONS = ("triton", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "torch")
+_VERSIONS = (
+    *("triton", "cupy-cuda13x", "cupy-cuda12x"),
+    *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch"),
+)
 
 
 @dataclass(frozen=True)
@@ -401,7 +404,8 @@ def _compiled_by_nvrtc(
         "--device-as-default-execution-space",
         f"-arch=sm_{_number(architecture)}",
         "--ptxas-options=-v",
-        "--no-cache",  # what comes from NVRTC's cache comes without ptxas's report
+        # What comes from NVRTC's cache comes without ptxas's report. CUDA 12.8's has no cache.
+        *(["--no-cache"] if nvrtc.getVersion() >= (13, 0) else []),
     )
     try:
         nvrtc.compileProgram(program, options)

@@ -162,7 +162,7 @@ def test_a_missing_tool_is_one_clear_error(
     try:
         with pytest.raises(build.BuildError, match=r"no C\+\+ compiler: install g\+\+"):
             build.build_all([ARCHITECTURE])
-        monkeypatch.setattr(build, "_cuda_package", lambda: tmp_path)
+        monkeypatch.setattr(build, "_cuda_packages", list)
         for variable in ("CUDA_HOME", "CUDA_PATH"):
             monkeypatch.delenv(variable, raising=False)
         with pytest.raises(build.BuildError, match=r"no nvcc in this environment.*make dev"):

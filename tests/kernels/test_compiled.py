@@ -10,14 +10,19 @@ from custom_kernels import build, inspection, registry
 
 SOURCES = pytest.mark.parametrize("source", build.sources(), ids=lambda source: source.name)
 BACKENDS = [
-    (operation, backend)
+    pytest.param(
+        operation,
+        backend,
+        id=f"{operation}.{backend}",
+        marks=[pytest.mark.nvcc] if build.find(operation, backend) else [],
+    )
     for operation in registry.operations()
     for backend in sorted(registry.backend_files(operation))
     if registry.kind(operation, backend) != "torch"
 ]
 
 
-@pytest.mark.parametrize(("operation", "backend"), BACKENDS, ids=map(".".join, BACKENDS))
+@pytest.mark.parametrize(("operation", "backend"), BACKENDS)
 def test_compiles_for_every_pinned_architecture_without_spills(
     operation: str, backend: str
 ) -> None:
@@ -35,6 +40,7 @@ def test_compiles_for_every_pinned_architecture_without_spills(
 
 
 @SOURCES
+@pytest.mark.nvcc
 def test_loads_without_a_gpu_and_brings_no_second_cuda_library(source: build.Source) -> None:
     module = build.load(source.operation, source.backend)
     assert module is not None

@@ -157,10 +157,12 @@ class Checkout:
             start_new_session=True,
         )
 
-    def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def make(
+        self, *arguments: str, seconds: float = 300, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run make; standard output and error come back as one text."""
         process = self.start(*arguments, **env)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(arguments, process.returncode, output, "")
 
     def git(self, *arguments: str) -> str:
@@ -225,6 +227,16 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
         tools = root / ".workspace" / "tools" / own_uv.parent.name
         tools.mkdir(parents=True)
         shutil.copy(own_uv, tools)
+    # Compiled once for all of them: what is compiled does not depend on the folder.
+    places = {
+        "WORKSPACE_CACHE": str(cache),
+        "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
+    }
+    return Checkout(root, clean_environment() | places)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of a user's shell, without what `make test` and this checkout added."""
     drop = (
         "MAKEFLAGS",
         "MAKELEVEL",
@@ -238,15 +250,8 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
         ASKED,
         SELECTED,
     )
-    env = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("GIT_")}
-    # Compiled once for all of them: what is compiled does not depend on the folder.
-    env |= {
-        "WORKSPACE_CACHE": str(cache),
-        "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
-        "DEVICE": "cpu",
-        "PYTHON": BASE_PYTHON,
-    }
-    return Checkout(root, env)
+    kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("GIT_")}
+    return kept | {"DEVICE": "cpu", "PYTHON": BASE_PYTHON}
 
 
 @pytest.fixture

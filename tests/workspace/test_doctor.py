@@ -3,20 +3,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from custom_kernels import build
 
 from workspace import doctor, install
 from workspace.paths import LOCKS, ROOT
 from workspace.pins import load
-from workspace.release import tree
+from workspace.release import selected, tree
 
-VERSION = load().vllm.default
+VERSION = selected()
 needs_dev = pytest.mark.skipif(
-    not (Path(sys.prefix) / "workspace-src.json").exists(), reason="run make dev first"
+    not (Path(sys.prefix) / f"workspace-{VERSION}.json").exists(), reason="run make dev first"
 )
 
 
@@ -42,6 +44,45 @@ def test_the_json_is_the_same_answer() -> None:
     answer = json.loads(result.stdout)
     assert answer["usable"] is (result.returncode == 0)
     assert {"name", "status", "detail", "remedy"} == set(answer["checks"][0])
+
+
+def test_the_library_for_this_cpu_is_the_one_that_vllm_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    three = {"_C.abi3.so", "_C_AVX512.abi3.so", "_C_AVX2.abi3.so"}
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    wide = {"avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    for flags, name in (
+        ({"avx2"}, "_C_AVX2.abi3.so"),
+        (wide, "_C_AVX512.abi3.so"),
+        (wide | {"avx512_bf16"}, "_C.abi3.so"),
+    ):
+        monkeypatch.setattr(doctor, "cpu_flags", lambda flags=flags: flags)
+        assert doctor.cpu_library(three) == name
+        assert doctor.cpu_library({"_C.abi3.so"}) == "_C.abi3.so"  # 0.13.0 has one for all
+
+
+@needs_dev
+def test_a_cpu_that_cannot_run_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.machine() != "x86_64" or doctor.device() != "cpu":
+        pytest.skip("of x86_64 CPUs, where vLLM runs on the CPU")
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: {"sse4_2"})
+    check = doctor.vllm()
+    assert check.status == "problem"
+    assert "AVX2" in check.detail
+
+
+@pytest.mark.parametrize(("release", "status"), [("0.13.0", "note"), ("0.25.1", "problem")])
+def test_a_missing_nvcc_is_a_problem_where_packages_hold_one(
+    monkeypatch: pytest.MonkeyPatch, release: str, status: str
+) -> None:
+    def none() -> None:
+        raise build.NoCompiler("there is no nvcc")
+
+    monkeypatch.setattr(build, "toolchain", none)
+    _, nvcc = doctor.tool_chain(load().release(release), "system")
+    assert (nvcc.name, nvcc.status) == ("nvcc", status)
+    assert nvcc.remedy
 
 
 def test_components_of_another_cuda_release_are_found() -> None:

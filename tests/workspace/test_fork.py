@@ -15,14 +15,13 @@ from tests.workspace.conftest import PATCH, SOURCES, blob, sdist_bytes
 from workspace import fork, fork_tree, patch_queue
 from workspace import release as releases_module
 from workspace.errors import WorkspaceError
+from workspace.fetch import fetch
 from workspace.fork_tree import APPLIED, git
-from workspace.paths import PATCHES
 from workspace.pins import Release, load
 from workspace.release import link
 from workspace.release import tree as release_tree
 
 VERSION = load().vllm.default
-OURS = sorted((PATCHES / VERSION).glob("*.patch"))
 
 
 @pytest.fixture
@@ -191,15 +190,18 @@ def test_the_files_are_the_users_whoever_packed_them(release: Release) -> None:
 
 # --- our own patches ------------------------------------------------------------------------
 
+EACH_RELEASE = pytest.mark.parametrize("version", sorted(load().vllm.release))
+
 
 def added(patch: Path) -> list[str]:
     lines = patch.read_text().splitlines()
     return [line for line in lines if line.startswith("+") and not line.startswith("+++")]
 
 
-def test_our_patches_only_add_and_hold_nothing_of_upstreams() -> None:
-    assert OURS
-    for patch in OURS:
+@EACH_RELEASE
+def test_our_patches_only_add_and_hold_nothing_of_upstreams(version: str) -> None:
+    assert patch_queue.files(version)
+    for patch in patch_queue.files(version):
         body = patch.read_text().split("\n---\n", 1)[1].rsplit("\n-- \n", 1)[0]
         for line in body.splitlines():
             if line.startswith("@@"):
@@ -208,34 +210,61 @@ def test_our_patches_only_add_and_hold_nothing_of_upstreams() -> None:
                 assert re.match(r"diff --git |index |--- a/|\+", line), f"not ours: {line}"
 
 
-def test_our_patches_are_small() -> None:
-    assert sum(len(added(patch)) for patch in OURS) <= 40
+@EACH_RELEASE
+def test_our_patches_are_small(version: str) -> None:
+    assert sum(len(added(patch)) for patch in patch_queue.files(version)) < 60
 
 
-def test_our_patches_register_every_switch() -> None:
+def test_our_patches_are_the_same_for_each_release() -> None:
+    names = {
+        version: [path.name for path in patch_queue.files(version)]
+        for version in load().vllm.release
+    }
+    assert set(map(tuple, names.values())) == {tuple(names[VERSION])}
+
+
+@EACH_RELEASE
+def test_our_patches_register_every_switch(version: str) -> None:
     """Unregistered, a switch is no part of vLLM's torch.compile cache key."""
-    text = "\n".join(line for patch in OURS for line in added(patch))
+    text = "\n".join(line for patch in patch_queue.files(version) for line in added(patch))
     for switch in ("VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND"):
         assert f'"{switch}": lambda' in text
 
 
-@pytest.mark.skipif(
-    not (release_tree(VERSION) / "setup.py").exists(), reason="no fork here: run make dev"
-)
-def test_the_fork_of_this_checkout_is_the_pinned_release() -> None:
-    tag = fork.upstream_tag(VERSION)
-    tree = git("rev-parse", f"{tag}^{{tree}}", tree=release_tree(VERSION)).strip()
-    assert tree == load().release().tree
-    assert git("merge-base", "--is-ancestor", APPLIED, "HEAD", tree=release_tree(VERSION)) == ""
+@pytest.fixture(scope="module")
+def real_tree(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real release: of this checkout, else unpacked from its sdist, which is fetched once."""
+    version = request.param
+    if (release_tree(version) / "setup.py").exists():
+        return release_tree(version)
+    pinned = load().release(version)
+    tree = fork.unpack(fetch(pinned.sdist), tmp_path_factory.mktemp(version))
+    fork.commit_pristine(tree, version, pinned.tree)
+    return tree
 
 
-@pytest.mark.skipif(
-    not (release_tree(VERSION) / "setup.py").exists(), reason="no fork here: run make dev"
+REAL_TREE = pytest.mark.parametrize(
+    ("version", "real_tree"),
+    [(version, version) for version in sorted(load().vllm.release)],
+    indirect=["real_tree"],
+    ids=sorted(load().vllm.release),
 )
-def test_our_patches_apply_to_the_real_release() -> None:
-    tip = patch_queue.commit_files(release_tree(VERSION), fork.upstream_tag(VERSION), OURS)
-    stat = git("diff", "--numstat", fork.upstream_tag(VERSION), tip, tree=release_tree(VERSION))
+
+
+@REAL_TREE
+def test_the_real_release_is_the_pinned_tree(version: str, real_tree: Path) -> None:
+    tag = fork.upstream_tag(version)
+    found = git("rev-parse", f"{tag}^{{tree}}", tree=real_tree).strip()
+    assert found == load().release(version).tree
+    assert git("merge-base", "--is-ancestor", APPLIED, "HEAD", tree=real_tree) == ""
+
+
+@REAL_TREE
+def test_our_patches_apply_to_the_real_release(version: str, real_tree: Path) -> None:
+    patches, tag = patch_queue.files(version), fork.upstream_tag(version)
+    tip = patch_queue.commit_files(real_tree, tag, patches)
+    stat = git("diff", "--numstat", tag, tip, tree=real_tree)
     assert sum(int(line.split()[0]) for line in stat.splitlines()) == sum(
-        map(len, map(added, OURS))
+        map(len, map(added, patches))
     )
     assert all(line.split()[1] == "0" for line in stat.splitlines())

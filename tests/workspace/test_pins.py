@@ -15,12 +15,36 @@ DERIVED = ("pins.toml", "environment.yml", "locks/", "vllm-fork/patches/")
 EXACT = r"\d+\.\d+\.\d+(?:\.\d+)*"
 
 
-def test_the_pins_of_this_checkout_are_complete() -> None:
-    release = pins.load().release()
-    assert pins.load().vllm.default == "0.25.1"
-    assert release.sdist.filename.startswith("vllm-0.25.1")
+@pytest.mark.parametrize("version", sorted(pins.load().vllm.release))
+def test_the_pins_of_each_release_are_complete(version: str) -> None:
+    release = pins.load().release(version)
+    assert release.sdist.filename.startswith(f"vllm-{version}")
     assert {"cuda", "cpu"} == set(release.binaries)
     assert re.fullmatch(r"[0-9a-f]{40}", release.tree)
+
+
+def test_two_releases_are_supported() -> None:
+    assert pins.load().vllm.default == "0.25.1"
+    assert {"0.25.1", "0.13.0"} <= set(pins.load().vllm.release)
+
+
+def test_where_wheels_serve_one_python_each_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = pins.load().release("0.13.0")
+    monkeypatch.setattr(pins.platform, "machine", lambda: "x86_64")
+    for python in pins.load().python.supported:
+        monkeypatch.setattr(pins, "python_version", lambda python=python: python)
+        tag = f"-cp{python.replace('.', '')}-"
+        assert tag in release.binary("cpu").filename
+        assert "-abi3-" in release.binary("cuda").filename
+
+
+def test_a_python_without_a_wheel_is_told_which_ones_have_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pins.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(pins, "python_version", lambda: "3.13")
+    with pytest.raises(WorkspaceError, match=r"with Python 3\.13; give PYTHON= one of 3\.11, 3\.12"):
+        pins.load().release("0.13.0").binary("cpu")
 
 
 @pytest.mark.parametrize(
@@ -58,9 +82,14 @@ def test_an_unknown_release_lists_those_there_are() -> None:
 
 def test_versions_stand_in_the_pins_and_nowhere_else_by_hand() -> None:
     """A version of a pinned package in our code would drift from the pins unnoticed."""
-    release = pins.load().release()
-    numbers = {*release.cuda.wheels.values(), *release.cuda.libraries.values(), release.triton}
-    numbers = {number for number in numbers if re.fullmatch(EXACT, number)}
+    numbers = {
+        number
+        for release in pins.load().vllm.release.values()
+        for number in (
+            *release.cuda.wheels.values(), *release.cuda.libraries.values(), release.triton
+        )
+        if re.fullmatch(EXACT, number)
+    }  # fmt: skip
     tracked = subprocess.run(
         ["git", "ls-files", "*.py", "Makefile", "*.sh", ".ci", ".devcontainer"],
         cwd=ROOT, capture_output=True, text=True, check=True,

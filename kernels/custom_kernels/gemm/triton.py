@@ -43,6 +43,8 @@ GROUP = 8
 INTERPRETED = knobs.runtime.interpret
 """The interpreter multiplies bfloat16 as if they were integers, and rounds to it by cutting off: so
 there tiles become float32 before they are multiplied, and torch rounds the result."""
+COUNTS_ELEMENTS = INTERPRETED and triton.__version__.startswith("3.5.")
+"""That interpreter takes descriptors with strides of multiples of 16 elements, not bytes."""
 
 
 # M changes from call to call: being 1 or a multiple of 16 must not make a kernel of its own.
@@ -345,7 +347,8 @@ def _stride(matrix: torch.Tensor) -> int:
 
 def _aligned(matrix: torch.Tensor) -> bool:
     """Whether TMA takes it: every row at a multiple of 16 bytes."""
-    return (matrix.data_ptr() | _stride(matrix) * matrix.element_size()) % 16 == 0
+    unit = 1 if COUNTS_ELEMENTS else matrix.element_size()
+    return (matrix.data_ptr() | _stride(matrix) * unit) % 16 == 0
 
 
 @functools.cache

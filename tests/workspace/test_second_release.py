@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other supported release, whole: from a fresh checkout to its own engine with our kernel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.conftest import Checkout, clean_environment
+from workspace.bench import record
+from workspace.paths import ROOT
+from workspace.pins import load
+
+DEFAULT = load().vllm.default
+OTHER = next(version for version in load().vllm.release if version != DEFAULT)
+SMALL = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1")
+
+
+@pytest.fixture
+def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
+    """What git has of this checkout, edits included; nothing is set up in it. Downloads come from
+    the user's caches."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    root = tmp_path / "checkout"
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    yield Checkout(root, clean_environment())
+    shutil.rmtree(root)  # its environment takes gigabytes where the cache is on another disk
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_other_release_runs_from_a_fresh_checkout_to_the_bench(
+    fresh_checkout: Checkout,
+) -> None:
+    asked = f"VLLM_VERSION={OTHER}"
+    made = fresh_checkout.make("dev", asked, seconds=900)
+    assert made.returncode == 0, made.stdout
+    assert os.readlink(fresh_checkout.src) == f"releases/{OTHER}"
+    assert not (fresh_checkout.root / ".venv").exists()  # the default release's
+
+    ran = fresh_checkout.make("bench", asked, *SMALL, seconds=900)
+    assert ran.returncode == 0, ran.stdout
+    (path,) = (fresh_checkout.root / "benchmarks" / "results").glob("*.json")
+    found = record.read(path)
+    assert found.valid
+    assert found.provenance.environment["vllm"] == f"{OTHER}+cpu"
+    assert found.provenance.environment["torch"].split("+")[0] == load().release(OTHER).torch
+    stock, custom = found.variants
+    assert stock.launches == {}
+    assert sum(custom.launches.values()) > 0
+    for variant in found.variants:
+        (process,) = variant.processes
+        assert process.vllm_folder == str(fresh_checkout.tree(OTHER) / "vllm")
