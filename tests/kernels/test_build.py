@@ -13,12 +13,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from custom_kernels import build
 
 from tests.kernels.conftest import PackageCopy
 
+pytestmark = pytest.mark.nvcc
 ARCHITECTURE = "8.0"
 
 # Without tvm-ffi's headers, so that it compiles in a second or two.
@@ -169,6 +171,43 @@ def test_a_missing_tool_is_one_clear_error(
             build.build_all([ARCHITECTURE])
     finally:
         build.toolchain.cache_clear()
+
+
+def test_a_compiler_of_another_cuda_release_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = tmp_path / "bin" / "nvcc"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho Cuda compilation tools, release 11.8, V11.8.89\n")
+    other.chmod(0o755)
+    monkeypatch.setattr(build, "_cuda_packages", list)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for runtime, remedy in (("13.0", "make dev"), ("12.8", "hold none; set CUDA_HOME")):
+        monkeypatch.setattr(build, "packaged_runtime", lambda runtime=runtime: runtime)
+        build.toolchain.cache_clear()
+        with pytest.raises(build.NoCompiler, match=rf"CUDA 11\.8\.89, .* of {runtime}: .*{remedy}"):
+            build.toolchain()
+    build.toolchain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("there", "found"),
+    [
+        (("cu13/include", "cusparselt/lib", "nccl/lib"), ["cu13", "cusparselt"]),
+        (
+            ("cublas/lib", "cuda_runtime/include", "cusparselt/lib", "notes"),
+            ["cublas", "cuda_runtime", "cusparselt"],
+        ),
+    ],
+)
+def test_packages_are_found_as_cuda_13_and_as_cuda_12_lay_them_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: tuple[str, ...], found: list[str]
+) -> None:
+    for folder in there:
+        (tmp_path / "nvidia" / folder).mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda _name: spec)
+    assert [folder.name for folder in build._cuda_packages()] == found
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_error(

@@ -113,6 +113,7 @@ def reports(copy: PackageCopy, *arguments: str) -> dict[str, dict[str, object]]:
     }
 
 
+@pytest.mark.nvcc
 def test_cuda_kernels_are_read_right(toy: PackageCopy) -> None:
     toy.add("toy/fast.cu", KERNELS)
     found = reports(toy, "toy.fast", "--arch", "9.0a")
@@ -140,6 +141,7 @@ def test_cuda_kernels_are_read_right(toy: PackageCopy) -> None:
     assert set(found["sparse 9.0a"]["tensor"]) == {"HMMA.SP"}
 
 
+@pytest.mark.nvcc
 def test_what_a_file_says_to_be_on_purpose_is_no_warning(toy: PackageCopy) -> None:
     toy.add("toy/__init__.py", "MATRIX = True\n")
     toy.add("toy/fast.cu", "// spills: it is about spilling\n" + KERNELS)
@@ -262,6 +264,7 @@ def test_occupancy_of_an_unknown_architecture_is_not_guessed() -> None:
     assert assembly.occupancy("99.0", 128, 32, 0) is None
 
 
+@pytest.mark.nvcc
 def test_hopper_instructions_are_recognised(tmp_path: Path) -> None:
     """TMA's bulk copies, and the reserved kilobyte of shared memory that is not the kernel's."""
     source = tmp_path / "bulk.cu"

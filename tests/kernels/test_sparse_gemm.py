@@ -426,6 +426,7 @@ def test_a_wrong_backend_is_one_clear_error() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.nvcc
 def test_cutlass_metadata_is_permuted_as_cutlass_says(bits: int) -> None:
     """What torch does atom by atom is what CUTLASS's layout says byte by byte, and loses none."""
     library = build.load("sparse_gemm", "cutlass")
@@ -440,6 +441,7 @@ def test_cutlass_metadata_is_permuted_as_cutlass_says(bits: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.nvcc
 def test_cutlass_pads_metadata_to_whole_atoms(dtype: torch.dtype) -> None:
     weight = make_weight(100, 200, "6:8", dtype)
     scale = torch.ones(100) if dtype in SCALED else None
@@ -455,6 +457,7 @@ KINDS = {torch.float8_e4m3fn: 8, torch.int8: -8, torch.bfloat16: 16}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.nvcc
 def test_cutlass_tiles_are_those_that_python_numbers(dtype: torch.dtype) -> None:
     tiles = build.load("sparse_gemm", "cutlass").tiles(KINDS[dtype])
     costs = [cutlass.COSTS[name] for name in cutlass.TILES[dtype]]
