@@ -7,7 +7,6 @@ import subprocess
 
 import pytest
 
-
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc"}
 
 

@@ -43,7 +43,9 @@ def test_a_python_without_a_wheel_is_told_which_ones_have_one(
 ) -> None:
     monkeypatch.setattr(pins.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(pins, "python_version", lambda: "3.13")
-    with pytest.raises(WorkspaceError, match=r"with Python 3\.13; give PYTHON= one of 3\.11, 3\.12"):
+    with pytest.raises(
+        WorkspaceError, match=r"with Python 3\.13; give PYTHON= one of 3\.11, 3\.12"
+    ):
         pins.load().release("0.13.0").binary("cpu")
 
 
