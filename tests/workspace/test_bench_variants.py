@@ -17,6 +17,7 @@ LOG = Path("log")
 def test_sides_differ_in_nothing_but_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variants.SWITCH, "1")
     monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    monkeypatch.setenv(variants.LAYERS_SWITCH, "*")
     made = plan(backend="reference")
     stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
     assert custom.items() - stock.items() == {

@@ -15,6 +15,8 @@ from workspace.release import tree
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
+LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
+SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
 
 GIB = 2**30
@@ -74,7 +76,7 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     """
     # Triton's interpreter is for tests on machines without a GPU: in it, vLLM's own Triton kernels
     # would run a thousand times slower, or fail.
-    ours = (SWITCH, BACKEND_SWITCH, "TRITON_INTERPRET")
+    ours = (*SWITCHES, "TRITON_INTERPRET")
     inherited = {k: v for k, v in os.environ.items() if k not in ours}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
