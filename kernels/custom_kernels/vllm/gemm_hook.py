@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 
 import custom_kernels.gemm  # registers torch.ops.custom_kernels.gemm  # noqa: F401
-from custom_kernels import registry
+from custom_kernels import launches, registry
 from custom_kernels.vllm import upstream
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,10 @@ def reads_weight(layer: torch.nn.Module) -> bool:
 
 def weights_loaded(layer: torch.nn.Module) -> None:
     """vLLM calls this for every layer of the model before the first of them runs."""
-    if upstream.is_linear(layer):
-        _loaded.add(upstream.layer_name(layer))
+    name, linear = upstream.layer_name(layer), upstream.is_linear(layer)
+    if linear:
+        _loaded.add(name)
+    launches.layer(name, layer.weight.data_ptr(), expected=linear)
 
 
 @torch.compiler.assume_constant_result
