@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.kernels import vllm_program
 
 PROGRAM = """
 import logging, os
@@ -54,19 +53,10 @@ print(gemm_hook.choose_backend("cpu", torch.float32))
 """
 
 
-LAYERS = """
-import os, sys
-import torch
+LAYERS = (
+    vllm_program.ONE_RANK
+    + """
 from custom_kernels import launches
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
-from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-def linear(name):
-    return ReplicatedLinear(
-        64, 64, bias=False, params_dtype=torch.bfloat16, return_bias=False, prefix=name
-    )
 
 def ran(call):
     before = launches.counts().get("gemm.reference", 0)
@@ -75,8 +65,7 @@ def ran(call):
 
 def main(store):
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+        one_rank(store)
         one, other = linear("model.layers.0.mlp.down_proj"), linear("model.layers.1.mlp.down_proj")
         attention = linear("model.layers.0.self_attn.o_proj")
         head = ParallelLMHead(64, 64, params_dtype=torch.bfloat16, prefix="lm_head")
@@ -112,6 +101,7 @@ for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
     if os.wait()[1]:
         sys.exit(f"failed: {setting}")
 """
+)
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
@@ -120,22 +110,6 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
         pytest.skip("the package custom-kernels is not installed here: run `make dev`")
     (entry,) = {entry.value for entry in found}
     assert entry == "custom_kernels.vllm.plugin:register"
-
-
-def engine_program(program: str, *arguments: str, **switches: str) -> tuple[list[str], str]:
-    """Output lines and errors of a program that imports vLLM with these switches."""
-    pytest.importorskip("vllm")
-    ours = ("VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND", "VLLM_CUSTOM_GEMM_LAYERS")
-    inherited = {k: v for k, v in os.environ.items() if k not in (*ours, "TRITON_INTERPRET")}
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=inherited | {"VLLM_LOGGING_LEVEL": "ERROR"} | switches,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines(), result.stderr
 
 
 @pytest.mark.slow
@@ -150,7 +124,7 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(tmp_path: Pat
         f"{on} {names}=*.mlp.*,lm_head": "[True, True, False] [1, 1, 0, 1] 2",
         f"{on} {names}=*.1.mlp.*,*.mpl.*": "[False, True, False] [0, 1, 0, 0] 1",
     }
-    lines, errors = engine_program(LAYERS, str(tmp_path), *expected)
+    lines, errors = vllm_program.run(LAYERS, str(tmp_path), *expected)
     assert lines[-5:] == [f"{line} set()" for line in expected.values()]
     warned = "VLLM_CUSTOM_GEMM_LAYERS: '*.mpl.*' matches none of the 4 layers here, such as lm_head"
     assert errors.count("matches none") == errors.count(warned) == 1
@@ -158,7 +132,7 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(tmp_path: Pat
 
 @pytest.mark.slow
 def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
-    lines, errors = engine_program(PROGRAM, VLLM_USE_CUSTOM_GEMM="1")
+    lines, errors = vllm_program.run(PROGRAM, VLLM_USE_CUSTOM_GEMM="1")
     assert lines[-4:] == [
         "traced",
         "gemm cannot use backend 'cublastl' on cpu: there is no such backend; available: reference",
