@@ -32,7 +32,7 @@ COMPARED_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """One side: its name, the switches it sets, and whether kernels of ours must run.
+    """One side: its name, the switches and arguments it adds, and whether kernels of ours must run.
 
     `python_path` goes before everything else on the module path: another vLLM tree, say.
     """
@@ -40,12 +40,18 @@ class Variant:
     name: str
     switches: dict[str, str] = field(default_factory=dict)
     launches: bool = False
+    arguments: tuple[str, ...] = ()
     python_path: Path | None = None
 
 
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
-    """vLLM with the switch unset, and with it set."""
-    switches = {SWITCH: "1"} | ({BACKEND_SWITCH: plan.backend} if plan.backend else {})
+    """vLLM with the switch unset, and with it set, or with a quantization method of ours."""
+    if plan.quantization:
+        method = ("--quantization", plan.quantization)
+        return Variant("stock"), Variant("custom", launches=True, arguments=method)
+    switches = {SWITCH: "1"}
+    switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
+    switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
     return Variant("stock"), Variant("custom", switches, launches=True)
 
 
@@ -86,8 +92,8 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     return result
 
 
-def arguments(plan: Plan) -> list[str]:
-    """Arguments for `vllm bench METRIC`, without seed and output file."""
+def arguments(plan: Plan, variant: Variant) -> list[str]:
+    """Arguments of a variant for `vllm bench METRIC`, without seed and output file."""
     result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
     if plan.metric == "throughput":
         result += ["--dataset-name", "random"]
@@ -108,7 +114,7 @@ def arguments(plan: Plan) -> list[str]:
     if plan.model.weights == "dummy":
         result += ["--load-format", DUMMY_FORMAT]
         result += ["--worker-extension-cls", "workspace.bench.dummy_weights.WorkerExtension"]
-    return result
+    return [*result, *variant.arguments]
 
 
 def command_line(plan: Plan, variant: Variant) -> str:
@@ -116,7 +122,7 @@ def command_line(plan: Plan, variant: Variant) -> str:
     settings = {**common_settings(plan), **variant.switches}
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
     # A record may be published, and where the checkout lies is nobody's business.
-    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan)]
+    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan, variant)]
     return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
 
 
