@@ -112,6 +112,12 @@ def bench(
     num_prompts: Annotated[Text, option("NUM_PROMPTS", "Requests per round.")] = None,
     metric: Annotated[Text, option("METRIC", "throughput or latency.")] = None,
     backend: Annotated[Text, option("BACKEND", "GEMM backend of the custom variant.")] = None,
+    layers: Annotated[
+        Text, option("LAYERS", 'Patterns of the layers that run our kernel, e.g. "*.mlp.*".')
+    ] = None,
+    quantization: Annotated[
+        Text, option("QUANTIZATION", "A quantization method of ours, as the custom variant.")
+    ] = None,
     repeats: Annotated[Text, option("REPEATS", "Pairs of engine starts.")] = None,
     rounds: Annotated[Text, option("ROUNDS", "Measured rounds per engine start.")] = None,
     tp: Annotated[Text, option("TP", "Tensor-parallel processes.")] = None,
@@ -126,10 +132,11 @@ def bench(
     given = {
         "model": model, "input_len": input_len, "output_len": output_len,
         "num_prompts": num_prompts, "metric": metric, "backend": backend,
-        "repeats": repeats, "rounds": rounds, "tp": tp, "eager": eager, "baseline": baseline,
+        "layers": layers, "quantization": quantization, "repeats": repeats, "rounds": rounds,
+        "tp": tp, "eager": eager, "baseline": baseline,
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
-    set_up(operation="gemm")
+    set_up(operation=None if quantization else "gemm")
     module.run(options)
 
 

@@ -233,6 +233,7 @@ def _engine(record: dict[str, Any]) -> Side:
                 for name in ("backend", "input_len", "output_len", "num_prompts", "eager")
             },
             "tensor_parallel": str(settings["tensor_parallel"]),
+            **{name: str(settings.get(name)) for name in ("layers", "quantization")},
         },
         warnings=[f"{found['verdict']}: {found['because']}"]
         if found["verdict"] == "ambiguous"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count kernel launches, so that a measurement can prove which kernel ran.
+"""Count kernel launches, so that a measurement can prove which kernel ran, and in which layers.
 
 Every call of an operation is counted in its process. With ``CUSTOM_KERNELS_LAUNCH_LOG=<folder>`` in
 the environment each process also keeps its counts in the memory-mapped file
@@ -7,9 +7,14 @@ the environment each process also keeps its counts in the memory-mapped file
 however the process ends, SIGKILL included. Replays of a CUDA graph are not calls and so
 not counted.
 
-File layout: records of 64 bytes, each a name ``operation.backend`` in UTF-8 padded with NUL to 56
-bytes and a count as a little-endian unsigned 64-bit integer. The first record without a name ends
-the file.
+With a log calls are also counted by layer. An operation cannot be told its layer: the name would be
+part of the graph that torch.compile makes. But it sees the weight, and whoever loads the weights
+says which layer lies where (``layer``).
+
+File layout: records of 256 bytes, each a key in UTF-8 padded with NUL to 248 bytes and a count as a
+little-endian unsigned 64-bit integer. A key is ``operation.backend``, or with a space between them
+``operation.backend layer``; that a layer exists is a record whose key is a space and its name. The
+first record without a key ends the file.
 """
 
 import mmap
@@ -21,29 +26,50 @@ from pathlib import Path
 
 ENVIRONMENT = "CUSTOM_KERNELS_LAUNCH_LOG"
 
-_RECORD = struct.Struct("<56sQ")
-_NAME_BYTES = 56
+_KEY_BYTES = 248
+_RECORD = struct.Struct(f"<{_KEY_BYTES}sQ")
 _WORDS = _RECORD.size // 8
-_CAPACITY = 256
+_CAPACITY = 4096
+"""The file has a hole where nothing is written yet: it takes no more space than its records."""
 
 _lock = threading.Lock()
 _counts: dict[tuple[str, str], int] = {}
-_slots: dict[tuple[str, str], int] = {}
+_layers: dict[int, str] = {}
+"""The layers by the addresses of their weights."""
+_logged: dict[tuple[str, str, str], list[int]] = {}
+"""For each operation, backend and layer (or none) in the file: where its count is, and it."""
 _file: memoryview | None = None
 """The mapped file as 64-bit words: one is stored by a single instruction, so no count is torn."""
 
 
-def record(operation: str, backend: str) -> None:
-    """Count one launch of ``operation`` by ``backend``. Costs well under a microsecond."""
+def record(operation: str, backend: str, weight: int | None = None) -> None:
+    """Count one launch of ``operation`` by ``backend``, and by the layer whose weight is at this
+    address. Costs about a microsecond."""
     key = (operation, backend)
     with _lock:
-        count = _counts.get(key, 0) + 1
-        _counts[key] = count
-        slot = _slots.get(key)
-        if slot is None:
-            slot = _new_slot(key)
-        if _file is not None:
-            _file[slot * _WORDS + _WORDS - 1] = count
+        count = _counts.get(key, 0)
+        _counts[key] = count + 1
+        if _file is None and (count or not _open_log()):
+            return
+        _log((operation, backend, ""), 1)
+        name = _layers.get(weight) if weight is not None else None
+        if name is not None:
+            _log((operation, backend, name), 1)
+
+
+def layer(name: str, weight: int, expected: bool = True) -> None:
+    """Say, where there is a log, that the layer ``name`` has its weight at this address.
+
+    Args:
+        expected: whether the layer multiplies by it in every forward pass, so that ``read_layers``
+            names it also if it never runs.
+    """
+    with _lock:
+        if _file is None and not _open_log():
+            return
+        _layers[weight] = name
+        if expected:
+            _log(("", "", name), 0)
 
 
 def counts() -> dict[str, int]:
@@ -56,50 +82,83 @@ def reset() -> None:
     """Forget this process's counts; a log file keeps what it has and is opened anew."""
     global _file
     _counts.clear()
-    _slots.clear()
+    _layers.clear()
+    _logged.clear()
     _file = None
 
 
 def read(directory: str | os.PathLike[str]) -> dict[int, dict[str, int]]:
     """Counts of every process that launched something: ``{pid: {"gemm.cublaslt": 12}}``."""
-    return {
-        int(path.name.removeprefix("launches-")): dict(_records(path.read_bytes()))
-        for path in sorted(Path(directory).glob("launches-*"))
+    found = {
+        pid: {key: count for key, count in records if " " not in key}
+        for pid, records in _files(directory)
     }
+    return {pid: launched for pid, launched in found.items() if launched}
+
+
+def read_layers(directory: str | os.PathLike[str]) -> dict[int, dict[str, dict[str, int]]]:
+    """Counts by layer, of every process that has layers: ``{pid: {"lm_head": {"gemm.cublaslt":
+    12}}}``. A layer that launched nothing is empty."""
+    found: dict[int, dict[str, dict[str, int]]] = {}
+    for pid, records in _files(directory):
+        layers: dict[str, dict[str, int]] = {}
+        for key, count in records:
+            kernel, separator, name = key.partition(" ")
+            if separator:
+                launched = layers.setdefault(name, {})
+                if kernel:
+                    launched[kernel] = count
+        if layers:
+            found[pid] = layers
+    return found
+
+
+def _files(directory: str | os.PathLike[str]) -> Iterator[tuple[int, list[tuple[str, int]]]]:
+    for path in sorted(Path(directory).glob("launches-*")):
+        yield int(path.name.removeprefix("launches-")), list(_records(path.read_bytes()))
 
 
 def _records(data: bytes) -> Iterator[tuple[str, int]]:
     for offset in range(0, len(data) - _RECORD.size + 1, _RECORD.size):
-        name, count = _RECORD.unpack_from(data, offset)
-        if not name[0]:
+        key, count = _RECORD.unpack_from(data, offset)
+        if not key[0]:
             return
-        yield name.rstrip(b"\0").decode(), count
+        yield key.rstrip(b"\0").decode(), count
 
 
-def _new_slot(key: tuple[str, str]) -> int:
-    """Give ``key`` its record in the file; the name is written before the first count."""
+def _log(name: tuple[str, str, str], more: int) -> None:
+    """Add to a count in the file; its key is written before its first count."""
+    assert _file is not None
+    if name not in _logged:
+        operation, backend, layer = name
+        key = f"{operation}.{backend}" if operation else ""
+        key += f" {layer}" if layer else ""
+        data = key.encode()
+        if len(_logged) >= _CAPACITY or len(data) > _KEY_BYTES:
+            raise ValueError(
+                f"launch log: {_CAPACITY} names of at most {_KEY_BYTES} bytes fit, "
+                f"{key!r} is one too many or too long; shorten the backend's file name"
+            )
+        start = len(_logged) * _RECORD.size
+        _RECORD.pack_into(_file.cast("B"), start, data, 0)
+        _logged[name] = [start // 8 + _WORDS - 1, 0]
+    entry = _logged[name]
+    entry[1] += more
+    _file[entry[0]] = entry[1]
+
+
+def _open_log() -> bool:
+    """Open the log that the environment names, if it names one."""
     global _file
     directory = os.environ.get(ENVIRONMENT)
-    if directory and _file is None:
-        _file = _open(Path(directory))
-    slot = _slots[key] = len(_slots)
-    if _file is not None:
-        name = ".".join(key).encode()
-        if slot >= _CAPACITY or len(name) > _NAME_BYTES:
-            raise ValueError(
-                f"launch log: {_CAPACITY} names of at most {_NAME_BYTES} bytes fit, "
-                f"{name.decode()!r} is one too many or too long; shorten the backend's file name"
-            )
-        _RECORD.pack_into(_file.cast("B"), slot * _RECORD.size, name, 0)
-    return slot
-
-
-def _open(directory: Path) -> memoryview:
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"launches-{os.getpid()}"
+    if not directory:
+        return False
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    path = Path(directory) / f"launches-{os.getpid()}"
     with path.open("w+b") as file:  # a file of this name is left by an earlier process of our pid
         file.truncate(_CAPACITY * _RECORD.size)
-        return memoryview(mmap.mmap(file.fileno(), _CAPACITY * _RECORD.size)).cast("Q")
+        _file = memoryview(mmap.mmap(file.fileno(), _CAPACITY * _RECORD.size)).cast("Q")
+    return True
 
 
 def _after_fork() -> None:

@@ -80,8 +80,49 @@ def test_a_name_that_does_not_fit_is_one_clear_error(
 ) -> None:
     monkeypatch.setenv(launches.ENVIRONMENT, str(tmp_path))
     with pytest.raises(ValueError, match=r"launch log: .* shorten the backend's file name"):
-        launches.record("gemm", "b" * 80)
+        launches.record("gemm", "b" * 300)
 
 
 def test_reading_a_folder_that_is_not_there_gives_nothing(tmp_path: Path) -> None:
     assert launches.read(tmp_path / "absent") == {}
+
+
+def test_layers_are_counted_by_the_place_of_their_weight_and_survive_sigkill(
+    tmp_path: Path,
+) -> None:
+    name = "language_model.model.layers.11.mlp.shared_experts." + "x" * 100
+    program = (
+        "import os, signal, sys\n"
+        "from custom_kernels import launches\n"
+        "launches.layer(sys.argv[1], 4096)\n"
+        "launches.layer('idle', 8192)\n"
+        "launches.layer('embedding', 12288, expected=False)\n"
+        "for _ in range(1000): launches.record('gemm', 'a', 4096)\n"
+        "launches.record('gemm', 'b', 4096)\n"
+        "launches.record('gemm', 'b', 5000)\n"
+        "launches.record('quant_expand', 'a')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, launches.ENVIRONMENT: str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", program, name], env=environment, check=False)
+    assert process.returncode == -signal.SIGKILL
+    (counts,) = launches.read(tmp_path).values()
+    assert counts == {"gemm.a": 1000, "gemm.b": 2, "quant_expand.a": 1}
+    (layers,) = launches.read_layers(tmp_path).values()
+    assert layers == {name: {"gemm.a": 1000, "gemm.b": 1}, "idle": {}}
+
+
+def test_a_process_with_layers_and_no_launch_launched_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launches.ENVIRONMENT, str(tmp_path))
+    launches.layer("lm_head", 4096)
+    assert launches.read(tmp_path) == {}
+    assert launches.read_layers(tmp_path) == {os.getpid(): {"lm_head": {}}}
+
+
+def test_layers_without_a_log_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches.layer("lm_head", 4096)
+    launches.record("gemm", "a", 4096)
+    assert launches.counts() == {"gemm.a": 1}
+    assert launches._layers == {}

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.kernels import vllm_program
 
 PROGRAM = """
 import logging, os
@@ -53,6 +53,57 @@ print(gemm_hook.choose_backend("cpu", torch.float32))
 """
 
 
+LAYERS = (
+    vllm_program.ONE_RANK
+    + """
+from custom_kernels import launches
+
+def ran(call):
+    before = launches.counts().get("gemm.reference", 0)
+    call()
+    return launches.counts().get("gemm.reference", 0) - before
+
+def main(store):
+    with set_current_vllm_config(VllmConfig()):
+        one_rank(store)
+        one, other = linear("model.layers.0.mlp.down_proj"), linear("model.layers.1.mlp.down_proj")
+        attention = linear("model.layers.0.self_attn.o_proj")
+        head = ParallelLMHead(64, 64, params_dtype=torch.bfloat16, prefix="lm_head")
+    layers = (one, other, attention, head)
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight.data, std=0.1)
+    plain = [layer.weight.detach().clone() for layer in layers]
+    for layer in layers:
+        layer.quant_method.process_weights_after_loading(layer)
+    kept = [layer.weight.numel() > 0 for layer in layers[:3]]
+
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    calls = [lambda layer=layer: layer.quant_method.apply(layer, x) for layer in layers]
+    for call, weight in zip(calls, plain):
+        torch.testing.assert_close(call(), x @ weight.T, atol=0.05, rtol=0.02)
+    graphs = []
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    @torch.compile(backend=keep, fullgraph=True)
+    def model(x):
+        return attention(other(one(x)))
+    compiled = ran(lambda: model(x))
+    nodes = [node for node in graphs[0].graph.nodes if "custom_kernels.gemm" in str(node.target)]
+    strings = {argument for node in nodes for argument in node.args if isinstance(argument, str)}
+    print(kept, [ran(call) for call in calls], compiled, strings - {""}, flush=True)
+
+for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
+    if os.fork() == 0:
+        os.environ.update(word.split("=") for word in setting.split())
+        main(f"{sys.argv[1]}/{number}")
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"failed: {setting}")
+"""
+)
+
+
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins", name="custom_kernels")
     if not found:
@@ -62,24 +113,31 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
 
 
 @pytest.mark.slow
+def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(tmp_path: Path) -> None:
+    """For two MLP layers, one of attention and the output head: which of the first three keep
+    their plain weight, how often our kernel ran in each of the four, and in the compiled three."""
+    on, names = "VLLM_USE_CUSTOM_GEMM=1", "VLLM_CUSTOM_GEMM_LAYERS"
+    expected = {
+        "": "[False, False, False] [0, 0, 0, 0] 0",
+        f"{names}=*": "[False, False, False] [0, 0, 0, 0] 0",
+        on: "[True, True, True] [1, 1, 1, 1] 3",
+        f"{on} {names}=*.mlp.*,lm_head": "[True, True, False] [1, 1, 0, 1] 2",
+        f"{on} {names}=*.1.mlp.*,*.mpl.*": "[False, True, False] [0, 1, 0, 0] 1",
+    }
+    lines, errors = vllm_program.run(LAYERS, str(tmp_path), *expected)
+    assert lines[-5:] == [f"{line} set()" for line in expected.values()]
+    warned = "VLLM_CUSTOM_GEMM_LAYERS: '*.mpl.*' matches none of the 4 layers here, such as lm_head"
+    assert errors.count("matches none") == errors.count(warned) == 1
+
+
+@pytest.mark.slow
 def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
-    pytest.importorskip("vllm")
-    environment = {**os.environ, "VLLM_USE_CUSTOM_GEMM": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    for name in ("VLLM_CUSTOM_GEMM_BACKEND", "TRITON_INTERPRET"):
-        environment.pop(name, None)
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-4:] == [
+    lines, errors = vllm_program.run(PROGRAM, VLLM_USE_CUSTOM_GEMM="1")
+    assert lines[-4:] == [
         "traced",
         "gemm cannot use backend 'cublastl' on cpu: there is no such backend; available: reference",
         "other",
         "other",
     ]
     said = "gemm: reference does not take torch.float32, layers of that dtype run with other"
-    assert result.stderr.count(said) == 1
+    assert errors.count(said) == 1

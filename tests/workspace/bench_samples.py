@@ -19,6 +19,8 @@ def plan(**changes: object) -> Plan:
         "output_len": 4,
         "num_prompts": 3,
         "backend": None,
+        "layers": None,
+        "quantization": None,
         "repeats": 2,
         "rounds": 3,
         "tp": 1,
@@ -40,6 +42,7 @@ def result(
     seconds: tuple[float, ...] = (1.0, 1.1, 0.9),
     launches: dict[int, dict[str, int]] | None = None,
     generations: list[Generation] | None = None,
+    layers: dict[int, dict[str, dict[str, int]]] | None = None,
 ) -> Result:
     rounds = [
         Round(seed=i, elapsed_s=s, prompt_tokens=24, output_tokens=12, reported_tokens=36)
@@ -51,6 +54,7 @@ def result(
         rounds=rounds,
         generations=generations or [generation()],
         launches=launches or {},
+        layers=layers or {},
         kernels_source_hash="0" * 64,
         environment={"vllm": "0.25.1+cpu", "torch": "2.11.0"},
         vllm_folder="vllm",

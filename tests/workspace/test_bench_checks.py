@@ -194,6 +194,31 @@ def test_custom_kernels_ran_in_every_worker(
     assert (not found) == passes
 
 
+@pytest.mark.parametrize(
+    ("launches", "says"),
+    [
+        ({11: {"sparse_gemm.reference": 5, "quant_expand.reference": 5}}, None),
+        ({}, "a kernel of ours ran in 0 of 1 worker processes; does mine count its launches?"),
+    ],
+)
+def test_a_quantization_method_ran_whatever_it_is_made_of(
+    launches: dict[int, dict[str, int]], says: str | None
+) -> None:
+    made, ran = plan(quantization="mine"), result(launches=launches)
+    found = checks.launches(made, "custom", ran, expected=True)
+    assert (not found) if says is None else says in found[0]
+
+
+def test_a_lossy_variant_may_be_anywhere_but_not_nowhere() -> None:
+    far = checks.distance([generation()], [generation((7, 99, 9))], VOCAB)
+    assert far.lossy
+    assert far.passed
+    assert (far.matched, far.tokens) == (1, 2)
+    bad = generation()
+    bad.steps[0].logprobs[7] = math.nan
+    assert not checks.distance([generation()], [bad], VOCAB).passed
+
+
 def test_a_tree_of_its_own_is_the_one_that_ran() -> None:
     ran = result().model_copy(update={"vllm_folder": "/trees/pristine/vllm"})
     assert checks.tree("pristine", ran, Path("/trees/pristine")) == []

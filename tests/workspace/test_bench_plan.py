@@ -2,6 +2,7 @@
 """Options: defaults by device, and one line for each value that cannot be."""
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from workspace.bench.plan import (
     Device,
     check_backend,
     check_memory,
+    check_quantization,
     detect_device,
     plan,
     repeat_command,
@@ -39,6 +41,9 @@ MODEL = sample().model
         ({"eager": "perhaps"}, "EAGER=perhaps"),
         ({"baseline": "mine"}, "BASELINE=mine"),
         ({"modle": "x"}, "MODLE=x"),
+        ({"quantization": "sparse_2_4", "layers": "*"}, "QUANTIZATION=sparse_2_4 brings kernels"),
+        ({"quantization": "sparse_2_4", "backend": "reference"}, "leave out BACKEND"),
+        ({"quantization": "sparse_2_4", "baseline": "pristine"}, "leave out BASELINE"),
         ({"input_len": "0", "metric": "foo"}, "INPUT_LEN=0"),
     ],
 )
@@ -112,6 +117,13 @@ def test_unknown_backend_names_those_there_are() -> None:
         check_backend("cublaslt", CPU)
 
 
+def test_unknown_quantization_methods_name_those_there_are() -> None:
+    check_quantization(None)
+    check_quantization("sparse_6_8")
+    with pytest.raises(WorkspaceError, match=r"no such method in .*; there are: .*sparse_2_4, "):
+        check_quantization("sparse")
+
+
 def test_model_larger_than_memory_is_refused_before_the_engine_starts() -> None:
     huge = replace(MODEL, config=MODEL.config | {"hidden_size": 2**17, "intermediate_size": 2**19})
     with pytest.raises(WorkspaceError, match="GiB of memory"):
@@ -120,8 +132,8 @@ def test_model_larger_than_memory_is_refused_before_the_engine_starts() -> None:
 
 
 def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
-    made = sample(rounds=3, backend="reference")
-    words = repeat_command(made).split()
+    made = sample(rounds=3, backend="reference", layers="*.mlp.*,lm_head")
+    words = shlex.split(repeat_command(made))
     assert words[:2] == ["make", "bench"]
     given = {name.lower(): value for name, value in (word.split("=", 1) for word in words[2:])}
     again = plan(bench.options(given), CPU, MODEL)

@@ -14,13 +14,16 @@ from rich.console import Console
 from tests.workspace.bench_samples import generation, plan, result
 from workspace.bench import chart, record, report, runner
 from workspace.bench.variants import stock_and_custom
+from workspace.paths import BENCHMARKS
 
 RAN = {11: {"gemm.reference": 40}}
 
 
-def make(change: Callable[[list[runner.Ran]], None] = lambda _: None) -> record.Record:
+def make(
+    change: Callable[[list[runner.Ran]], None] = lambda _: None, **settings: object
+) -> record.Record:
     """The record of a run S C C S of the sample plan, after `change` to its processes."""
-    made = plan()
+    made = plan(**settings)
     stock, custom = stock_and_custom(made)
     fast, slow = (0.8, 0.81, 0.82), (1.0, 1.01, 1.02)
     done = [
@@ -50,6 +53,11 @@ def test_record_survives_the_file(tmp_path: Path) -> None:
     made = make()
     record.write(made, tmp_path / "r.json")
     assert record.read(tmp_path / "r.json") == made
+
+
+def test_records_made_before_layers_were_counted_are_still_read() -> None:
+    for path in sorted((BENCHMARKS / "engine").glob("*.json")):
+        assert record.read(path).variants[1].processes
 
 
 def test_record_names_weights_device_sources_and_how_to_repeat_it() -> None:
@@ -109,6 +117,43 @@ def test_each_planted_fault_makes_the_run_invalid(
     assert all("\n" not in failure for failure in made.failures)
     record.write(made, tmp_path / "r.json")
     assert not record.read(tmp_path / "r.json").valid
+
+
+def quantized(done: list[runner.Ran]) -> None:
+    for ran in (done[1], done[2]):
+        ran.result.launches = {11: {"sparse_gemm.reference": 9, "quant_expand.reference": 9}}
+        ran.result.layers = {11: {"model.layers.0.mlp.down_proj": {"sparse_gemm.reference": 9}}}
+        ran.result.generations = [generation((7, 99, 9))]
+
+
+def quantized_and_idle(done: list[runner.Ran]) -> None:
+    quantized(done)
+    done[1].result.layers[11]["lm_head"] = {}
+
+
+def quantized_at_random(done: list[runner.Ran]) -> None:
+    quantized(done)
+    done[2].result.generations = [generation((7, 8, 9))]
+
+
+def test_a_quantized_run_shows_its_distance_from_stock_and_proves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(quantized, quantization="sparse_2_4")
+    assert made.failures == []
+    assert made.agreement.lossy
+    assert made.agreement.matched == 1
+    assert made.candidate_with_itself is not None
+    monkeypatch.setattr(report, "console", console := Console(width=200, record=True))
+    report.show(made, tmp_path / "r.json", tmp_path / "r.png")
+    text = console.export_text()
+    for words in ("a figure and no proof: 1 of 2 greedy", "custom is quantized (sparse_2_4)",
+                  "custom against itself: 3 of 3", "QUANTIZATION=sparse_2_4"):  # fmt: skip
+        assert words in text
+    (failure,) = make(quantized_and_idle, quantization="sparse_2_4").failures
+    assert failure == "custom (process 2): layer lm_head did not run our kernel"
+    (failure,) = make(quantized_at_random, quantization="sparse_2_4").failures
+    assert failure.startswith("custom against itself: outputs: ")
 
 
 def pixels(path: Path) -> tuple[int, int, set[bytes]]:

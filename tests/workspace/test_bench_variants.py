@@ -12,18 +12,35 @@ from workspace.bench.plan import Device
 from workspace.paths import ROOT
 
 LOG = Path("log")
+STOCK = variants.Variant("stock")
 
 
 def test_sides_differ_in_nothing_but_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variants.SWITCH, "1")
     monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
-    made = plan(backend="reference")
+    monkeypatch.setenv(variants.LAYERS_SWITCH, "*")
+    made = plan(backend="reference", layers="lm_head")
     stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
     assert custom.items() - stock.items() == {
         (variants.SWITCH, "1"),
         (variants.BACKEND_SWITCH, "reference"),
+        (variants.LAYERS_SWITCH, "lm_head"),
     }
     assert stock.items() <= custom.items()
+
+
+def test_a_quantization_method_is_an_argument_and_no_switch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variants.SWITCH, "1")
+    made = plan(quantization="sparse_6_8")
+    sides = variants.stock_and_custom(made)
+    stock, custom = (variants.environment(made, side, LOG) for side in sides)
+    assert stock == custom
+    assert variants.SWITCH not in custom
+    plain, quantized = (variants.arguments(made, side) for side in sides)
+    assert quantized == [*plain, "--quantization", "sparse_6_8"]
+    assert variants.command_line(made, sides[1]).endswith("--quantization sparse_6_8")
 
 
 def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,32 +56,32 @@ def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyP
 
 
 def test_throughput_lengths_are_the_ones_that_count() -> None:
-    words = variants.arguments(plan())
+    words = variants.arguments(plan(), STOCK)
     assert words[words.index("--random-input-len") + 1] == "8"
     assert words[words.index("--random-output-len") + 1] == "4"
     assert "--input-len" not in words
 
 
 def test_latency_takes_one_batch_of_all_prompts() -> None:
-    words = variants.arguments(plan(metric="latency"))
+    words = variants.arguments(plan(metric="latency"), STOCK)
     assert words[words.index("--batch-size") + 1] == "3"
     assert words[words.index("--input-len") + 1] == "8"
 
 
 @pytest.mark.parametrize("metric", ["throughput", "latency"])
 def test_prompts_seen_before_are_not_cheaper(metric: str) -> None:
-    assert "--no-enable-prefix-caching" in variants.arguments(plan(metric=metric))
+    assert "--no-enable-prefix-caching" in variants.arguments(plan(metric=metric), STOCK)
 
 
 def test_dummy_weights_are_asked_for_by_our_load_format() -> None:
     dummy = plan(model=replace(plan().model, weights="dummy"))
-    assert "--load-format" in variants.arguments(dummy)
-    assert "--load-format" not in variants.arguments(plan())
+    assert "--load-format" in variants.arguments(dummy, STOCK)
+    assert "--load-format" not in variants.arguments(plan(), STOCK)
 
 
 def test_eager_follows_the_plan() -> None:
-    assert "--enforce-eager" in variants.arguments(plan(eager=True))
-    assert "--enforce-eager" not in variants.arguments(plan(eager=False))
+    assert "--enforce-eager" in variants.arguments(plan(eager=True), STOCK)
+    assert "--enforce-eager" not in variants.arguments(plan(eager=False), STOCK)
 
 
 def test_another_tree_goes_first_on_the_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +125,7 @@ def test_limits_on_the_cpu_are_those_of_vllm_or_what_the_run_can_use(
 
 def test_a_gpu_gets_none_of_the_settings_for_the_cpu() -> None:
     on_gpu = plan(device=Device("cuda", 1, "a GPU"))
-    assert "--max-num-seqs" not in variants.arguments(on_gpu)
+    assert "--max-num-seqs" not in variants.arguments(on_gpu, STOCK)
     settings = variants.common_settings(on_gpu)
     assert not [name for name in settings if "CPU" in name or "MULTIPROCESSING" in name]
 

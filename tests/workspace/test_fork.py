@@ -14,6 +14,7 @@ import pytest
 from tests.workspace.conftest import PATCH, SOURCES, blob, sdist_bytes
 from workspace import fork, fork_tree, patch_queue
 from workspace import release as releases_module
+from workspace.bench import variants
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch
 from workspace.fork_tree import APPLIED, git
@@ -227,7 +228,7 @@ def test_our_patches_are_the_same_for_each_release() -> None:
 def test_our_patches_register_every_switch(version: str) -> None:
     """Unregistered, a switch is no part of vLLM's torch.compile cache key."""
     text = "\n".join(line for patch in patch_queue.files(version) for line in added(patch))
-    for switch in ("VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND"):
+    for switch in variants.SWITCHES:
         assert f'"{switch}": lambda' in text
 
 

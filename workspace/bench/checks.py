@@ -5,8 +5,9 @@ Each check returns its failures as lines of text; an empty list is a pass.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 
@@ -59,6 +60,8 @@ class Agreement(BaseModel):
     allowed_largest: float
     allowed_mean: float
     failures: list[str]
+    lossy: bool = False
+    """A figure and no proof: one side computes something else on purpose."""
 
     @property
     def passed(self) -> bool:
@@ -120,6 +123,16 @@ def agreement(
     )
 
 
+def distance(
+    baseline: Sequence[Generation], candidate: Sequence[Generation], vocab_size: int
+) -> Agreement:
+    """How far greedy outputs of a lossy variant are from those of stock. Nothing is tolerated or
+    forbidden but what is no number."""
+    found = agreement(baseline, candidate, Tolerance(math.inf, math.inf), vocab_size)
+    failures = [] if math.isfinite(found.mean) else ["outputs: a log-probability is not finite"]
+    return found.model_copy(update={"failures": failures, "lossy": True})
+
+
 def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
     """Every round processed what was asked for, by vLLM's report and by the request outputs."""
     asked_in, asked_out = plan.tokens
@@ -169,18 +182,49 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
             return []
         return [f"{variant}: launched custom kernels ({sum_launches(result)}), it must not"]
     named = f"gemm.{plan.backend}" if plan.backend else "gemm."
+    if plan.quantization:
+        named = ""  # whatever the method is made of
     running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
     failures = []
     if len(running) != plan.tp:
-        what = named.rstrip(".")
+        what = named.rstrip(".") or "a kernel of ours"
+        remedy = "is the fork patched? run make doctor"
+        if plan.quantization:
+            remedy = f"does {plan.quantization} count its launches? see kernels/README.md"
         failures.append(
-            f"{variant}: {what} ran in {len(running)} of {plan.tp} worker processes; "
-            "is the fork patched? run make doctor"
+            f"{variant}: {what} ran in {len(running)} of {plan.tp} worker processes; {remedy}"
         )
     others = {k for counts in counted.values() for k in counts if not k.startswith(named)}
     if plan.backend and others:
         failures.append(f"{variant}: {', '.join(sorted(others))} ran as well")
     return failures
+
+
+def layers(patterns: str, variant: str, result: Result) -> list[str]:
+    """In every worker process each layer that a pattern matches ran our kernel, and no other
+    did."""
+    failures = []
+    for counted in result.layers.values():
+        wanted = {name for one in split_patterns(patterns) for name in matching(one, counted)}
+        ran = {name for name, counts in counted.items() if any(counts.values())}
+        for names, what in (
+            (wanted - ran, "did not run our kernel"),
+            (ran - wanted, "ran our kernel and matches no pattern"),
+        ):
+            if names:
+                more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+                failures.append(f"{variant}: layer {min(names)}{more} {what}")
+    if len(result.layers) < len(result.launches):
+        failures.append(f"{variant}: a process launched kernels and named no layers")
+    return failures
+
+
+def split_patterns(patterns: str) -> list[str]:
+    return [pattern.strip() for pattern in patterns.split(",") if pattern.strip()]
+
+
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if fnmatchcase(name, pattern)}
 
 
 def tree(variant: str, result: Result, python_path: Path | None) -> list[str]:

@@ -87,6 +87,8 @@ class Result(BaseModel):
     rounds: list[Round]
     generations: list[Generation]
     launches: dict[int, dict[str, int]]
+    layers: dict[int, dict[str, dict[str, int]]]
+    """Launches by process and layer; layers that launched nothing are there, and empty."""
     kernels_source_hash: str
     environment: dict[str, str]
     vllm_folder: str
@@ -130,6 +132,7 @@ def main() -> None:
         rounds=rounds,
         generations=generations,
         launches=launches.read(job.launches),
+        layers=launches.read_layers(job.launches),
         kernels_source_hash=build.source_hash(),
         environment=_environment(),
         dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),

@@ -32,6 +32,8 @@ class BenchOptions(BaseModel):
     num_prompts: int | None = Field(None, ge=1)
     metric: Metric | None = None
     backend: str | None = None
+    layers: str | None = None
+    quantization: str | None = None
     repeats: int | None = Field(None, ge=1, le=100)
     rounds: int | None = Field(None, ge=1, le=1000)
     tp: int | None = Field(None, ge=1)
@@ -43,6 +45,13 @@ class BenchOptions(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise WorkspaceError(_one_line(error)) from None
+        others = {"BACKEND": self.backend, "LAYERS": self.layers, "BASELINE": self.baseline}
+        given = [name for name, value in others.items() if value]
+        if self.quantization and given:
+            raise WorkspaceError(
+                f"QUANTIZATION={self.quantization} brings kernels of its own and is held against "
+                f"stock; leave out {' and '.join(given)}"
+            )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -76,6 +85,10 @@ class Plan:
     output_len: int
     num_prompts: int
     backend: str | None
+    layers: str | None
+    """Patterns of the layers that run our kernel, with commas; None takes them all."""
+    quantization: str | None
+    """The method of the custom variant, which then does not run our GEMM."""
     repeats: int
     rounds: int
     tp: int
@@ -158,6 +171,8 @@ def plan(options: BenchOptions, device: Device, model: Model) -> Plan:
         output_len=output_len,
         num_prompts=options.num_prompts or sizes["num_prompts"],
         backend=options.backend,
+        layers=options.layers,
+        quantization=options.quantization,
         repeats=options.repeats or REPEATS,
         rounds=options.rounds or sizes["rounds"],
         tp=tp,
@@ -189,6 +204,24 @@ def check_backend(backend: str | None, device: Device) -> None:
         raise WorkspaceError(f"BACKEND={backend}: {reasons[backend]}; usable here: {usable}")
 
 
+def check_quantization(name: str | None) -> None:
+    """Raise unless the kernels package has a quantization method of this name.
+
+    Raises:
+        WorkspaceError: it has none; names those there are.
+    """
+    if name is None:
+        return
+    from custom_kernels.vllm import quantization
+
+    if name not in quantization.names():
+        known = ", ".join(quantization.names())
+        raise WorkspaceError(
+            f"QUANTIZATION={name}: no such method in kernels/custom_kernels/vllm/quantization; "
+            f"there are: {known}"
+        )
+
+
 def check_memory(plan: Plan) -> None:
     """Raise when the weights alone cannot fit into the memory that is free on the CPU.
 
@@ -218,6 +251,8 @@ def repeat_command(plan: Plan) -> str:
         "OUTPUT_LEN": plan.output_len,
         "NUM_PROMPTS": plan.num_prompts,
         "BACKEND": plan.backend,
+        "LAYERS": plan.layers,
+        "QUANTIZATION": plan.quantization,
         "REPEATS": plan.repeats,
         "ROUNDS": plan.rounds,
         "TP": plan.tp,
@@ -229,7 +264,7 @@ def repeat_command(plan: Plan) -> str:
 
 def _quoted(value: object) -> str:
     text = str(value)
-    return json.dumps(text) if " " in text else text
+    return json.dumps(text) if set(text) & set(" *?[") else text
 
 
 def _one_line(error: ValidationError) -> str:

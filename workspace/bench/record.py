@@ -41,6 +41,8 @@ class ProcessRecord(_Strict):
     rounds: list[Round]
     figures: list[float]
     launches: dict[int, dict[str, int]]
+    layers: dict[int, dict[str, dict[str, int]]] = {}
+    """Launches by worker process and layer; absent from records made before there was LAYERS."""
 
 
 class VariantRecord(_Strict):
@@ -64,6 +66,8 @@ class Settings(_Strict):
     output_len: int
     num_prompts: int
     backend: str | None
+    layers: str | None = None
+    quantization: str | None = None
     repeats: int
     rounds: int
     tensor_parallel: int
@@ -97,6 +101,7 @@ class Record(_Strict):
     comparison: Comparison
     agreement: Agreement
     baseline_with_itself: Agreement | None
+    candidate_with_itself: Agreement | None = None
     provenance: Provenance
 
 

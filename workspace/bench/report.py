@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from workspace.bench import layers
 from workspace.bench.checks import Agreement
 from workspace.bench.record import Record, VariantRecord
 from workspace.paths import ROOT
@@ -70,6 +71,9 @@ def progress(processes: int) -> Iterator[Live]:
 def show(record: Record, path: Path, picture: Path) -> None:
     """Print the table, the verdict, the proofs and where everything is."""
     console.print(table(record))
+    for variant in record.variants:
+        for line in layer_lines(variant):
+            console.print(escape(line))
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
     low, high = ratio.interval
@@ -80,10 +84,15 @@ def show(record: Record, path: Path, picture: Path) -> None:
     )
     if record.note:
         console.print(f"[yellow]{record.note}[/yellow]")
-    console.print(f"outputs: {agreement_line(record.agreement)}")
-    if record.baseline_with_itself is not None:
-        itself = agreement_line(record.baseline_with_itself)
-        console.print(f"[dim]{names[0]} against itself: {itself}[/dim]")
+    if record.agreement.lossy:
+        far = distance_line(record.agreement)
+        console.print(f"distance of {names[1]} from {names[0]}, a figure and no proof: {far}")
+    else:
+        console.print(f"outputs: {agreement_line(record.agreement)}")
+    itself = (record.baseline_with_itself, record.candidate_with_itself)
+    for name, found in zip(names, itself, strict=True):
+        if found is not None:
+            console.print(f"[dim]{name} against itself: {agreement_line(found)}[/dim]")
     for failure in record.failures:
         console.print(f"[bold red]INVALID[/bold red] {escape(failure)}")
     console.print(f"record:  {escape(shown(path))}")
@@ -137,6 +146,30 @@ def launched(variant: VariantRecord) -> str:
     return f"{', '.join(parts)} launches in {plural(count, 'process')}"
 
 
+def layer_lines(variant: VariantRecord) -> list[str]:
+    """What ran in which layers of this variant, a line for each kind of layer."""
+    workers = [counted for process in variant.processes for counted in process.layers.values()]
+    if not workers:
+        return []
+    kinds = layers.kinds(layers.total(workers))
+    widths = [
+        max(len(text) for text in texts)
+        for texts in zip(*((k.name, k.kernel) for k in kinds), strict=True)
+    ]
+    lines = [f"layers of {variant.name}, calls in {plural(len(workers), 'process')}:"]
+    for kind in kinds:
+        line = (
+            f"  {kind.name:{widths[0]}}  {kind.kernel:{widths[1]}}  {plural(kind.layers, 'layer')}"
+        )
+        if kind.most:
+            each = " each" if kind.layers > 1 else ""
+            calls = f"{kind.fewest:,}"
+            calls += f" to {kind.most:,}" if kind.most > kind.fewest else ""
+            line += f", {calls} calls{each}"
+        lines.append(line)
+    return lines
+
+
 def agreement_line(agreement: Agreement) -> str:
     """How far the outputs agree, in one line."""
     diverged = f", {plural(agreement.diverged, 'prompt')} parted" if agreement.diverged else ""
@@ -147,6 +180,15 @@ def agreement_line(agreement: Agreement) -> str:
         f"log-probabilities differ by at most {agreement.largest:.3f} "
         f"(allowed {agreement.allowed_largest:g}), "
         f"{agreement.mean:.4f} on average (allowed {agreement.allowed_mean:g})"
+    )
+
+
+def distance_line(agreement: Agreement) -> str:
+    """How far the outputs of a lossy variant are from those of stock."""
+    return (
+        f"{agreement.matched} of {agreement.tokens} greedy tokens match, each prompt up to its "
+        f"first that does not; log-probabilities differ by at most {agreement.largest:.3f}, "
+        f"{agreement.mean:.4f} on average"
     )
 
 

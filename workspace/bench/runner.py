@@ -18,7 +18,17 @@ from types import FrameType
 
 import psutil
 
-from workspace.bench import chart, checks, models, pristine, processes, provenance, record, report
+from workspace.bench import (
+    chart,
+    checks,
+    layers,
+    models,
+    pristine,
+    processes,
+    provenance,
+    record,
+    report,
+)
 from workspace.bench.compare import compare
 from workspace.bench.engine_run import Job, Result
 from workspace.bench.plan import (
@@ -26,6 +36,7 @@ from workspace.bench.plan import (
     Plan,
     check_backend,
     check_memory,
+    check_quantization,
     detect_device,
     plan,
     repeat_command,
@@ -90,6 +101,7 @@ def run(options: BenchOptions) -> None:
     with _only_bench(), _signals_end_children(), _disk_errors_in_one_line():
         device = detect_device()
         check_backend(options.backend, device)
+        check_quantization(options.quantization)
         remove_partial(models.MODELS)
         report.say("resolving the model …")
         made = plan(options, device, models.resolve(options.model, device.kind))
@@ -138,7 +150,7 @@ def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ra
             folder = RUNS / run_id / name
             job = Job(
                 metric=plan.metric,
-                arguments=arguments(plan),
+                arguments=arguments(plan, variant),
                 rounds=plan.rounds,
                 seed=SEED,
                 prompts=_prompts(plan),
@@ -156,8 +168,20 @@ def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ra
                 variant.name,
             )
             progress.end()
+            if variant.launches and plan.layers:
+                _stop_if_no_layer_matches(plan.layers, result)
             done.append(Ran(number, pair, variant, result))
     return done
+
+
+def _stop_if_no_layer_matches(patterns: str, result: Result) -> None:
+    for pattern in checks.split_patterns(patterns):
+        names = {name for counted in result.layers.values() for name in counted}
+        if not checks.matching(pattern, names):
+            raise WorkspaceError(
+                f"LAYERS: {pattern!r} matches none of the model's {len(names)} linear layers; "
+                f"there are, for example, {', '.join(layers.one_of_each(names))}"
+            )
 
 
 def _make_record(
@@ -176,6 +200,8 @@ def _make_record(
         where = f"{ran.variant.name} (process {ran.order})"
         failures += checks.tokens(plan, where, ran.result)
         failures += checks.launches(plan, where, ran.result, ran.variant.launches)
+        if ran.variant.launches and (plan.layers or plan.quantization):
+            failures += checks.layers(plan.layers or "*", where, ran.result)
         failures += checks.tree(where, ran.result, ran.variant.python_path)
     for old, new in zip(baseline, candidate, strict=True):
         failures += checks.same_prompts(old.result, new.result)
@@ -187,10 +213,22 @@ def _make_record(
         outputs = one.result.generations, other.result.generations
         return checks.agreement(*outputs, tolerance, plan.model.vocab_size)
 
-    agreements = [agreement(baseline[0], ran) for ran in candidate]
+    if plan.quantization:
+        agreements = [
+            checks.distance(
+                baseline[0].result.generations, ran.result.generations, plan.model.vocab_size
+            )
+            for ran in candidate
+        ]
+    else:
+        agreements = [agreement(baseline[0], ran) for ran in candidate]
     worst = max(agreements, key=lambda a: (len(a.failures), a.largest))
     failures += worst.failures
     with_itself = agreement(baseline[0], baseline[1]) if len(baseline) > 1 else None
+    repeated = None
+    if plan.quantization and len(candidate) > 1:
+        repeated = agreement(candidate[0], candidate[1])
+        failures += [f"{sides[1].name} against itself: {one}" for one in repeated.failures]
 
     gpu = first.environment.get("device")
     cpu = plan.device.kind == "cpu"
@@ -212,7 +250,7 @@ def _make_record(
         ),
         device=plan.device.name if cpu else f"{plan.tp} x {gpu}",
         device_kind=plan.device.kind,
-        note="CPU: only the ratio means something" if cpu else "",
+        note="; ".join(_notes(plan)),
         unit="tokens/s" if plan.metric == "throughput" else "s",
         variants=[
             _variant(plan, sides[0], baseline),
@@ -225,6 +263,7 @@ def _make_record(
         ),
         agreement=worst,
         baseline_with_itself=with_itself,
+        candidate_with_itself=repeated,
         provenance=provenance.collect(
             Path(candidate[0].result.vllm_folder),
             candidate[0].result.kernels_source_hash,
@@ -232,6 +271,13 @@ def _make_record(
             load,
         ),
     )
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = ["CPU: only the ratio means something"] if plan.device.kind == "cpu" else []
+    if plan.quantization:
+        notes.append(f"custom is quantized ({plan.quantization}) and computes something else")
+    return notes
 
 
 def _settings(plan: Plan) -> record.Settings:
@@ -242,6 +288,8 @@ def _settings(plan: Plan) -> record.Settings:
         output_len=plan.output_len,
         num_prompts=plan.num_prompts,
         backend=plan.backend,
+        layers=plan.layers,
+        quantization=plan.quantization,
         repeats=plan.repeats,
         rounds=plan.rounds,
         tensor_parallel=plan.tp,
@@ -271,6 +319,7 @@ def _variant(plan: Plan, variant: Variant, ran: list[Ran]) -> record.VariantReco
                 rounds=one.result.rounds,
                 figures=_figures(plan, one.result),
                 launches=one.result.launches,
+                layers=one.result.layers,
             )
             for one in ran
         ],

@@ -15,6 +15,8 @@ from workspace.release import tree
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
+LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
+SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
 
 GIB = 2**30
@@ -30,7 +32,7 @@ COMPARED_PROMPTS = 8
 
 @dataclass(frozen=True)
 class Variant:
-    """One side: its name, the switches it sets, and whether kernels of ours must run.
+    """One side: its name, the switches and arguments it adds, and whether kernels of ours must run.
 
     `python_path` goes before everything else on the module path: another vLLM tree, say.
     """
@@ -38,12 +40,18 @@ class Variant:
     name: str
     switches: dict[str, str] = field(default_factory=dict)
     launches: bool = False
+    arguments: tuple[str, ...] = ()
     python_path: Path | None = None
 
 
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
-    """vLLM with the switch unset, and with it set."""
-    switches = {SWITCH: "1"} | ({BACKEND_SWITCH: plan.backend} if plan.backend else {})
+    """vLLM with the switch unset, and with it set, or with a quantization method of ours."""
+    if plan.quantization:
+        method = ("--quantization", plan.quantization)
+        return Variant("stock"), Variant("custom", launches=True, arguments=method)
+    switches = {SWITCH: "1"}
+    switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
+    switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
     return Variant("stock"), Variant("custom", switches, launches=True)
 
 
@@ -74,7 +82,7 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     """
     # Triton's interpreter is for tests on machines without a GPU: in it, vLLM's own Triton kernels
     # would run a thousand times slower, or fail.
-    ours = (SWITCH, BACKEND_SWITCH, "TRITON_INTERPRET")
+    ours = (*SWITCHES, "TRITON_INTERPRET")
     inherited = {k: v for k, v in os.environ.items() if k not in ours}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
@@ -84,8 +92,8 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     return result
 
 
-def arguments(plan: Plan) -> list[str]:
-    """Arguments for `vllm bench METRIC`, without seed and output file."""
+def arguments(plan: Plan, variant: Variant) -> list[str]:
+    """Arguments of a variant for `vllm bench METRIC`, without seed and output file."""
     result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
     if plan.metric == "throughput":
         result += ["--dataset-name", "random"]
@@ -106,7 +114,7 @@ def arguments(plan: Plan) -> list[str]:
     if plan.model.weights == "dummy":
         result += ["--load-format", DUMMY_FORMAT]
         result += ["--worker-extension-cls", "workspace.bench.dummy_weights.WorkerExtension"]
-    return result
+    return [*result, *variant.arguments]
 
 
 def command_line(plan: Plan, variant: Variant) -> str:
@@ -114,7 +122,7 @@ def command_line(plan: Plan, variant: Variant) -> str:
     settings = {**common_settings(plan), **variant.switches}
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
     # A record may be published, and where the checkout lies is nobody's business.
-    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan)]
+    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan, variant)]
     return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
 
 

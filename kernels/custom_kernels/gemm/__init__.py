@@ -127,7 +127,7 @@ def _gemm(
     if chosen and backend != PREFERENCE["cuda"][0] and x.device.type == "cuda":
         _plan_ahead(rows, weight, bias)
     out = run(rows, weight, bias)
-    launches.record("gemm", backend)
+    launches.record("gemm", backend, weight.data_ptr())
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 

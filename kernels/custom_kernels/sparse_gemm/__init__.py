@@ -103,6 +103,21 @@ def pack(
     return SparseWeight(backend, kind, n, k, weight.dtype, values, metadata, kept)
 
 
+def prune_weight(weight: torch.Tensor, pattern: str) -> torch.Tensor:
+    """Set all but the 2N-2 largest of every 2N consecutive weights of a row to zero.
+
+    Of equally large ones the first are kept. weight [N, K] of any dtype; returns a new one. A last
+    group that is not full counts as filled up with zeros.
+    """
+    kind = sparsity.pattern(pattern)
+    k = weight.shape[1]
+    whole = torch.nn.functional.pad(weight.detach(), (0, -k % kind.group))
+    groups = whole.unflatten(1, (-1, kind.group))
+    order = groups.abs().argsort(dim=-1, descending=True, stable=True)
+    pruned = groups.scatter(-1, order[..., kind.nonzeros :], 0)
+    return pruned.flatten(1)[:, :k].contiguous()
+
+
 def quantize_weight(
     weight: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,7 +288,7 @@ def _sparse_gemm(
     scale = None if a_scale is None else a_scale.reshape(-1).contiguous()
     bias = None if bias is None else bias.contiguous()
     out = run(rows, scale, values, metadata, w_scale, bias, features)
-    launches.record("sparse_gemm", backend)
+    launches.record("sparse_gemm", backend, values.data_ptr())
     return out if a.dim() == 2 else out.view(*a.shape[:-1], features)
 
 

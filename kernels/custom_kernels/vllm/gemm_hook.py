@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fork of vLLM calls for every unquantized linear layer when
-``VLLM_USE_CUSTOM_GEMM=1``."""
+"""What the fork of vLLM calls for its unquantized linear layers when ``VLLM_USE_CUSTOM_GEMM=1``.
+
+All of them run our GEMM, or, with ``VLLM_CUSTOM_GEMM_LAYERS="*.mlp.*,lm_head"``, those whose names
+match a pattern (as in a shell; several with commas). Which one runs what is decided once per layer,
+while torch.compile traces or at the first call. No name gets into the graph: layers of equal shape
+stay equal to the compiler.
+"""
 
 import functools
 import logging
+from fnmatch import fnmatchcase
 
 import torch
-from vllm import envs
 
 import custom_kernels.gemm  # registers torch.ops.custom_kernels.gemm  # noqa: F401
-from custom_kernels import registry
+from custom_kernels import launches, registry
+from custom_kernels.vllm import upstream
 
 log = logging.getLogger(__name__)
+
+SHOWN = 6
+"""So many of a model's layers are named where a pattern matches none."""
+
+_loaded: set[str] = set()
 
 
 def custom_unquantized_gemm(
@@ -20,6 +31,52 @@ def custom_unquantized_gemm(
     """y = x · weightᵀ + bias as one torch op. ``layer`` is part of vLLM's signature and not
     used."""
     return torch.ops.custom_kernels.gemm.default(x, weight, bias, _backend(x.device.type, x.dtype))
+
+
+def selects(layer: torch.nn.Module) -> bool:
+    """Whether ``VLLM_CUSTOM_GEMM_LAYERS`` names this layer."""
+    return _selected(upstream.layer_name(layer))
+
+
+def reads_weight(layer: torch.nn.Module) -> bool:
+    """Whether our GEMM will multiply by this layer's plain weight."""
+    return not upstream.wanted_layers() or _matches(upstream.layer_name(layer))
+
+
+def weights_loaded(layer: torch.nn.Module) -> None:
+    """vLLM calls this for every layer of the model before the first of them runs."""
+    name, linear = upstream.layer_name(layer), upstream.is_linear(layer)
+    if linear:
+        _loaded.add(name)
+    launches.layer(name, layer.weight.data_ptr(), expected=linear)
+
+
+@torch.compiler.assume_constant_result
+def _selected(name: str) -> bool:
+    _warn_of_patterns_without_a_layer()
+    return _matches(name)
+
+
+@functools.cache
+def _matches(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _patterns())
+
+
+def _patterns() -> list[str]:
+    return [pattern.strip() for pattern in upstream.wanted_layers().split(",") if pattern.strip()]
+
+
+@functools.cache
+def _warn_of_patterns_without_a_layer() -> None:
+    for pattern in _patterns():
+        if not any(fnmatchcase(name, pattern) for name in _loaded):
+            some = ", ".join(sorted(_loaded)[:SHOWN])
+            log.warning(
+                "VLLM_CUSTOM_GEMM_LAYERS: %r matches none of the %d layers here, such as %s",
+                pattern,
+                len(_loaded),
+                some,
+            )
 
 
 @torch.compiler.assume_constant_result
@@ -41,12 +98,11 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     device = torch.device(device_type)
     if device.type != "cpu":
         device = torch.device(device_type, torch.accelerator.current_device_index())
-    wanted = envs.VLLM_CUSTOM_GEMM_BACKEND or registry.preferred("gemm", device)
-    registry.require("gemm", wanted, device)
-    if registry.takes("gemm", wanted, dtype):
-        return envs.VLLM_CUSTOM_GEMM_BACKEND or ""
-    backend = registry.best("gemm", device, dtype)
-    log.warning(
-        "gemm: %s does not take %s, layers of that dtype run with %s", wanted, dtype, backend
-    )
-    return backend
+    wanted = upstream.wanted_backend()
+    backend = wanted or registry.preferred("gemm", device)
+    registry.require("gemm", backend, device)
+    if registry.takes("gemm", backend, dtype):
+        return wanted or ""
+    able = registry.best("gemm", device, dtype)
+    log.warning("gemm: %s does not take %s, layers of that dtype run with %s", backend, dtype, able)
+    return able

@@ -4,11 +4,14 @@
 from importlib import import_module
 
 from custom_kernels import registry
+from custom_kernels.vllm import quantization
 
 
 def register() -> None:
-    """Make every operation known to torch and tell it that an engine starts. Compiles nothing."""
+    """Make every operation known to torch and every quantization method to vLLM, and tell the
+    operations that an engine starts. Compiles nothing."""
     for operation in registry.operations():
         module = import_module(f"custom_kernels.{operation}")
         if hasattr(module, "on_engine_start"):
             module.on_engine_start()
+    quantization.register()

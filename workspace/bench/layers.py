@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers of a model by kind: "model.layers.*.mlp.down_proj" stands for all of them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+UPSTREAM = "vLLM's own"
+"""What runs a layer in which no kernel of ours does."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers whose names differ in their indices only, and what one kernel did in them."""
+
+    name: str
+    kernel: str
+    layers: int
+    fewest: int
+    most: int
+    """Calls in a layer."""
+
+
+def folded(name: str) -> str:
+    """ "model.layers.3.mlp.down_proj" -> "model.layers.*.mlp.down_proj"."""
+    return _INDEX.sub("*", name)
+
+
+def one_of_each(names: Iterable[str], most: int = 8) -> list[str]:
+    """The first name of each kind, of at most so many kinds."""
+    first = {folded(name): name for name in sorted(names, reverse=True)}
+    return sorted(first.values())[:most]
+
+
+def kinds(counted: Mapping[str, Mapping[str, int]]) -> list[Kind]:
+    """Calls by layer and kernel, kind by kind in the order of the layers."""
+    calls: dict[tuple[str, str], list[int]] = {}
+    for name, kernels in counted.items():
+        for kernel, count in (kernels or {UPSTREAM: 0}).items():
+            calls.setdefault((folded(name), kernel), []).append(count)
+    return [
+        Kind(name, kernel, len(counts), min(counts), max(counts))
+        for (name, kernel), counts in calls.items()
+    ]
+
+
+def total(processes: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """Calls by layer and kernel, over all processes."""
+    result: dict[str, dict[str, int]] = {}
+    for layers in processes:
+        for name, kernels in layers.items():
+            into = result.setdefault(name, {})
+            for kernel, count in kernels.items():
+                into[kernel] = into.get(kernel, 0) + count
+    return result
