@@ -20,6 +20,7 @@ from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, gi
 from workspace.patch_queue import identity
 from workspace.paths import PATCHES
 from workspace.pins import Release, load
+from workspace.words import plural
 
 # Written by setup.py or by the packing of the sdist, and so no part of the pristine release.
 GENERATED = ("PKG-INFO", "vllm.egg-info", "vllm/_version.py")
@@ -28,6 +29,10 @@ EPOCH = "2000-01-01T00:00:00+00:00"
 REPLACED = "refs/workspace/replaced"
 """Commits that a renewed queue of patches took the place of; nothing that was ever exported is out
 of reach."""
+
+
+QUEUE = "refs/workspace/queue"
+"""What the patches make, where that could not be checked out for the user's work."""
 
 
 def upstream_tag(version: str) -> str:
@@ -99,7 +104,7 @@ def create(version: str, sdist: Path, wanted: str, patches: list[Path]) -> str:
     """
     place = release.tree(version)
     remove_partial(place.parent)
-    say(f"unpacking vLLM {version}, applying {len(patches)} patches")
+    say(f"unpacking vLLM {version}, applying {plural(len(patches), 'patch')}")
     with new_folder(place) as work:
         tree = unpack(sdist, work)
         found = commit_pristine(tree, version, wanted)
@@ -115,15 +120,16 @@ def reapply(found: ForkState, version: str, patches: list[Path]) -> None:
     """Our patches changed: put the new ones in place of the old where nobody's work is on them."""
     tree = release.tree(version)
     where = f"{PATCHES.parent.name}/patches/{version}"
+    tip = patch_queue.commit_files(tree, upstream_tag(version), patches)
     if found.own_work:
+        git("update-ref", QUEUE, tip, tree=tree)
         say(
             f"{where} changed, but {shown(tree)} holds work of yours "
-            f"({len(found.uncommitted)} uncommitted, {len(found.own_commits)} commits): left as "
-            "it is. make fork-export writes your commits to that folder; to have its patches "
-            "instead, save your work, move the tree away and run: make dev"
+            f"({len(found.uncommitted)} uncommitted, {plural(len(found.own_commits), 'commit')}): "
+            f"left as it is. To have both: git rebase --onto {QUEUE} {APPLIED} there, then "
+            "make fork-export"
         )
         return
-    tip = patch_queue.commit_files(tree, upstream_tag(version), patches)
     _move_to(tree, tip, patch_queue.digest(patches))
     say(f"patches changed: {shown(tree)} now has {len(patches)} of them")
 

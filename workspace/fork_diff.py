@@ -15,6 +15,7 @@ from pathlib import Path
 from workspace import fork_tree, release
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import APPLIED, git, shown, state
+from workspace.words import plural
 
 
 def run(*, own: bool, stat: bool) -> int:
@@ -44,6 +45,6 @@ def run(*, own: bool, stat: bool) -> int:
             cwd=tree, env=fork_tree.environment(tree) | env, check=False,
         )  # fmt: skip
     what = f"vLLM {found.version}" + (" with the patches applied" if own else " as released")
-    count = f"{len(names)} files differ" if names else "nothing differs"
-    print(f"· {count} from {what}", file=sys.stderr)
+    count = plural(len(names), "file") if names else "nothing"
+    print(f"· different from {what}: {count}", file=sys.stderr)
     return result.returncode

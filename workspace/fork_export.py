@@ -9,12 +9,15 @@ export sets that right, because the commits are all still there.
 
 from __future__ import annotations
 
+import os
+
 from workspace import fork, patch_queue, release
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import remove_partial, write_file
-from workspace.fork_tree import git, require_no_operation, shown, state
+from workspace.fork_tree import APPLIED, ForkState, git, require_no_operation, shown, state
 from workspace.paths import PATCHES
+from workspace.words import plural
 
 
 def run() -> None:
@@ -36,6 +39,7 @@ def run() -> None:
         patch_queue.file_name(number, patch): patch_queue.as_file(patch)
         for number, patch in enumerate(patches, 1)
     }
+    _refuse_to_lose_patches(version, named, found)
     _prove(version, named, found.head)
     changed = _write(version, named)
     digest = patch_queue.digest(patch_queue.files(version))
@@ -45,6 +49,29 @@ def run() -> None:
     _report(version, len(named), changed, patches)
     for line in _left_out(version):
         say(line)
+
+
+def _refuse_to_lose_patches(version: str, named: dict[str, bytes], found: ForkState) -> None:
+    """Raise where the folder has a patch that no commit here ever was: somebody else's, say.
+
+    What a killed export left there are commits of this tree.
+    """
+    paths = patch_queue.files(version)
+    if os.environ.get("FORCE") == "1" or patch_queue.digest(paths) == found.patches_digest:
+        return
+    tree = release.tree(version)
+    base = fork.upstream_tag(version)
+    ever = ["HEAD", APPLIED, f"--glob={fork.REPLACED}/*", "--branches", f"^{base}"]
+    commits = git("rev-list", *ever, tree=tree).split()
+    known = {patch_queue.as_file(patch_queue.read_commit(tree, one)) for one in commits}
+    for path in paths:
+        content = path.read_bytes()
+        if content not in known and named.get(path.name) != content:
+            raise WorkspaceError(
+                f"{shown(path)} is not among the commits of {shown(tree)}, and exporting would "
+                "remove it; bring it in with make dev (with commits of your own it says how), or "
+                "give it up with FORCE=1"
+            )
 
 
 def _prove(version: str, named: dict[str, bytes], head: str) -> None:
@@ -81,13 +108,16 @@ def _write(version: str, named: dict[str, bytes]) -> int:
 def _report(version: str, count: int, changed: int, patches: list[patch_queue.Patch]) -> None:
     where = f"vllm-fork/patches/{version}"
     added = sum(patch.lines[0] for patch in patches)
+    held = "the one commit" if count == 1 else f"all {count} commits"
     if not changed:
-        say(f"{where} holds all {count} commits already, {added} lines added")
+        say(f"{where} holds {held} already, {plural(added, 'line')} added")
         return
-    say(f"{where}: {count} patches, {added} lines added; commit that folder to keep them")
+    made = f"{plural(count, 'patch')}, {plural(added, 'line')} added"
+    say(f"{where}: {made}; commit that folder to keep them")
     for number, patch in enumerate(patches, 1):
-        if patch.lines[1]:
-            say(f"{patch_queue.file_name(number, patch)} removes {patch.lines[1]} upstream lines")
+        if removed := patch.lines[1]:
+            name = patch_queue.file_name(number, patch)
+            say(f"{name} removes {plural(removed, 'upstream line')}")
 
 
 def _left_out(version: str) -> list[str]:
@@ -95,7 +125,9 @@ def _left_out(version: str) -> list[str]:
     found = state(release.tree(version))
     left = []
     if found and found.uncommitted:
-        left.append(f"{len(found.uncommitted)} uncommitted edits are not in it")
+        left.append(f"not in it: {plural(len(found.uncommitted), 'uncommitted edit')}")
     if found and found.own_commits:
-        left.append(f"{len(found.own_commits)} commits of other branches or stashes are not in it")
+        left.append(
+            f"not in it: {plural(len(found.own_commits), 'commit')} of other branches or stashes"
+        )
     return left

@@ -26,6 +26,7 @@ from workspace.fork_tree import git, git_bytes, require_no_operation, shown, sta
 from workspace.patch_queue import short
 from workspace.pins import Artifact, load
 from workspace.rebase_state import Rebase, conflicts, in_git
+from workspace.words import plural
 
 HELD = "refs/workspace/rebase"
 """Where the new tree keeps the commits that are carried into it."""
@@ -129,7 +130,7 @@ def _replay(rebase: Rebase) -> Rebase:
         for name, commit in (("base", base), ("tip", rebase.tip)):
             git("update-ref", f"{HELD}/{name}", commit, tree=tree)
         todo = _todo(rebase)
-        say(f"carrying {len(todo)} commits from vLLM {rebase.origin} to {rebase.target}")
+        say(f"carrying {plural(len(todo), 'commit')} from vLLM {rebase.origin} to {rebase.target}")
         plan = tree / ".git" / "workspace-todo"
         plan.write_text("".join(f"pick {commit}\n" for commit in todo))
         _git_rebase(
@@ -163,7 +164,9 @@ def _finish(rebase: Rebase) -> None:
     release.activate(rebase.target)
     rebase_state.remove()
     _drop_refs(rebase)
-    say(f"vllm-fork/src shows vLLM {rebase.target} now, with {len(carried)} commits of yours on it")
+    say(
+        f"vllm-fork/src shows vLLM {rebase.target} now, with {plural(len(carried), 'commit')} on it"
+    )
     for commit in carried:
         say(f"  {short(tree, commit)}")
     say(f"vLLM {rebase.origin} stays as it was in {shown(release.tree(rebase.origin))}")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from workspace import patch_queue, rebase_state, release
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import ForkState, branch, shown, state
+from workspace.words import plural
 
 MOST = 10
 """Entries of a list that are shown; JSON=1 has all of them."""
@@ -74,9 +75,9 @@ def table(found: Status) -> Iterator[str]:
     link = ", shown by vllm-fork/src" if found.shown_by_src else ""
     yield f"release      vLLM {found.release}, branch {found.branch} in {found.tree}{link}"
     added = sum(patch.added for patch in found.patches)
-    yield f"patches      {len(found.patches)}, {added} lines added"
+    yield f"patches      {len(found.patches)}, {plural(added, 'line')} added"
     for patch in found.patches:
-        removes = f"  removes {patch.removed} upstream lines" if patch.removed else ""
+        removes = f"  removes {plural(patch.removed, 'upstream line')}" if patch.removed else ""
         binary = "  binary" if patch.binary else ""
         yield f"               {patch.name}  +{patch.added}{removes}{binary}"
     if not found.patches_applied:

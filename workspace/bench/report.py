@@ -15,6 +15,7 @@ from workspace.bench import layers
 from workspace.bench.checks import Agreement
 from workspace.bench.record import Record, VariantRecord
 from workspace.paths import ROOT
+from workspace.words import plural
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -129,12 +130,6 @@ def table(record: Record) -> Table:
 def number(value: float, unit: str) -> str:
     """A figure for reading: 12,345 tokens/s or 0.1234 s."""
     return f"{value:,.0f}" if unit == "tokens/s" else f"{value:.4f}"
-
-
-def plural(count: int, word: str) -> str:
-    """ "1 round", "2 rounds", "2 processes"."""
-    ending = "" if count == 1 else "es" if word.endswith("s") else "s"
-    return f"{count} {word}{ending}"
 
 
 def launched(variant: VariantRecord) -> str:
