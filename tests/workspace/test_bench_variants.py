@@ -55,11 +55,24 @@ def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyP
     assert "TRITON_INTERPRET" not in variants.environment(plan(), stock, LOG)
 
 
-def test_throughput_lengths_are_the_ones_that_count() -> None:
+@pytest.mark.parametrize(
+    ("reads", "counts", "other"),
+    [
+        ('getattr(args, "random_input_len", None)', "--random-", "--"),
+        ('"input_len": args.input_len', "--", "--random-"),
+    ],
+)
+def test_throughput_lengths_are_the_ones_that_the_release_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str, counts: str, other: str
+) -> None:
+    source = tmp_path / "vllm" / "benchmarks" / "throughput.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(reads)
+    monkeypatch.setattr(variants, "tree", lambda: tmp_path)
     words = variants.arguments(plan(), STOCK)
-    assert words[words.index("--random-input-len") + 1] == "8"
-    assert words[words.index("--random-output-len") + 1] == "4"
-    assert "--input-len" not in words
+    assert words[words.index(f"{counts}input-len") + 1] == "8"
+    assert words[words.index(f"{counts}output-len") + 1] == "4"
+    assert f"{other}input-len" not in words
 
 
 def test_latency_takes_one_batch_of_all_prompts() -> None:

@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_versions_named_are_the_pinned_ones() -> None:
-    release = load().release()
+    release = load().release(load().vllm.default)
     for words in (
         f"vLLM {load().vllm.default}", f"torch {release.torch}", f"triton {release.triton}",
         f"CUDA {release.cuda.release}",

@@ -62,4 +62,5 @@ def test_the_other_release_runs_from_a_fresh_checkout_to_the_bench(
     assert sum(custom.launches.values()) > 0
     for variant in found.variants:
         (process,) = variant.processes
-        assert process.vllm_folder == str(fresh_checkout.tree(OTHER) / "vllm")
+        imported = fresh_checkout.root / process.vllm_folder
+        assert imported == fresh_checkout.tree(OTHER) / "vllm"
