@@ -131,7 +131,8 @@ def reapply(found: ForkState, version: str, patches: list[Path]) -> None:
         )
         return
     _move_to(tree, tip, patch_queue.digest(patches))
-    say(f"patches changed: {shown(tree)} now has {len(patches)} of them")
+    before = f"{REPLACED}/{found.applied[:12]}"
+    say(f"patches changed: {shown(tree)} has {len(patches)} now; what it had before is at {before}")
 
 
 def ensure() -> ForkState:

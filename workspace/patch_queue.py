@@ -186,7 +186,8 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
                 except WorkspaceError as error:
                     detail = str(error).rsplit(": error: ", 1)[-1].removeprefix("error: ")
                     raise WorkspaceError(
-                        f"{name} does not apply: {detail}; {shown(tree)} is as it was"
+                        f"{name} does not apply: {detail}; {shown(tree)} is as it was. How to "
+                        "bring a patch up to date: vllm-fork/README.md"
                     ) from None
             written = git("write-tree", tree=tree, env=index).strip()
             tip = git(
