@@ -78,21 +78,23 @@ def commit_pristine(tree: Path, version: str, wanted: str) -> str:
         tree=tree, env=identity("vLLM contributors", "vllm@upstream.invalid", EPOCH),
     )  # fmt: skip
     git("tag", upstream_tag(version), tree=tree)
+    git("update-ref", APPLIED, "HEAD", tree=tree)
     git("config", VERSION_KEY, version, tree=tree)
     return found
 
 
 def _move_to(tree: Path, tip: str, digest: str) -> None:
     """Check out the commit of the last patch. git refuses where a changed file is in the way."""
-    before = git("rev-parse", APPLIED, tree=tree, check=False).strip()
-    if before:
-        git("update-ref", f"{REPLACED}/{before[:12]}", before, tree=tree)
     git("reset", "-q", "--keep", tip, tree=tree)
     record(tree, tip, digest)
 
 
 def record(tree: Path, tip: str, digest: str) -> None:
-    """Write down that the patches with this digest make the commit `tip`."""
+    """Write down that the patches with this digest make the commit `tip`. What they made before
+    stays in reach where it is not a part of that."""
+    before = git("rev-parse", "-q", "--verify", APPLIED, tree=tree, check=False).strip()
+    if before and git("merge-base", before, tip, tree=tree, check=False).strip() != before:
+        git("update-ref", f"{REPLACED}/{before[:12]}", before, tree=tree)
     git("update-ref", APPLIED, tip, tree=tree)
     git("config", PATCHES_KEY, digest, tree=tree)
 
@@ -121,6 +123,9 @@ def reapply(found: ForkState, version: str, patches: list[Path]) -> None:
     tree = release.tree(version)
     where = f"{PATCHES.parent.name}/patches/{version}"
     tip = patch_queue.commit_files(tree, upstream_tag(version), patches)
+    if found.head == tip:  # checked out already, by a run that was killed before it wrote that down
+        record(tree, tip, patch_queue.digest(patches))
+        return
     if found.own_work:
         git("update-ref", QUEUE, tip, tree=tree)
         say(

@@ -44,7 +44,6 @@ def run() -> None:
     changed = _write(version, named)
     digest = patch_queue.digest(patch_queue.files(version))
     if found.applied != found.head or found.patches_digest != digest:
-        git("update-ref", f"{fork.REPLACED}/{found.applied[:12]}", found.applied, tree=tree)
         fork.record(tree, found.head, digest)
     _report(version, len(named), changed, patches)
     for line in _left_out(version):

@@ -96,6 +96,17 @@ def test_changed_patches_replace_the_old_ones(release: Release) -> None:
     assert git("rev-list", "--count", "HEAD", tree=release_tree()).strip() == "2"
 
 
+def test_a_kill_after_the_new_patches_were_checked_out_is_made_good(release: Release) -> None:
+    fork.ensure()
+    old = git("rev-parse", APPLIED, tree=release_tree())
+    patch_queue.files(VERSION)[0].write_text(PATCH.replace("added = True", "added = 'again'"))
+    made = fork.ensure()
+    git("update-ref", APPLIED, old.strip(), tree=release_tree())
+    git("config", fork_tree.PATCHES_KEY, "before", tree=release_tree())
+    assert fork.ensure() == made
+    assert made.own_work == []
+
+
 @pytest.mark.parametrize("kind", ["edit", "new file", "commit", "branch", "stash"])
 def test_the_users_work_is_untouched_when_patches_change(release: Release, kind: str) -> None:
     fork.ensure()
