@@ -22,6 +22,8 @@ from workspace.bench.plan import (
     repeat_command,
 )
 from workspace.errors import WorkspaceError
+from workspace.pins import load
+from workspace.release import SELECTED
 
 CPU = Device("cpu", 2, "a CPU")
 GPU = Device("cuda", 1, "a GPU")
@@ -136,8 +138,19 @@ def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
     words = shlex.split(repeat_command(made))
     assert words[:2] == ["make", "bench"]
     given = {name.lower(): value for name, value in (word.split("=", 1) for word in words[2:])}
+    given.pop("vllm_version", None)
     again = plan(bench.options(given), CPU, MODEL)
     assert again == made
+
+
+def test_command_that_repeats_a_run_names_a_release_that_is_not_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    default = load().vllm.default
+    other = next(version for version in load().vllm.release if version != default)
+    for version, named in ((other, True), (default, False)):
+        monkeypatch.setenv(SELECTED, version)
+        assert (f"VLLM_VERSION={version} " in repeat_command(sample())) is named
 
 
 def test_installed_engine_decides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from workspace.bench.models import Model, parameters
 from workspace.bench.provenance import cpu_name
 from workspace.errors import WorkspaceError
+from workspace.pins import load
+from workspace.release import selected
 
 Metric = Literal["throughput", "latency"]
 
@@ -244,7 +246,9 @@ def check_memory(plan: Plan) -> None:
 
 def repeat_command(plan: Plan) -> str:
     """The `make` line that runs the same benchmark again, every default written out."""
+    default = load().vllm.default
     values = {
+        "VLLM_VERSION": selected() if selected() != default else None,
         "MODEL": plan.model.path_asked_for or plan.model.name,
         "METRIC": plan.metric,
         "INPUT_LEN": plan.input_len,

@@ -142,7 +142,9 @@ struct Plan {
   Plan(const Plan&) = delete;
   ~Plan() {
     cusparseLtMatmulPlanDestroy(&plan);
+#if CUSPARSELT_VERSION >= 800  // earlier ones have nothing to destroy here
     cusparseLtMatmulAlgSelectionDestroy(&choice);
+#endif
     for (auto* matrix : {&w, &a, &y}) cusparseLtMatDescriptorDestroy(matrix);
   }
 };
