@@ -150,7 +150,7 @@ def test_command_that_repeats_a_run_names_a_release_that_is_not_the_default(
     other = next(version for version in load().vllm.release if version != default)
     for version, named in ((other, True), (default, False)):
         monkeypatch.setenv(SELECTED, version)
-        assert (f"VLLM_VERSION={version} " in repeat_command(sample())) is named
+        assert (f" VLLM_VERSION={version}" in repeat_command(sample())) is named
 
 
 def test_installed_engine_decides_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,9 @@ def copy(tmp_path: Path) -> Copy:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["triton", "cuda", "cupy"])
+@pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.nvcc), "cupy"]
+)
 @pytest.mark.parametrize("operation", ["gemm", "gelu_gate"])
 def test_a_new_kernel_works_at_once(copy: Copy, operation: str, backend: str) -> None:
     before = copy.files()

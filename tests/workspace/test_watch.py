@@ -279,6 +279,7 @@ def test_a_cupy_kernel_and_one_that_does_not_compile_at_first(editor: Editor) ->
 
 
 @pytest.mark.slow
+@pytest.mark.nvcc
 def test_a_cuda_kernel(editor: Editor) -> None:
     editor.save("cuda.cu", CUDA)
     editor.watch("toy.cuda", timeout=60)

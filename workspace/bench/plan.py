@@ -248,7 +248,6 @@ def repeat_command(plan: Plan) -> str:
     """The `make` line that runs the same benchmark again, every default written out."""
     default = load().vllm.default
     values = {
-        "VLLM_VERSION": selected() if selected() != default else None,
         "MODEL": plan.model.path_asked_for or plan.model.name,
         "METRIC": plan.metric,
         "INPUT_LEN": plan.input_len,
@@ -262,6 +261,7 @@ def repeat_command(plan: Plan) -> str:
         "TP": plan.tp,
         "EAGER": int(plan.eager),
         "BASELINE": plan.baseline if plan.baseline != "stock" else None,
+        "VLLM_VERSION": selected() if selected() != default else None,
     }
     return "make bench " + " ".join(f"{k}={_quoted(v)}" for k, v in values.items() if v is not None)
 
