@@ -382,8 +382,10 @@ def main() -> None:
         app(standalone_mode=True)
     except WorkspaceError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+    except SystemExit as end:
+        if end.code == 130:  # Typer's answer to Ctrl-C
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}; mend that and run the command again")

@@ -112,12 +112,14 @@ class Build:
     launcher: str | None
 
     def configure(self) -> None:
-        """Run cmake unless it ran to the end with all of this before; ninja sees to the rest."""
+        """Run cmake unless it ran to the end with all of this before."""
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         given = [f"-D{name}={value}" for name, value in self.cache.items()]
         arguments = ["-G", "Ninja", "-S", str(self.place), "-B", str(self.folder), *given, *extra]
         local = {name: self.environment.get(name) for name in self._variables()}
-        wanted = json.dumps([arguments, local, built_from.packages()])
+        files = [self.place / "CMakeLists.txt", *sorted((self.place / "cmake").rglob("*.cmake"))]
+        texts = [install.checksum(path) for path in files]
+        wanted = json.dumps([arguments, local, built_from.packages(), texts])
         stamp = self.folder / "configured.json"
         if stamp.exists() and stamp.read_text() == wanted:
             return
@@ -318,6 +320,8 @@ def run(
         what = target or ", ".join(known)
         say(f"compiling {what}, {number} at once{memory}; log: {build.log}")
         build.compile(target, number)
+    if not target and (build.place / "rust").is_dir():
+        say("vLLM's Rust parts stay the released wheel's; upstream's build_rust.sh compiles them")
     facts: dict[str, object] = {
         "sources": sources,
         "packages": built_from.packages(),

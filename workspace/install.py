@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from workspace import bootstrap
+from workspace import bootstrap, built_from
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
@@ -170,6 +170,7 @@ def place_binaries(artifact: Artifact, device: Device, *, renew: bool = False) -
     }
     hide_binaries(place, record)
     write_manifest(record)
+    built_from.forget(place, record)
     return True
 
 
