@@ -184,10 +184,15 @@ def prepare(device: Device, archs: str | None) -> Build:
         tools = kernels_build.toolchain()
     except kernels_build.BuildError as error:
         raise WorkspaceError(str(error)) from None
-    wanted = architectures(archs, device)
+    wanted, release = architectures(archs, device), load().release().cuda.release
+    if tools.nvcc_version.partition(".")[0] != release.partition(".")[0]:
+        raise WorkspaceError(
+            f"vLLM {version} is compiled with CUDA {release}, and {tools.nvcc} is "
+            f"{tools.nvcc_version}; set CUDA_HOME to a toolkit of that release"
+        )
     home = tools.nvcc.parents[1]
     if tools.origin == "packages":
-        home = cuda_home.view(tools.nvcc, load().release().cuda.release, tools.cxx)
+        home = cuda_home.view(tools.nvcc, release, tools.cxx)
     sources = Path(os.environ.get("FETCHCONTENT_BASE_DIR") or STATE / "sources" / version)
     local = upstream_sources.require(place, device, platform.machine(), sources)
     cache = {
