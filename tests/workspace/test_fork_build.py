@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import random
 import re
 import shutil
@@ -26,6 +27,7 @@ from tests.workspace.conftest import BINARIES, UNREACHABLE, Checkout, still_runn
 from workspace import build_log, fork_build, upstream_sources
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import git
+from workspace.paths import ROOT
 from workspace.pins import Device, load
 from workspace.release import SELECTED, tree
 
@@ -362,6 +364,51 @@ def test_ctrl_c_ends_the_build_and_the_compilers(checkout: Checkout, numbers: Pa
     assert "Traceback" not in output
     assert still_running(family, 10) == []
     assert (checkout.src / "vllm/_C.abi3.so").read_bytes() == BINARIES["vllm/_C.abi3.so"]
+
+
+@pytest.mark.skipif(not shutil.which("ccache"), reason="ccache is not on PATH")
+def test_what_ccache_has_is_not_compiled_again(
+    fresh: Checkout, numbers: Path, tmp_path: Path
+) -> None:
+    given = (f"NUMBERS_SRC_DIR={numbers}", f"CCACHE_DIR={tmp_path}/cache")
+    for _ in range(2):
+        shutil.rmtree(fresh.root / ".workspace/build", ignore_errors=True)
+        result = fresh.make("fork-build", *given)
+        assert result.returncode == 0, result.stdout
+        assert "configuring vLLM's build for cpu, ccache" in result.stdout
+    statistics = subprocess.run(
+        ["ccache", "--print-stats"], capture_output=True, text=True, check=True,
+        env={**os.environ, "CCACHE_DIR": f"{tmp_path}/cache"},
+    ).stdout  # fmt: skip
+    counts = dict(line.split("\t") for line in statistics.splitlines())
+    hits = int(counts["direct_cache_hit"]) + int(counts["preprocessed_cache_hit"])
+    assert hits >= 3, statistics
+
+
+def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
+    steps = 'for i in 1 2 3; do echo "[$i/3] Building part$i.o"; done; echo a warning'
+    code = (
+        "import os, sys; from pathlib import Path; from workspace import build_log; "
+        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), "
+        "env=dict(os.environ), show_steps=True)"
+    )
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, steps, str(tmp_path / "log")],
+        cwd=ROOT, env=environment, stderr=theirs, stdout=theirs, check=False,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that all have left
+        while part := os.read(ours, 1 << 16):
+            shown += part
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    assert result.returncode == 0, plain
+    assert re.search(r"━+ 3/3 [\d:]+ Building part3\.o", plain), plain
+    assert "a warning" not in plain
+    assert "a warning" in (tmp_path / "log").read_text()
 
 
 # --- the parts ------------------------------------------------------------------------------------
