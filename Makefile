@@ -2,16 +2,19 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor kernels bench new-kernel watch inspect notebook bench-kernels compare profile test fork-status fork-diff fork-export fork-rebase lint lock clean
+.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test fork-status fork-diff fork-export fork-rebase lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-dev: ## set everything up: environment, vLLM fork, binaries, kernels
+dev: ## set everything up: environment, vLLM fork, binaries, kernels (BUILD=full, BUILD=precompiled)
 	@$(WORKSPACE) dev
 
 doctor: ## what is ready, what is not, and the remedy (JSON=1)
 	@$(WORKSPACE) doctor
+
+fork-build: ## compile what changed in vLLM's own C++ and CUDA (TARGET=_C, CUDA_ARCHS=9.0a, JOBS)
+	@$(WORKSPACE) fork-build
 
 kernels: ## compile the kernels that changed (ARCH=9.0a)
 	@$(WORKSPACE) kernels

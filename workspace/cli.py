@@ -30,18 +30,26 @@ def option(variable: str, help_text: str) -> Any:
 Text = str | None
 
 
-def set_up(*, engine: bool = True, arch: str | None = None, operation: str | None = None) -> None:
+def fork_and_engine(*, renew: bool = False) -> None:
+    """The fork's tree, its binaries and its editable install."""
+    from workspace import fork, install
+
+    fork.ensure()
+    install.install_fork(device(), renew=renew)  # type: ignore[arg-type]
+
+
+def set_up(
+    *,
+    engine: bool = True,
+    renew: bool = False,
+    arch: str | None = None,
+    operation: str | None = None,
+) -> None:
     """Bring fork, install and kernels up to date, then let the next make in.
 
     Kernels are compiled while the fork is unpacked and installed: neither needs the other. A verb
     that needs the kernels of one operation waits for those only.
     """
-
-    def fork_and_engine() -> None:
-        from workspace import fork, install
-
-        fork.ensure()
-        install.install_fork(device())  # type: ignore[arg-type]
 
     def kernels_package() -> None:
         from workspace import install
@@ -54,7 +62,7 @@ def set_up(*, engine: bool = True, arch: str | None = None, operation: str | Non
     with ThreadPoolExecutor() as pool:
         lanes = [pool.submit(kernels_package)]
         if engine:
-            lanes.append(pool.submit(fork_and_engine))
+            lanes.append(pool.submit(fork_and_engine, renew=renew))
         for lane in reversed(lanes):
             lane.result()
     let_the_next_in()
@@ -77,15 +85,46 @@ def install_package() -> None:
 
 
 @app.command()
-def dev() -> None:
+def dev(
+    build: Annotated[
+        Text, option("BUILD", "full: compile vLLM here; precompiled: the wheel's binaries again.")
+    ] = None,
+    cuda_archs: Annotated[Text, option("CUDA_ARCHS", "For BUILD=full, e.g. 9.0a.")] = None,
+    jobs: Annotated[Text, option("JOBS", "For BUILD=full: compilers at once.")] = None,
+) -> None:
     """Set everything up: environment, fork, binaries, kernels."""
     from workspace import fork_tree, release
 
-    set_up()
+    if build not in (None, "", "full", "precompiled"):
+        raise WorkspaceError(f"BUILD={build} is not known; give BUILD=full or BUILD=precompiled")
+    if build == "full":
+        compile_fork(None, cuda_archs, jobs)
+    set_up(renew=build != "full" and (build == "precompiled" or os.environ.get("FORCE") == "1"))
     version = release.selected()
     if before := fork_tree.switch(version):
         say(f"vllm-fork/src shows vLLM {version} now; {before} stays in vllm-fork/releases")
     say("ready")
+
+
+def compile_fork(target: Text, cuda_archs: Text, jobs: Text) -> None:
+    """vLLM's own C++ and CUDA into a tree that is set up; nobody else is let in before the end."""
+    from workspace import install
+
+    fork_and_engine()
+    install.install_kernels()
+    from workspace import fork_build
+
+    fork_build.run(device(), target, cuda_archs, jobs)  # type: ignore[arg-type]
+
+
+@app.command("fork-build")
+def fork_build(
+    target: Annotated[Text, option("TARGET", "One extension, e.g. _C; default: all.")] = None,
+    cuda_archs: Annotated[Text, option("CUDA_ARCHS", "Default: of this machine's GPUs.")] = None,
+    jobs: Annotated[Text, option("JOBS", "Default: by cores and memory.")] = None,
+) -> None:
+    """Compile what changed in vLLM's own C++ and CUDA, and put it into the tree."""
+    compile_fork(target or None, cuda_archs, jobs)
 
 
 @app.command()
@@ -343,8 +382,10 @@ def main() -> None:
         app(standalone_mode=True)
     except WorkspaceError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+    except SystemExit as end:
+        if end.code == 130:  # Typer's answer to Ctrl-C
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"error: {error.strerror or error}{where}; mend that and run the command again")

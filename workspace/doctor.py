@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workspace import install, patch_queue
+from workspace import built_from, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
@@ -35,6 +35,7 @@ from workspace.release import active, selected, tree
 
 Status = Literal["ok", "note", "problem"]
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
+REBUILD = "make fork-build"
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -269,6 +270,37 @@ def fork_state() -> Check:
     )
 
 
+def binaries() -> Check:
+    """Whether the compiled files in the tree are made from the sources beside them."""
+    manifest = install.read_manifest()
+    if not manifest:
+        return Check("binaries", "problem", "none in the tree", "make dev")
+    builds = manifest.get("builds", {})
+    parts = [] if built_from.ALL in builds else ["released wheel"]
+    for name, build in builds.items():
+        archs = build["architectures"].replace(";", ", ")
+        parts.append(f"{name} compiled here" + (f" for {archs}" if archs else ""))
+    origin = "; ".join(parts)
+    if manifest.get("unfinished"):
+        return Check("binaries", "problem", "a build was cut off while it installed", REBUILD)
+    if wrong := built_from.other_packages(manifest):
+        text = "; ".join(f"{name} was compiled with {what}" for name, what in wrong.items())
+        return Check("binaries", "problem", text, REBUILD)
+    stale, rust = built_from.stale(tree(), selected(), manifest)
+    if stale:
+        text = f"{origin}, without the edits of {_some(stale)}"
+        return Check("binaries", "note", text, REBUILD)
+    if rust:
+        text = f"{origin}; vLLM's Rust parts without the edits of {_some(rust)}"
+        return Check("binaries", "note", text, "upstream's build_rust.sh, in the tree")
+    return Check("binaries", "ok", f"{origin}; made from the sources as they are")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
 def kernels() -> Check:
     try:
         from custom_kernels import build
@@ -314,6 +346,7 @@ def checks(mode: str) -> list[Check]:
         "libraries": lambda: libraries(release),
         "vLLM": vllm,
         "fork": fork_state,
+        "binaries": binaries,
         "kernels": kernels,
     }
     rows: list[Check] = []

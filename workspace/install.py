@@ -21,9 +21,10 @@ import sys
 import sysconfig
 import zipfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
-from workspace import bootstrap
+from workspace import bootstrap, built_from
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
@@ -48,7 +49,14 @@ def read_manifest() -> dict:
     return json.loads(manifest().read_text()) if manifest().exists() else {}
 
 
-def _crc32(path: Path) -> int:
+def write_manifest(record: dict) -> None:
+    write_file(manifest(), json.dumps(record).encode())
+
+
+def checksum(path: Path) -> int | None:
+    """CRC-32 of a file, None where there is none."""
+    if not path.is_file():
+        return None
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -87,39 +95,61 @@ def hide(patterns: list[str]) -> None:
     write_file(exclude, text.encode())
 
 
-def place_binaries(artifact: Artifact, device: Device) -> bool:
+def tracked_files(place: Path) -> set[str]:
+    """The files of the pristine release, and what setup.py writes beside them."""
+    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(selected()), tree=place)
+    return {*listing.split("\0"), *GENERATED}
+
+
+def hide_binaries(place: Path, record: dict) -> None:
+    names = [*record["files"], *record.get("own", {})]
+    hide(exclude_patterns(names, tracked_files(place)))
+
+
+def edited(place: Path, record: dict, names: Iterable[str]) -> list[str]:
+    """Which of these files are neither as the wheel has them nor as a build of one's own."""
+    own = record.get("own", {})
+    known = {
+        name: {None, record["files"].get(name), own.get(name, {}).get("crc")} for name in names
+    }
+    return [
+        name
+        for name, crcs in known.items()
+        if crcs != {None} and checksum(place / name) not in crcs
+    ]
+
+
+def place_binaries(artifact: Artifact, device: Device, *, renew: bool = False) -> bool:
     """Extract the wheel's compiled files into the tree; True when something was done.
 
-    Each file is written beside its place and renamed; the manifest comes last.
+    Each file is written beside its place and renamed; the manifest comes last. Files of a build
+    of one's own (fork_build) stay, unless another wheel is asked for, or with `renew`.
 
     Raises:
         WorkspaceError: an extracted file was edited since; it is not overwritten.
     """
     place, before = tree(), read_manifest()
-    files = before.get("files", {})
+    own = before.get("own", {})
+    files = {**before.get("files", {}), **own}
     present = all((place / name).exists() for name in files)
-    if before.get("sha256") == artifact.sha256 and present:
+    if before.get("sha256") == artifact.sha256 and present and not (own and renew):
         return False
     # Imported late: a run with nothing to do would take twice as long.
     from workspace.fetch import fetch
 
     wheel_path = fetch(artifact)
-    edited = [
-        name
-        for name, crc in files.items()
-        if (place / name).exists() and _crc32(place / name) != crc
-    ]
-    if edited and os.environ.get("FORCE") != "1":
+    changed = edited(place, before, files)
+    if changed and os.environ.get("FORCE") != "1":
         raise WorkspaceError(
-            f"{edited[0]} in {place.relative_to(ROOT)} was changed after it was taken from "
-            f"{before['wheel']} ({len(edited)} such files); save it, then run: make dev FORCE=1"
+            f"{changed[0]} in {place.relative_to(ROOT)} was changed after it was taken from "
+            f"{before['wheel']} ({len(changed)} such files); save it, then run: make dev FORCE=1"
         )
+    if own:
+        bootstrap.say(f"{len(own)} files of your own build give way; make fork-build has them back")
     for name in files:
         (place / name).unlink(missing_ok=True)
     manifest().unlink(missing_ok=True)
-    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(selected()), tree=place)
-    # setup.py writes what the release leaves out, e.g. vllm/_version.py.
-    tracked = {*listing.split("\0"), *GENERATED}
+    tracked = tracked_files(place)
     bootstrap.say(f"taking the {device} binaries from {artifact.filename}")
     with zipfile.ZipFile(wheel_path) as wheel:
         members = binary_members(wheel, tracked)
@@ -132,14 +162,15 @@ def place_binaries(artifact: Artifact, device: Device) -> bool:
                     sink.write(chunk)
             temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
             temporary.replace(target)
-    hide(exclude_patterns([m.filename for m in members], tracked))
     record = {
         "wheel": artifact.filename,
         "sha256": artifact.sha256,
         "device": device,
         "files": {member.filename: member.CRC for member in members},
     }
-    write_file(manifest(), json.dumps(record).encode())
+    hide_binaries(place, record)
+    write_manifest(record)
+    built_from.forget(place, record)
     return True
 
 
@@ -230,10 +261,13 @@ def ensure_system_files(device: Device) -> None:
         )
 
 
-def install_fork(device: Device) -> None:
-    """Binaries for the device, then the editable install under a version that names it."""
+def install_fork(device: Device, *, renew: bool = False) -> None:
+    """Binaries for the device, then the editable install under a version that names it.
+
+    `renew` brings the released wheel's binaries back where a build of one's own replaced them.
+    """
     version, release, place = selected(), load().release(), tree()
-    place_binaries(release.binary(device), device)
+    place_binaries(release.binary(device), device, renew=renew)
     ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
     build = (place / "setup.py").read_bytes() + (place / "pyproject.toml").read_bytes()

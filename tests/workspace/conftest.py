@@ -34,6 +34,7 @@ from workspace.paths import KERNELS, LOCKS, ROOT, STATE
 from workspace.pins import load
 from workspace.release import ASKED, SELECTED, selected
 
+UNREACHABLE = "http://127.0.0.1:1/numbers.git"
 SOURCES = {
     "setup.py": (
         "import os\nfrom setuptools import setup\n"
@@ -49,6 +50,41 @@ SOURCES = {
     "vllm/kept.py": "untouched = True\n",
     "vllm/_version.py": "__version__ = '0.25.1'\n",
     "PKG-INFO": "Name: vllm\n",
+    "CMakeLists.txt": """\
+cmake_minimum_required(VERSION 3.26)
+project(small LANGUAGES CXX)
+string(REPLACE "." "" CMAKE_CUDA_ARCHITECTURES "${TORCH_CUDA_ARCH_LIST}")
+enable_language(CUDA)
+if(VLLM_TARGET_DEVICE STREQUAL "cpu")
+  include(cmake/cpu_extension.cmake)
+endif()
+add_library(_C MODULE csrc/first.cpp csrc/second.cpp)
+add_library(_moe_C MODULE csrc/moe.cu)
+foreach(name _C _moe_C)
+  set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX ".abi3.so")
+  target_include_directories(${name} PRIVATE ${numbers_SOURCE_DIR})
+  install(TARGETS ${name} LIBRARY DESTINATION vllm COMPONENT ${name})
+endforeach()
+""",
+    "cmake/cpu_extension.cmake": f"""\
+include(FetchContent)
+if(DEFINED ENV{{NUMBERS_SRC_DIR}})
+  FetchContent_Declare(numbers SOURCE_DIR $ENV{{NUMBERS_SRC_DIR}})
+else()
+  # Nobody answers there, unless a test has git look elsewhere.
+  FetchContent_Declare(numbers
+    GIT_REPOSITORY {UNREACHABLE}
+    GIT_TAG one)
+endif()
+FetchContent_MakeAvailable(numbers)
+""",
+    "csrc/first.cpp": '#include "numbers.h"\nextern "C" int first() { return ONE; }\n',
+    "csrc/second.cpp": 'extern "C" int second() { return 2; }\n',
+    "csrc/moe.cu": (
+        "__global__ void kernel(int *out) { *out = 3; }\n"
+        'extern "C" int third() { return kernel == nullptr ? 0 : 3; }\n'
+    ),
+    "rust/lib.rs": "fn main() {}\n",
 }
 BINARIES = {
     "vllm/_C.abi3.so": b"\x7fELF not really" * 5000,
@@ -88,6 +124,7 @@ ROOTS = [
     *("typer", "rich", "pydantic", "filelock", "pypi-simple", "requests", "packaging"),
     *("setuptools", "wheel", "apache-tvm-ffi", "nvidia-cuda-nvcc", "nvidia-cuda-crt"),
     *("nvidia-nvvm", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-cublas", "nvidia-ml-py"),
+    *("cmake", "ninja"),
 ]
 
 
@@ -248,6 +285,10 @@ def clean_environment() -> dict[str, str]:
         "PYTHON",
         "FORCE",
         "ARCH",
+        "BUILD",
+        "TARGET",
+        "JOBS",
+        "CUDA_ARCHS",
         LOCK_VARIABLE,
         ASKED,
         SELECTED,
