@@ -34,7 +34,7 @@ from workspace.release import selected, tree
 
 LAUNCHERS = ("sccache", "ccache")
 GIB_PER_JOB = {"cuda": 8.5, "cpu": 2.0}
-"""What one compiler may take: of vLLM 0.25.1, scaled_mm_sm90_fp8.cu and cpu_attn.cpp at its peak."""
+"""What a compiler may take: of vLLM 0.25.1, scaled_mm_sm90_fp8.cu and cpu_attn.cpp at its peak."""
 
 
 # --- what the machine allows ----------------------------------------------------------------------
