@@ -24,6 +24,7 @@ import psutil
 import pytest
 
 from tests.workspace.conftest import BINARIES, UNREACHABLE, Checkout, still_running
+from tests.workspace.test_dev import mounted
 from workspace import build_log, fork_build, upstream_sources
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import git
@@ -389,7 +390,7 @@ def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
     steps = 'for i in 1 2 3; do echo "[$i/3] Building part$i.o"; done; echo a warning'
     code = (
         "import os, sys; from pathlib import Path; from workspace import build_log; "
-        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), "
+        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), folder=Path(), "
         "env=dict(os.environ), show_steps=True)"
     )
     ours, theirs = pty.openpty()
@@ -461,10 +462,14 @@ def test_the_architecture_is_that_of_the_gpu() -> None:
     assert f"{major}.{minor}" in fork_build.architectures(None, "cuda")
 
 
-def test_a_full_disk_and_too_little_memory_are_said_in_words() -> None:
-    assert "disk is full" in build_log.why("fatal error: when writing: No space left on device")
-    assert "JOBS=1" in build_log.why("g++: fatal error: Killed signal terminated program cc1plus")
-    assert build_log.why("error: expected ';'") == ""
+def test_a_full_disk_and_too_little_memory_are_said_in_words(tmp_path: Path) -> None:
+    assert "a disk is full" in build_log.why(
+        "fatal error: when writing: No space left on device", tmp_path
+    )
+    assert "JOBS=1" in build_log.why(
+        "g++: fatal error: Killed signal terminated program cc1plus", tmp_path
+    )
+    assert build_log.why("error: expected ';'", tmp_path) == ""
 
 
 def test_without_a_compiler_the_error_says_what_to_install(
@@ -626,3 +631,19 @@ def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
     ).stdout  # fmt: skip
     assert "[libcuda.so.1]" in needed
     assert git("status", "--porcelain", tree=place) == before
+
+
+@pytest.mark.parametrize("size", ["64k", "300k"])
+def test_a_full_disk_is_said_in_words_and_the_build_goes_on_after(
+    fresh: Checkout, numbers: Path, size: str
+) -> None:
+    place = fresh.root / ".workspace/build"
+    place.mkdir()
+    given = ("TARGET=_C", f"NUMBERS_SRC_DIR={numbers}")
+    with mounted(place, "-t", "tmpfs", "-o", f"size={size}", "none"):
+        result = fresh.make("fork-build", *given)
+    assert result.returncode != 0
+    assert "free some space" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert fresh.make("fork-build", *given).returncode == 0
+    assert call(fresh, "_C", "first") == 1
