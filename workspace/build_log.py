@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,8 @@ from workspace.errors import WorkspaceError
 STEP = re.compile(r"^\[(\d+)/(\d+)\] (.+)$")
 """ninja's line for a finished step, as NINJA_STATUS below sets it."""
 SHOWN_LINES = 60
+FULL = 16 * 2**20
+"""Bytes; a disk with fewer free ones is full."""
 
 
 def first_error(log: str) -> str:
@@ -46,10 +50,16 @@ def first_error(log: str) -> str:
     return "\n".join(lines[-SHOWN_LINES:])
 
 
-def why(text: str) -> str:
-    """What to do about a failure whose cause is the machine, else empty."""
+def why(text: str, folder: Path) -> str:
+    """What to do about a failure whose cause is the machine, else empty.
+
+    Not every tool says that the disk is full: cmake finds its own files cut off and wonders.
+    """
+    for place in (folder, Path(tempfile.gettempdir())):
+        if shutil.disk_usage(place).free < FULL:
+            return f"the disk that holds {place} is full; free some space and run it again"
     if "No space left on device" in text:
-        return "the disk is full; free some space and run the same command again"
+        return "a disk is full; free some space and run it again"
     if re.search(r"\bKilled\b|out of memory|cannot allocate memory", text, re.IGNORECASE):
         return "a compiler ran out of memory; run it again with fewer at once: JOBS=1"
     return ""
@@ -59,11 +69,13 @@ def run(
     command: list[str],
     *,
     what: str,
+    folder: Path,
     log: Path,
     env: dict[str, str],
     show_steps: bool = False,
 ) -> None:
-    """Run `command` with its output in `log` (appended), `show_steps` as they are done.
+    """Run `command`, which writes to `folder`, with its output in `log` (appended); `show_steps` as
+    they are done.
 
     The set-up lock is passed on: where this process is killed and the build lives on, the next
     run waits for it.
@@ -101,7 +113,7 @@ def run(
     if status:
         error = first_error(text)
         print(error, file=sys.stderr)
-        remedy = why(error)
+        remedy = why(error, folder)
         raise WorkspaceError(f"{what} failed{': ' + remedy if remedy else ' (above)'}; log: {log}")
 
 

@@ -34,7 +34,7 @@ from workspace.release import selected, tree
 
 LAUNCHERS = ("sccache", "ccache")
 GIB_PER_JOB = {"cuda": 8.5, "cpu": 2.0}
-"""Memory that one compiler may take. 8.5 GiB were seen for vLLM 0.25.1's scaled_mm_sm90_fp8.cu."""
+"""What a compiler may take: of vLLM 0.25.1, scaled_mm_sm90_fp8.cu and cpu_attn.cpp at its peak."""
 
 
 # --- what the machine allows ----------------------------------------------------------------------
@@ -169,7 +169,14 @@ class Build:
 
     def _cmake(self, what: str, *arguments: str, show_steps: bool = False) -> None:
         command = ["cmake", *arguments]
-        build_log.run(command, what=what, log=self.log, env=self.environment, show_steps=show_steps)
+        build_log.run(
+            command,
+            what=what,
+            folder=self.folder,
+            log=self.log,
+            env=self.environment,
+            show_steps=show_steps,
+        )
 
 
 def prepare(device: Device, archs: str | None) -> Build:
@@ -270,8 +277,11 @@ def move_into_tree(place: Path, stage: Path, build: dict[str, object], name: str
         changed.append(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        shutil.copy2(source, partial)
-        partial.replace(target)
+        try:
+            shutil.copy2(source, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     install.hide_binaries(place, manifest)
     del manifest["unfinished"]
     install.write_manifest(manifest)

@@ -185,7 +185,7 @@ def test_a_read_only_checkout_is_one_clear_error(small_checkout: Checkout) -> No
 def test_a_full_disk_is_one_clear_error_and_dev_goes_on_after(small_checkout: Checkout) -> None:
     """The fork's folder on a file system too small for it."""
     place = small_checkout.root / "vllm-fork"
-    with mounted(place, "-t", "tmpfs", "-o", "size=64k", "none"):
+    with mounted(place, "-t", "tmpfs", "-o", "size=40k", "none"):
         result = small_checkout.make("dev")
     assert result.returncode != 0
     assert_one_clear_error(result.stdout, "No space left")

@@ -24,12 +24,13 @@ import psutil
 import pytest
 
 from tests.workspace.conftest import BINARIES, UNREACHABLE, Checkout, still_running
+from tests.workspace.test_dev import mounted
 from workspace import build_log, fork_build, upstream_sources
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import git
 from workspace.paths import ROOT
 from workspace.pins import Device, load
-from workspace.release import SELECTED, tree
+from workspace.release import selected, tree
 
 NUMBERS = "#define ONE 1\n"
 
@@ -389,7 +390,7 @@ def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
     steps = 'for i in 1 2 3; do echo "[$i/3] Building part$i.o"; done; echo a warning'
     code = (
         "import os, sys; from pathlib import Path; from workspace import build_log; "
-        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), "
+        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), folder=Path(), "
         "env=dict(os.environ), show_steps=True)"
     )
     ours, theirs = pty.openpty()
@@ -461,10 +462,14 @@ def test_the_architecture_is_that_of_the_gpu() -> None:
     assert f"{major}.{minor}" in fork_build.architectures(None, "cuda")
 
 
-def test_a_full_disk_and_too_little_memory_are_said_in_words() -> None:
-    assert "disk is full" in build_log.why("fatal error: when writing: No space left on device")
-    assert "JOBS=1" in build_log.why("g++: fatal error: Killed signal terminated program cc1plus")
-    assert build_log.why("error: expected ';'") == ""
+def test_a_full_disk_and_too_little_memory_are_said_in_words(tmp_path: Path) -> None:
+    assert "a disk is full" in build_log.why(
+        "fatal error: when writing: No space left on device", tmp_path
+    )
+    assert "JOBS=1" in build_log.why(
+        "g++: fatal error: Killed signal terminated program cc1plus", tmp_path
+    )
+    assert build_log.why("error: expected ';'", tmp_path) == ""
 
 
 def test_without_a_compiler_the_error_says_what_to_install(
@@ -499,7 +504,8 @@ NAMES = {
     "cpu": {"oneDNN"},
 }  # fmt: skip
 in_the_default_release = pytest.mark.skipif(
-    not (tree(load().vllm.default) / "CMakeLists.txt").exists(), reason="run make dev first"
+    selected() != load().vllm.default or not (tree() / "CMakeLists.txt").exists(),
+    reason="needs the default release's environment and tree: make dev",
 )
 
 
@@ -507,7 +513,7 @@ in_the_default_release = pytest.mark.skipif(
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_source_that_upstreams_cmake_files_fetch_is_found(device: Device) -> None:
     """All repositories that stand in the files, each with a tag and a variable of its own."""
-    place = tree(load().vllm.default)
+    place = tree()
     both = {
         source.repository: source
         for machine in ("x86_64", "aarch64")
@@ -551,12 +557,11 @@ def test_an_arm_cpu_takes_other_sources_and_a_variable_is_never_guessed() -> Non
 
 def configured(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Path) -> fork_build.Build:
     """vLLM's own build for CUDA in a folder of the test's; nothing goes into the tree."""
-    for source in upstream_sources.sources(tree(load().vllm.default), "cuda", "x86_64"):
+    for source in upstream_sources.sources(tree(), "cuda", "x86_64"):
         monkeypatch.delenv(source.variable, raising=False)
     for variable, path in given.items():
         monkeypatch.setenv(variable, str(path))
     monkeypatch.setenv("FETCHCONTENT_BASE_DIR", str(folder / "sources"))
-    monkeypatch.setenv(SELECTED, load().vllm.default)
     # As bootstrap does it: the environment's cmake and ninja before the system's.
     monkeypatch.setenv("PATH", f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}")
     build = fork_build.prepare("cuda", "8.0")
@@ -565,15 +570,17 @@ def configured(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Path) -> 
 
 
 @in_the_default_release
+@pytest.mark.nvcc
 def test_upstreams_configure_finds_everything_up_to_the_first_source_that_it_fetches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python, the compilers, CUDA from the packages, torch: all of it is there, and the first
     thing that is not is CUTLASS."""
     build_of = partial(configured, tmp_path, monkeypatch)
-    if upstream_sources.sources(tree(load().vllm.default), "cuda", "x86_64")[0].reachable():
+    wanted = upstream_sources.sources(tree(), "cuda", "x86_64")
+    if wanted[0].reachable():
         pytest.skip("the sources can be fetched from here: make dev BUILD=full does it all")
-    with pytest.raises(WorkspaceError, match="7 of 7 sources are missing"):
+    with pytest.raises(WorkspaceError, match=f"{len(wanted)} of {len(wanted)} sources are missing"):
         build_of()
     monkeypatch.setattr(upstream_sources.Source, "reachable", lambda _self: True)
     build = build_of()
@@ -588,6 +595,7 @@ def test_upstreams_configure_finds_everything_up_to_the_first_source_that_it_fet
 
 
 @in_the_default_release
+@pytest.mark.nvcc
 @pytest.mark.slow
 def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -595,7 +603,7 @@ def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
     """CUTLASS is the real one of flashinfer's package. The others are projects of this test with
     nothing in them: what is compiled here does not use them."""
     cutlass = Path(find_spec("flashinfer").submodule_search_locations[0]) / "data/cutlass"  # type: ignore[union-attr,index]
-    place = tree(load().vllm.default)
+    place = tree()
     given = {"VLLM_CUTLASS_SRC_DIR": cutlass}
     for source in upstream_sources.sources(place, "cuda", "x86_64")[1:]:
         folder = tmp_path / source.name
@@ -623,3 +631,19 @@ def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
     ).stdout  # fmt: skip
     assert "[libcuda.so.1]" in needed
     assert git("status", "--porcelain", tree=place) == before
+
+
+@pytest.mark.parametrize("size", ["64k", "300k"])
+def test_a_full_disk_is_said_in_words_and_the_build_goes_on_after(
+    fresh: Checkout, numbers: Path, size: str
+) -> None:
+    place = fresh.root / ".workspace/build"
+    place.mkdir()
+    given = ("TARGET=_C", f"NUMBERS_SRC_DIR={numbers}")
+    with mounted(place, "-t", "tmpfs", "-o", f"size={size}", "none"):
+        result = fresh.make("fork-build", *given)
+    assert result.returncode != 0
+    assert "free some space" in result.stdout
+    assert "Traceback" not in result.stdout
+    assert fresh.make("fork-build", *given).returncode == 0
+    assert call(fresh, "_C", "first") == 1
