@@ -29,6 +29,12 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _environments() -> list[Path]:
+    """Those that a release has here; another folder of such a name is the user's."""
+    versions = {*release.pins()["vllm"]["release"], *(tree.name for tree in release.trees())}
+    return [release.environment(mode, one) for mode in ("uv", "conda") for one in sorted(versions)]
+
+
 def _users_work(tree: Path) -> list[str]:
     try:
         found = state(tree)
@@ -44,9 +50,10 @@ def run(*, force: bool) -> int:
     The lock file stays, because this process holds it; recorded results stay, because a
     measurement cannot be made again.
     """
-    for pattern in (".venv*", ".conda*", *CACHES):
-        for path in sorted(ROOT.glob(pattern)):
-            _remove(path)
+    for path in _environments():
+        _remove(path)
+    for name in CACHES:
+        _remove(ROOT / name)
     for path in sorted(STATE.glob("*")):
         if path.name != "lock":
             _remove(path)
