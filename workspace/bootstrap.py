@@ -374,6 +374,16 @@ def _release_for(verb: str) -> str:
     return version
 
 
+def _any_environment(mode: str, verb: str) -> Path | None:
+    """An interpreter that is there, for verbs that work on trees only: they need no other
+    release's gigabytes."""
+    if verb not in ("fork-export", "fork-rebase"):
+        return None
+    made = (release.environment(mode, one) for one in release.pins()["vllm"]["release"])
+    ready = (prefix for prefix in made if (prefix / "workspace.json").exists())
+    return next((prefix / "bin" / "python" for prefix in ready), None)
+
+
 def main(arguments: list[str]) -> int:
     """Set up the environment and become the verb."""
     verb = arguments[0] if arguments else "help"
@@ -411,7 +421,7 @@ def main(arguments: list[str]) -> int:
             from workspace import fork_tree
 
             fork_tree.require_switchable(version)
-        interpreter = ensure_environment(mode, version)
+        interpreter = _any_environment(mode, verb) or ensure_environment(mode, version)
     os.environ["ENV"] = mode
     os.environ[release.SELECTED] = version
     os.environ.pop(release.ASKED, None)

@@ -341,6 +341,12 @@ def test_a_release_that_is_not_pinned_is_one_clear_error(fork: Checkout) -> None
     assert "make fork-rebase VERSION=0.1.2" in error
 
 
+def test_a_tree_that_is_not_there_costs_no_environment(fork: Checkout) -> None:
+    shutil.rmtree(fork.root / f".venv-{NEW}", ignore_errors=True)
+    assert "is not there; run: make dev" in fail(fork, "fork-export", f"VLLM_VERSION={NEW}")
+    assert not (fork.root / f".venv-{NEW}").exists()
+
+
 # --- rebase ---------------------------------------------------------------------------------
 
 
