@@ -37,6 +37,15 @@ patterns = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8"}
 configs = {name: pickle.loads(pickle.dumps(get_quantization_config(name)())) for name in patterns}
 print([config.get_name() for config in configs.values()])
 
+def any_number_of_tokens(layer):
+    # As the engine traces: once, for whatever number of tokens comes.
+    torch._dynamo.reset()
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    for tokens in (7, 64):
+        x = torch.randn(tokens, 36).bfloat16()
+        torch._dynamo.mark_dynamic(x, 0)  # raises where the trace makes it a constant
+        assert torch.equal(traced(x), layer(x))
+
 x = torch.randn(3, 5, 36, dtype=torch.bfloat16)
 with set_current_vllm_config(VllmConfig()):
     one_rank(sys.argv[1])
@@ -64,6 +73,7 @@ for name, layer in layers.items():
     assert torch.equal(compiled(x), layer(x))
     targets = [str(node.target) for node in graphs[0].graph.nodes if "custom" in str(node.target)]
     print(name, targets, launches.read_layers(sys.argv[2])[os.getpid()][layer.prefix])
+    any_number_of_tokens(layer)
 
 method = configs["sparse_6_8"].get_quant_method(layers["sparse_6_8"], "")
 try:
@@ -90,6 +100,7 @@ wanted = reference.dense(*quantize_weight(x.view(15, 36), torch.int8),
 torch.testing.assert_close(layer(x).double(), wanted, atol=0.01, rtol=0.005)
 assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 print("the example", launches.read_layers(sys.argv[2])[os.getpid()][layer.prefix])
+any_number_of_tokens(layer)
 """
 )
 

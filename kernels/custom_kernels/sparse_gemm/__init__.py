@@ -6,6 +6,7 @@ the same pattern. This file is the operation: its public functions, its argument
 nowhere else), and its registration with torch as ``torch.ops.custom_kernels.sparse_gemm``.
 """
 
+import math
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -244,7 +245,8 @@ def _check(
             f"sparse_gemm: a must be int8, float8_e4m3fn or bfloat16 with rows, got {a.dtype} "
             f"{list(a.shape)}"
         )
-    rows = a.shape[:-1].numel()
+    # Not Size.numel(): under torch.compile it makes the number of rows a constant.
+    rows = math.prod(a.shape[:-1])
     if a_scale is not None and a_scale.shape != a.shape[:-1]:
         raise ValueError(
             f"sparse_gemm: a_scale must be {list(a.shape[:-1])}, one per row of a, got "
