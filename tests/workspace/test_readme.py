@@ -78,6 +78,7 @@ def test_the_versions_named_are_the_pinned_ones() -> None:
 def test_the_figures_quoted_are_those_of_the_records() -> None:
     page = (BENCHMARKS / "README.md").read_text()
     for name in ("qwen2.5-0.5b-throughput-h100", "qwen2.5-0.5b-latency-h100",
+                 "qwen2.5-0.5b-layers-mlp-h100", "qwen2.5-0.5b-sparse-2-4-h100",
                  "tiny-qwen2-throughput-cpu", "tiny-qwen2-pristine-cpu"):  # fmt: skip
         record = json.loads((BENCHMARKS / "engine" / f"{name}.json").read_text())
         found = record["comparison"]
