@@ -64,7 +64,7 @@ def python() -> Check:
     supported = load().python.supported
     if ".".join(version.split(".")[:2]) not in supported:
         return Check("Python", "problem", version, f"give PYTHON= one of {', '.join(supported)}")
-    if not install.has_headers():
+    if install.headers() is None:
         return Check("Python", "problem", f"{version}, without Python.h", "make dev")
     return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
 

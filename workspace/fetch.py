@@ -73,6 +73,8 @@ def _client() -> PyPISimple:
     session = requests.Session()
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
+    # requests takes REQUESTS_CA_BUNDLE before this; of pip's and uv's settings it knows nothing.
+    session.verify = index.certificate() or True
     return PyPISimple(index.index_url() or PYPI_SIMPLE_ENDPOINT, session=session)
 
 

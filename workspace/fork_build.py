@@ -218,6 +218,9 @@ def prepare(device: Device, archs: str | None) -> Build:
     }
     # These are cmake's own, which reads them nowhere else.
     cache |= {name: path for name, path in local.items() if name.startswith("FETCHCONTENT_")}
+    if folder := install.headers():
+        # cmake looks beside the interpreter, where a bare system has none.
+        cache["Python_INCLUDE_DIR"] = str(folder)
     launcher = next(filter(shutil.which, LAUNCHERS), None)
     for language in ("C", "CXX", "CUDA") if launcher else ():
         cache[f"CMAKE_{language}_COMPILER_LAUNCHER"] = str(launcher)

@@ -57,6 +57,11 @@ def index_url() -> str | None:
     return _pip_setting("index-url").strip() or None
 
 
+def certificate() -> str | None:
+    """The CA certificates that the user gave uv or pip, for a network with its own."""
+    return os.environ.get("SSL_CERT_FILE") or _pip_setting("cert").strip() or None
+
+
 def uv_environment() -> dict[str, str]:
     """Variables that make uv use pip's index, for a user who configured pip only."""
     if any(os.environ.get(variable) for variable in UV_VARIABLES):
@@ -72,7 +77,6 @@ def uv_environment() -> dict[str, str]:
         # pip takes the best version of all indexes. Every file is checked against the lock's
         # hashes, so the wrong index cannot slip another file in.
         settings["UV_INDEX_STRATEGY"] = "unsafe-best-match"
-    certificate = _pip_setting("cert").strip()
-    if certificate and "SSL_CERT_FILE" not in os.environ:
-        settings["SSL_CERT_FILE"] = certificate
+    if found := certificate():
+        settings["SSL_CERT_FILE"] = found
     return settings

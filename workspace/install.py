@@ -225,10 +225,11 @@ def has_libnuma() -> bool:
     return True
 
 
-def has_headers() -> bool:
-    """Whether a C++ compiler would find Python.h."""
+def headers() -> Path | None:
+    """The folder in which a C++ compiler would find Python.h."""
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
-    return any((Path(folder) / "Python.h").exists() for folder in folders if folder)
+    found = (Path(folder) for folder in folders if folder)
+    return next((folder for folder in found if (folder / "Python.h").exists()), None)
 
 
 def _at_every_start(name: str, line: str) -> None:
@@ -249,7 +250,7 @@ def ensure_system_files(device: Device) -> None:
         folder = bootstrap.distribution_package("libnuma1", why)
         (library,) = folder.glob("usr/lib/*/libnuma.so.1")
         _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!r})")
-    if not has_headers():
+    if headers() is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         why = "vLLM compiles at run time and needs Python.h, which this system lacks"
         include = bootstrap.distribution_package(f"libpython{version}-dev", why) / "usr/include"

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import os
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +73,36 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Inde
     server.server_close()
 
 
+@pytest.fixture
+def own_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The index of a network with a certificate of its own, and that certificate."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "PIP_CERT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
+    handler = type("Handler", (Index,), {"requests": [], "misbehave": ""})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"https://127.0.0.1:{server.server_port}/simple/")
+    yield certificate
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 def left_over(tmp_path: Path) -> list[Path]:
     return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
@@ -84,6 +118,16 @@ def test_a_file_comes_from_the_users_index_and_then_from_the_cache(index: type[I
 def test_a_damaged_file_in_the_cache_is_fetched_anew(index: type[Index]) -> None:
     path = fetch.fetch(FILE)
     path.write_bytes(CONTENT[:100])
+    assert fetch.fetch(FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("setting", ["PIP_CERT", "SSL_CERT_FILE"])
+def test_the_certificate_that_pip_or_uv_was_given_serves_for_downloads_too(
+    own_certificate: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    with pytest.raises(WorkspaceError, match="SSLError"):
+        fetch.fetch(FILE)
+    monkeypatch.setenv(setting, str(own_certificate))
     assert fetch.fetch(FILE).read_bytes() == CONTENT
 
 

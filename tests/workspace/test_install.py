@@ -103,9 +103,9 @@ def test_headers_are_seen_where_a_compiler_would_see_them(
 ) -> None:
     monkeypatch.setattr(install.sysconfig, "get_path", lambda _name: str(tmp_path / "none"))
     monkeypatch.setenv("CPATH", f":{tmp_path}")
-    assert not install.has_headers()
+    assert install.headers() is None
     (tmp_path / "Python.h").touch()
-    assert install.has_headers()
+    assert install.headers() == tmp_path
 
 
 def test_without_apt_the_error_says_what_to_install(
