@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test fork-status fork-diff fork-export fork-rebase lint lock clean
+.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -45,6 +45,26 @@ profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYE
 
 test: ## run the tests (K=gemm, gemm.triton, a path or a name)
 	@$(WORKSPACE) test
+
+image: ## build the development container's image (BASE_IMAGE, ENV=conda|uv, NETWORK, FORCE=1)
+	@$(WORKSPACE) image
+
+container: ## start the development container, as VS Code does (IMAGE, FORCE=1 and image's)
+	@$(WORKSPACE) container
+
+shell: ## a shell in the container, or one command (CMD="make bench")
+	@$(WORKSPACE) shell
+# A $ in CMD is for the shell, not for make.
+shell: override export CMD := $(value CMD)
+
+snapshot: ## the container as an image that starts without compiling (TAG=tuned, FORCE=1)
+	@$(WORKSPACE) snapshot
+
+snapshots: ## list the snapshots: size, date, versions, your commits
+	@$(WORKSPACE) snapshots
+
+snapshot-verify: ## start a snapshot without a network and prove what it holds (TAG=tuned)
+	@$(WORKSPACE) snapshot-verify
 
 fork-status: ## release, patches, commits not exported, uncommitted edits (JSON=1)
 	@$(WORKSPACE) fork-status

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 
 import pytest
 
-NEEDED = {"gpu": "a GPU", "nvcc": "nvcc"}
+from workspace.container import docker
+from workspace.errors import WorkspaceError
+
+NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
 
 
 def _gpu_missing() -> str | None:
@@ -33,9 +38,26 @@ def _nvcc_missing() -> str | None:
     return None
 
 
+def _engine_missing() -> str | None:
+    """Why the container tests cannot run here."""
+    try:
+        program = docker.client()
+        docker.docker("info", "--format", "{{.ServerVersion}}")
+    except WorkspaceError as error:
+        return str(error)
+    version = docker.docker("version", "--format", "{{.Client.Version}}")
+    buildx = subprocess.run([program, "buildx", "version"], capture_output=True, check=False)
+    if buildx.returncode and int(version.split(".")[0]) >= 23:
+        return f"{program} has no buildx, without which it cannot build"
+    if shutil.which("debootstrap") is None:
+        return "debootstrap is missing, which makes the base image"
+    return None if os.geteuid() == 0 else "debootstrap needs root"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what the machine cannot run, with the reason."""
-    for mark, missing in (("gpu", _gpu_missing), ("nvcc", _nvcc_missing)):
+    checks = (("gpu", _gpu_missing), ("nvcc", _nvcc_missing), ("container", _engine_missing))
+    for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = missing() if marked else None
         for item in marked if reason else []:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -31,10 +32,20 @@ sys.path.insert(0, str(ROOT))
 from workspace import index, release  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
-from workspace.paths import PINS, STATE, cache_folder, lock_path  # noqa: E402
+from workspace.paths import MACHINE, PINS, STATE, cache_folder, lock_path  # noqa: E402
 
-TOOLS = STATE / "tools"
+TOOLS = MACHINE / "tools"
 MODES = ("uv", "conda", "system")
+ON_THE_HOST = {
+    "image": "image",
+    "devcontainer": "before",
+    "container": "start",
+    "shell": "shell",
+    "snapshot": "snapshot",
+    "snapshots": "snapshots",
+    "snapshot-verify": "verify",
+}
+"""Verbs that work on containers → their module. They need Docker's client and no environment."""
 LOCK_VARIABLE = "WORKSPACE_LOCK_FD"
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
@@ -237,10 +248,11 @@ def device() -> str:
 
 def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> None:
     """Create `prefix` and install the locks; what a kill left half installed is redone."""
-    installing = STATE / f"installing{prefix.name}"
+    installing = MACHINE / f"installing{prefix.name}"
     interrupted = installing.exists()
     own = prefix / "bin" / "python"
     another = own.exists() and _version_of(str(own)) != _version_of(python)
+    MACHINE.mkdir(parents=True, exist_ok=True)
     installing.touch()
     if interrupted or another or not own.exists():
         say(f"creating {prefix.name} with {python}")
@@ -340,6 +352,8 @@ def take_lock(verb: str) -> None:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         say(f"waiting: another make is at work in this checkout ({holder or 'unknown'})")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if os.geteuid() == 0:  # under sudo it stays the owner's, who takes it next
+        os.fchown(descriptor, ROOT.stat().st_uid, ROOT.stat().st_gid)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"make {verb}, process {os.getpid()}".encode(), 0)
     os.set_inheritable(descriptor, True)
@@ -408,6 +422,8 @@ def main(arguments: list[str]) -> int:
         from workspace import fork_diff
 
         return fork_diff.run(own=os.environ.get("OWN") == "1", stat=os.environ.get("STAT") == "1")
+    if verb in ON_THE_HOST:
+        return importlib.import_module(f"workspace.container.{ON_THE_HOST[verb]}").run()
     version = _release_for(verb)
     if verb == "doctor":
         # It only looks: no lock, and nothing is set up.

@@ -14,7 +14,7 @@ from workspace import release
 from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL
 from workspace.fork_tree import state
-from workspace.paths import FORK, ROOT, STATE
+from workspace.paths import FORK, MACHINE, ROOT, STATE
 
 CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 
@@ -22,7 +22,8 @@ CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 def _remove(path: Path) -> None:
     if not path.exists():
         return
-    print(f"· removing {path.relative_to(ROOT)}", file=sys.stderr)
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    print(f"· removing {shown}", file=sys.stderr)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -54,8 +55,8 @@ def run(*, force: bool) -> int:
         _remove(path)
     for name in CACHES:
         _remove(ROOT / name)
-    for path in sorted(STATE.glob("*")):
-        if path.name != "lock":
+    for path in sorted({*STATE.glob("*"), *MACHINE.glob("*")}):
+        if path != STATE / "lock":
             _remove(path)
     for path in (*FORK.glob(f"{PARTIAL}*"), *FORK.glob(f"releases/{PARTIAL}*")):
         _remove(path)

@@ -17,7 +17,8 @@ MAX_BYTES = 700_000
 """The largest file that belongs here is a lock, about 530 kB."""
 
 PICTURES = {".png"}
-MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home|Users|root|work)/[\w.-]+")
+MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home(?!/dev\b)|Users|root|work)/[\w.-]+")
+"""The container's own user is dev, on every machine."""
 ADDRESS = re.compile(r"https?://|--(?:extra-)?index-url|--find-links")
 PINNING = re.compile(r"^(?:locks/|\.devcontainer/)|(?:^|/)(?:environment\.yml|requirements[^/]*)$")
 FORBIDDEN_NAMES = {"uv.lock", "poetry.lock", "package-lock.json", "yarn.lock"}

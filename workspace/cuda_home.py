@@ -18,7 +18,7 @@ from pathlib import Path
 
 from workspace.errors import WorkspaceError
 from workspace.files import new_folder
-from workspace.paths import STATE
+from workspace.paths import MACHINE
 
 DRIVER = Path("lib64", "stubs", "libcuda.so")
 PARTS = {"bin": "bin", "include": "include", "lib": "lib64", "nvvm": "nvvm"}
@@ -30,7 +30,7 @@ def view(nvcc: Path, release: str, cxx: Path) -> Path:
 
     Made anew when the packages hold other files than it shows.
     """
-    place = STATE / f"cuda-{release}"
+    place = MACHINE / f"cuda-{release}"
     home = nvcc.parents[1]
     links = _links([home, *sorted(path for path in home.parent.iterdir() if path != home)])
     if (place / DRIVER).exists() and _linked(place) == links:

@@ -62,6 +62,21 @@ def certificate() -> str | None:
     return os.environ.get("SSL_CERT_FILE") or _pip_setting("cert").strip() or None
 
 
+def container_settings() -> dict[str, str]:
+    """Variables that make pip and uv in a container ask what they ask here; folders of this
+    machine are not there, so they are left out."""
+    settings = uv_environment()
+    for name in UV_VARIABLES[:3]:
+        if os.environ.get(name):
+            settings[name] = os.environ[name]
+    extra = [e for e in _pip_setting("extra-index-url").split() if e.startswith("http")]
+    for name, value in (("PIP_INDEX_URL", index_url()), ("PIP_EXTRA_INDEX_URL", " ".join(extra))):
+        if value:
+            settings[name] = value
+    settings.pop("SSL_CERT_FILE", None)
+    return settings
+
+
 def uv_environment() -> dict[str, str]:
     """Variables that make uv use pip's index, for a user who configured pip only."""
     if any(os.environ.get(variable) for variable in UV_VARIABLES):

@@ -15,7 +15,22 @@ PATCHES = FORK / "patches"
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 STATE = ROOT / ".workspace"
-"""What the workspace makes and can make again: tools, logs, compiled kernels, models."""
+"""What the workspace makes for this checkout: locks, logs, models, runs, compiled kernels."""
+
+
+def _home() -> Path:
+    """WORKSPACE_HOME, where this is the checkout that it is for: a second one in the same
+    container must not install its own vLLM there."""
+    if os.environ.get("WORKSPACE_HOME_FOR", str(ROOT)) == str(ROOT):
+        return Path(os.environ.get("WORKSPACE_HOME") or ROOT)
+    return ROOT
+
+
+HOME = _home()
+"""Where environments are: in the checkout; in a container in its image, so that neither the host
+nor a container whose checkout it shares takes the other's."""
+MACHINE = HOME / ".workspace"
+"""What the workspace makes for this machine or container: tools, links to its libraries."""
 
 
 def cache_folder(sha256: str) -> Path:

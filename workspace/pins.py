@@ -33,6 +33,12 @@ class Uv(_Model):
     sha256: dict[str, Sha256]
 
 
+class Container(_Model):
+    base: str
+    micromamba: str
+    devcontainers_cli: str = Field(alias="devcontainers-cli")
+
+
 class Architectures(_Model):
     architectures: list[Annotated[str, StringConstraints(pattern=r"^\d+\.\d[af]?$")]]
 
@@ -120,6 +126,7 @@ class Packages(_Model):
 class Pins(_Model):
     python: Python
     uv: Uv
+    container: Container
     cuda: Architectures
     vllm: Vllm
     packages: Packages

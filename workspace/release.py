@@ -19,7 +19,7 @@ from typing import Any
 
 from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL
-from workspace.paths import FORK, PINS, ROOT, STATE
+from workspace.paths import FORK, HOME, MACHINE, PINS, ROOT
 
 ASKED = "VLLM_VERSION"
 """The make variable."""
@@ -121,7 +121,7 @@ def _suffix(version: str) -> str:
 
 def environment(mode: str, version: str) -> Path:
     """The environment of a release."""
-    place = {"uv": ROOT / ".venv", "conda": ROOT / ".conda", "system": STATE / "system"}[mode]
+    place = {"uv": HOME / ".venv", "conda": HOME / ".conda", "system": MACHINE / "system"}[mode]
     return place.with_name(place.name + _suffix(version))
 
 

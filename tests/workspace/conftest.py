@@ -289,6 +289,8 @@ def clean_environment() -> dict[str, str]:
         "TARGET",
         "JOBS",
         "CUDA_ARCHS",
+        "WORKSPACE_HOME",
+        "CUSTOM_KERNELS_CACHE",
         LOCK_VARIABLE,
         ASKED,
         SELECTED,

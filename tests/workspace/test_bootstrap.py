@@ -165,3 +165,15 @@ def test_our_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("checkout", "there"), [(str(ROOT), True), ("/another", False)])
+def test_an_environment_outside_serves_only_the_checkout_that_it_is_for(
+    tmp_path: Path, checkout: str, there: bool
+) -> None:
+    code = "from workspace import release; print(release.environment('uv', '0.0').parent)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "WORKSPACE_HOME": str(tmp_path), "WORKSPACE_HOME_FOR": checkout},
+    ).stdout.strip()  # fmt: skip
+    assert found == str(tmp_path if there else ROOT)

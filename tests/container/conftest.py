@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's machine with a Docker engine: the real engine, a base image made from Debian's packages,
+and a checkout that belongs to somebody who is not root.
+
+What is built once serves all tests here: the image, the container that the devcontainer CLI opens,
+and a snapshot of it.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from pypi_simple import PYPI_SIMPLE_ENDPOINT
+
+from tests.workspace.conftest import clean_environment
+from workspace.container.docker import client
+from workspace.container.image import PREFIX
+from workspace.index import index_url
+from workspace.paths import ROOT
+from workspace.pins import load
+
+USER = "games"  # every Debian has it, and nobody logs in as it
+BASE = f"{PREFIX}-test-base"
+NAME = f"{PREFIX}-test"
+SUITE = "bookworm"
+PASSWORD = "correct-horse-battery-staple"
+"""Of the package index that the image is built from; indexes that ask for none ignore it."""
+
+
+@dataclass
+class Ran:
+    """What a command did."""
+
+    status: int
+    output: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.splitlines()
+
+
+@dataclass
+class Host:
+    """A user with a checkout on a machine with an engine."""
+
+    root: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        """Run a command in the checkout as its owner, who may talk to the engine."""
+        status = self.root.stat()
+        groups = f"{status.st_gid},{Path('/var/run/docker.sock').stat().st_gid}"
+        user = ["setpriv", f"--reuid={status.st_uid}", f"--regid={status.st_gid}"]
+        return subprocess.Popen(
+            [*user, f"--groups={groups}", *command],
+            cwd=self.root,
+            env={**self.env, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+
+    def run(self, *command: str, seconds: float = 900, **variables: str) -> Ran:
+        """`start`, until it ends; standard output and error are one text."""
+        began = time.monotonic()
+        process = self.start(*command, **variables)
+        output, _ = process.communicate(timeout=seconds)
+        return Ran(process.returncode, output, time.monotonic() - began)
+
+    def make(self, *arguments: str, seconds: float = 900, **variables: str) -> Ran:
+        return self.run("make", "--no-print-directory", *arguments, seconds=seconds, **variables)
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    """The engine, asked by the test itself."""
+    result = subprocess.run([client(), *arguments], capture_output=True, text=True, check=False)
+    assert not check or result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def copy_of_this_checkout(root: Path) -> None:
+    """A clone with today's files, as a user has one; nothing is set up in it."""
+    subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+        else:
+            (root / name).unlink(missing_ok=True)
+
+
+def give_to(user: str, folder: Path) -> None:
+    entry = pwd.getpwnam(user)
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
+
+
+def index_with_password() -> str:
+    """The index that this machine asks, by an address with a user and a password in it."""
+    address = urlsplit(index_url() or PYPI_SIMPLE_ENDPOINT)
+    place = address.netloc.rpartition("@")[2]
+    return urlunsplit(address._replace(netloc=f"reader:{PASSWORD}@{place}"))
+
+
+def new_host(base: str, name: str = NAME) -> Host:
+    """A checkout that belongs to `USER`, whose image and volumes have names of their own."""
+    home = Path(tempfile.mkdtemp(prefix="vllm-kernels-host-"))
+    home.chmod(0o755)
+    root = home / "checkout"
+    copy_of_this_checkout(root)
+    # The names of a developer's own image and volumes stay theirs.
+    description = root / ".devcontainer" / "devcontainer.json"
+    description.write_text(description.read_text().replace('"vllm-kernels:dev"', f'"{name}:dev"'))
+    give_to(USER, home)
+    kept = {k: v for k, v in clean_environment().items() if k not in ("PYTHON", "DEVICE")}
+    return Host(
+        root,
+        kept
+        | {
+            "HOME": str(home),
+            "USER": name,
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "DOCKER": client(),
+            "ENV": "uv",
+            "BASE_IMAGE": base,
+            "PIP_INDEX_URL": index_with_password(),
+        },
+    )
+
+
+def remove(host: Host, name: str = NAME) -> None:
+    """All that a host's checkout left in the engine, and the checkout."""
+    label = f"label=devcontainer.local_folder={host.root}"
+    for one in docker("ps", "--all", "--quiet", "--filter", label).split():
+        docker("rm", "--force", one, check=False)
+    for image in docker("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines():
+        if image.startswith(name):
+            docker("rmi", "--force", image, check=False)
+    for volume in docker("volume", "ls", "--quiet").split():
+        if volume.startswith("vllm-kernels-") and volume.endswith(f"-{name}"):
+            docker("volume", "rm", volume, check=False)
+    shutil.rmtree(host.root.parent)
+
+
+@pytest.fixture(scope="session")
+def base_image() -> str:
+    """A minimal Debian, as `debootstrap` makes it; no registry is asked."""
+    if docker("images", "--quiet", f"{BASE}:{SUITE}"):
+        return f"{BASE}:{SUITE}"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            ["debootstrap", "--variant=minbase", SUITE, folder],
+            check=True, stdout=subprocess.DEVNULL, timeout=600,
+        )  # fmt: skip
+        with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
+            subprocess.run(
+                [client(), "import", "-", f"{BASE}:{SUITE}"],
+                stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+    return f"{BASE}:{SUITE}"
+
+
+@contextmanager
+def second_engine(base_image: str, *options: str, megabytes: int | None = None) -> Iterator[str]:
+    """An engine of the test's own, which has the base image; its address. With `megabytes`, that
+    is all the disk it has."""
+    folder = Path(tempfile.mkdtemp(prefix="engine-"))
+    folder.chmod(0o755)
+    data, address = folder / "data", f"unix://{folder}/docker.sock"
+    data.mkdir()
+    if megabytes:
+        size = f"size={megabytes}m"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(data)], check=True)
+    command = ["dockerd", "--data-root", str(data), "--exec-root", str(folder / "exec")]
+    command += ["--pidfile", str(folder / "pid"), "--host", address, "--group", "docker"]
+    command += ["--bridge", "none", "--iptables=false", *options]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    ask = [client(), "--host", address]
+    try:
+        for _ in range(100):
+            asked = subprocess.run([*ask, "info"], capture_output=True, check=False)
+            if asked.returncode == 0:
+                break
+            time.sleep(0.2)
+        assert asked.returncode == 0, (folder / "log").read_text()[-2000:]
+        with subprocess.Popen([client(), "save", base_image], stdout=subprocess.PIPE) as saved:
+            subprocess.run([*ask, "load", "--quiet"], stdin=saved.stdout, check=True)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+        if megabytes:
+            subprocess.run(["umount", str(data)], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def host(base_image: str) -> Iterator[Host]:
+    """The user whose image, container and snapshot the tests share."""
+    made = new_host(base_image)
+    yield made
+    remove(made)
+
+
+@pytest.fixture(scope="session")
+def image(host: Host) -> Ran:
+    """`make image` on a machine that has none."""
+    ran = host.make("image", seconds=1200)
+    assert ran.status == 0, ran.output
+    return ran
+
+
+@pytest.fixture(scope="session")
+def devcontainer(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The devcontainer CLI's command, at its pinned version."""
+    for name in ("node", "npm"):
+        if shutil.which(name) is None:
+            pytest.skip(f"needs {name} for the devcontainer CLI")
+    folder = Path(tempfile.mkdtemp(prefix="devcontainer-cli-"))
+    folder.chmod(0o755)
+    wanted = f"@devcontainers/cli@{load().container.devcontainers_cli}"
+    subprocess.run(
+        ["npm", "install", "--silent", "--no-save", "--prefix", str(folder), wanted],
+        check=True, timeout=300,
+    )  # fmt: skip
+    program = folder / "node_modules" / "@devcontainers" / "cli" / "devcontainer.js"
+    return [shutil.which("node") or "node", str(program)]
+
+
+@pytest.fixture(scope="session")
+def container(host: Host, image: Ran, devcontainer: list[str]) -> Ran:
+    """What VS Code does on "Reopen in Container", through the CLI; `make dev` runs in it."""
+    return up(host, devcontainer)
+
+
+def up(host: Host, cli: list[str], **variables: str) -> Ran:
+    ran = host.run(
+        *cli, "up", "--docker-path", host.env["DOCKER"], "--workspace-folder", str(host.root),
+        seconds=1500, **variables,
+    )  # fmt: skip
+    assert ran.status == 0, ran.output
+    return ran
+
+
+def inside(host: Host, cli: list[str], *command: str, seconds: float = 1200) -> Ran:
+    """A command in the container, as VS Code's terminal runs it."""
+    return host.run(
+        *cli, "exec", "--docker-path", host.env["DOCKER"], "--workspace-folder", str(host.root),
+        *command, seconds=seconds,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def snapshot(host: Host, container: Ran) -> Ran:
+    """`make snapshot TAG=tuned` of that container, with work of the user's in both trees."""
+    tree = host.root / "vllm-fork" / "src"
+    (tree / "vllm" / "mine.py").write_text("VALUE = 1\n")
+    for command in (["add", "vllm/mine.py"], ["commit", "-q", "-m", "Add mine"]):
+        ran = host.run(
+            "git", "-C", str(tree), "-c", "user.name=U", "-c", "user.email=u@example.invalid",
+            *command,
+        )  # fmt: skip
+        assert ran.status == 0, ran.output
+    (tree / "vllm" / "edited.py").write_text("VALUE = 2\n")
+    (host.root / "notes.txt").write_text("an edit in the workspace\n")
+    ran = host.make("snapshot", f"TAG={NAME}-snapshot:tuned")
+    assert ran.status == 0, ran.output
+    return ran

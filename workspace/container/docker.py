@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Docker's own client, and what its complaints mean to somebody who wants to go on.
+
+Standard library only: this runs on the host, before there is an environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from workspace.errors import WorkspaceError
+
+TOOLKIT = "NVIDIA's Container Toolkit"
+REMEDIES = [
+    (
+        r"cannot connect to the docker daemon|is the docker daemon running",
+        "the Docker engine does not run; start it (Linux: sudo systemctl start docker, elsewhere "
+        "Docker Desktop) and run this again",
+    ),
+    (
+        r"permission denied.*(docker daemon|docker\.sock|docker api)",
+        "Docker's engine runs, but not for this user; sudo usermod -aG docker $USER, log in again "
+        "and run this again",
+    ),
+    (
+        r"no space left on device|disk quota exceeded",
+        "Docker has no disk space left; docker system df shows what takes it, docker system prune "
+        "frees some; then run this again",
+    ),
+    (
+        r"failed to do request|pull access denied|failed to resolve source metadata|"
+        r"manifest unknown|not found: manifest|unable to find image",
+        "an image that is needed is not on this machine and no registry gave it; check its name "
+        "and the network, or build on one that docker images lists: BASE_IMAGE=<name>",
+    ),
+    (
+        r"buildx component is missing|buildkit is enabled but|unknown flag: --mount",
+        "this Docker client cannot build with BuildKit; install its plugin (docker-buildx-plugin, "
+        "or docker-buildx), or give DOCKER=<path of a client that can>",
+    ),
+    (
+        r"could not select device driver|nvidia-container-cli|nvidia-container-runtime",
+        f"Docker cannot hand this machine's GPU to a container; install or mend {TOOLKIT}, or "
+        "go without: make container DEVICE=cpu",
+    ),
+]
+"""What the engine says → what it means and what to do."""
+
+
+def client() -> str:
+    """Docker's client: DOCKER= if given, else the one on PATH.
+
+    Raises:
+        WorkspaceError: there is none.
+    """
+    asked = os.environ.get("DOCKER") or "docker"
+    found = shutil.which(asked)
+    if found is None:
+        raise WorkspaceError(
+            f"there is no {asked} here; install Docker (Debian, Ubuntu: apt-get install "
+            "docker.io), or give DOCKER=<path of its client>"
+        )
+    return found
+
+
+def _explain(complaint: str, what: str) -> str:
+    for pattern, meaning in REMEDIES:
+        if re.search(pattern, complaint, re.IGNORECASE):
+            return meaning
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["no message"]
+    told = [line for line in lines if "response from daemon" in line] or lines[-1:]
+    # BuildKit repeats the whole command of the step that failed.
+    reason = re.sub(r"executor failed running \[.*\]", "a step failed", told[0])
+    return f"{what}: {reason[:400]}"
+
+
+def docker(*arguments: str, failure: str = "", stdin: bytes | None = None) -> str:
+    """Run `docker ARGUMENTS`, which must succeed; returns what it prints.
+
+    Raises:
+        WorkspaceError: with what the engine's complaint means, else with `failure` and its words.
+    """
+    result = subprocess.run([client(), *arguments], input=stdin, capture_output=True, check=False)
+    if result.returncode:
+        complaint = result.stderr.decode(errors="replace")
+        raise WorkspaceError(_explain(complaint, failure or f"docker {arguments[0]} failed"))
+    return result.stdout.decode(errors="replace").strip()
+
+
+def show(
+    *arguments: str,
+    failure: str,
+    env: dict[str, str] | None = None,
+    brief: Callable[[str], str] = str,
+) -> None:
+    """`docker`, with its output shown as it comes, each line as `brief` has it ("": not at all).
+    The last lines are shown in full when it fails.
+
+    Raises:
+        WorkspaceError: as `docker`.
+    """
+    with subprocess.Popen(
+        [client(), *arguments],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout
+        last: deque[str] = deque(maxlen=40)
+        for line in process.stdout:
+            last.append(line)
+            print(brief(line), end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        if brief is not str:
+            print("".join(f"{line.rstrip()[:200]}\n" for line in last), file=sys.stderr)
+        raise WorkspaceError(_explain("".join(last), failure))
+
+
+def inspect(kind: str, name: str) -> dict[str, Any] | None:
+    """What the engine knows of an image, a container or a volume; None where there is none."""
+    result = subprocess.run(
+        [client(), kind, "inspect", name], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        if re.search(r"no such|not found", result.stderr, re.IGNORECASE):
+            return None
+        raise WorkspaceError(_explain(result.stderr, f"docker {kind} inspect {name}"))
+    found: dict[str, Any] = json.loads(result.stdout)[0]
+    return found
+
+
+def has_nvidia_runtime() -> bool:
+    """Whether the engine was taught to hand on GPUs."""
+    return "nvidia" in docker("info", "--format", "{{json .Runtimes}}")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make snapshot`: the running container as an image that starts without compiling anything.
+
+    docker commit             what is in the container itself: environment, compiled kernels
+    restore, in a container   what is only mounted there: checkout, fork's trees, compile caches
+    docker commit             both, with what they are as labels and files
+    scan                      configuration, history and layers, for credentials
+    docker tag                only now has it a name
+
+Before and after, credentials stop it: what a container holds, its image would hold for everybody
+who gets it. Whatever ends it early, nothing with a name is left; what has none goes with the next
+run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from typing import Any
+
+from workspace import credentials
+from workspace.bootstrap import say, take_lock
+from workspace.container import config, image, restore, start
+from workspace.container.docker import client, docker, inspect
+from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
+
+REPOSITORY = "vllm-kernels-snapshot"
+UNFINISHED = f"{image.PREFIX}.unfinished"
+SNAPSHOT = f"{image.PREFIX}.snapshot"
+"""The label by which snapshots are known; its value says what is in it, as JSON."""
+MOUNTED = "/mnt/checkout"
+COMPILED = "/mnt/compiled"
+
+
+def reference(tag: str | None) -> str:
+    """TAG= as the name of an image: a name of its own where it has a colon or slash, else a tag
+    of ours; without one, today's date and time."""
+    tag = tag or time.strftime("%Y%m%d-%H%M%S")
+    name = tag if re.search("[:/]", tag) else f"{REPOSITORY}:{tag}"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._/:-]*:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
+        raise WorkspaceError(
+            f"TAG={tag} cannot name an image; give letters, digits, dots and dashes (TAG=tuned), "
+            "or a whole name (TAG=registry/name:tag)"
+        )
+    return name
+
+
+def remove_unfinished() -> None:
+    """What snapshots left that were killed."""
+    label = f"label={UNFINISHED}=yes"
+    for left in docker("ps", "--all", "--quiet", "--filter", label).split():
+        docker("rm", "--force", left)
+    for left in docker("images", "--quiet", "--filter", "dangling=true", "--filter", label).split():
+        docker("rmi", "--force", left)
+
+
+def refuse_credentials(container: dict[str, Any]) -> None:
+    """Raise where the container's settings or files hold what must not get into an image."""
+    pairs = (pair.partition("=") for pair in container["Config"]["Env"] or [])
+    found = credentials.in_environment({name: value for name, _, value in pairs})
+    changed = docker("diff", container["Id"]).splitlines()
+    found += credentials.in_paths(line[2:] for line in changed if line[0] in "AC")
+    if found:
+        raise WorkspaceError(
+            f"no snapshot was made: the container holds {credentials.listed(found)}. Settings "
+            "stay out if they are given to make shell, not to the container (make container "
+            "FORCE=1 makes a new one); files, if they are moved to /cache or removed"
+        )
+
+
+def commit(container: str, labels: dict[str, str]) -> str:
+    """`docker commit` under no name; the image's id."""
+    changes = ['CMD ["bash"]', "ENTRYPOINT []", f"WORKDIR {config.load().folder}"]
+    for key, value in labels.items():
+        quoted = json.dumps(value).replace("$", "\\$")
+        changes.append(f"LABEL {key}={quoted}")
+    command = ["commit"]
+    for change in changes:
+        command += ["--change", change]
+    return docker(*command, container, failure="the container could not be committed")
+
+
+def restored(committed: str) -> tuple[str, dict[str, Any]]:
+    """A container of the committed image in which the mounted things are real; its id, and what
+    they are."""
+    wanted = config.load()
+    (volume,) = (name for place, name in wanted.volumes.items() if place == "/cache/compiled")
+    command = ["create", "--network", "none", "--label", f"{UNFINISHED}=yes"]
+    command += ["--mount", f"type=bind,source={ROOT},target={MOUNTED},readonly"]
+    command += ["--mount", f"type=volume,source={volume},target={COMPILED},readonly"]
+    command += ["--workdir", "/", committed, "python3", "-B"]
+    program = f"{MOUNTED}/workspace/container/{restore.__name__.rpartition('.')[2]}.py"
+    made = docker(*command, program, MOUNTED, COMPILED)
+    try:
+        told = docker("start", "--attach", made, failure="the checkout could not be taken along")
+    except WorkspaceError:
+        docker("rm", "--force", made)
+        raise
+    return made, json.loads(told)
+
+
+def labels_of(found: dict[str, Any]) -> dict[str, str]:
+    """What a finished snapshot says of itself."""
+    return {
+        UNFINISHED: "no",
+        SNAPSHOT: json.dumps(found, separators=(",", ":")),
+        "org.opencontainers.image.revision": found["workspace"]["commit"],
+        "org.opencontainers.image.created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def disowned(container: dict[str, Any]) -> dict[str, str]:
+    """The labels of the dev container, emptied: an image inherits them, and then each container of
+    the snapshot would pass for the container of this checkout."""
+    told = container["Config"]["Labels"] or {}
+    return {key: "" for key in told if key.startswith("devcontainer.")}
+
+
+def scan(made: str, container: dict[str, Any]) -> None:
+    """Raise where the image holds credentials in its configuration, history or own layers."""
+    base = inspect("image", container["Image"])
+    layers = base["RootFS"]["Layers"] if base else []
+    if found := credentials.in_image(client(), made, layers):
+        raise WorkspaceError(
+            f"the snapshot was removed: it would hold {credentials.listed(found)}; remove them "
+            "from the container or the checkout, and run this again"
+        )
+
+
+def run() -> int:
+    """Make a snapshot named by TAG=."""
+    name = reference(os.environ.get("TAG"))
+    replaced = inspect("image", name)
+    if replaced and os.environ.get("FORCE") != "1":
+        raise WorkspaceError(
+            f"there is an image {name} already; give another TAG=, or FORCE=1 to replace it"
+        )
+    container = start.find()
+    if container is None:
+        raise WorkspaceError("this checkout has no container yet; run: make container")
+    if (ROOT / ".git").is_file():
+        raise WorkspaceError(
+            "this checkout is a linked worktree, whose repository is elsewhere; make the snapshot "
+            "from a clone"
+        )
+    take_lock("snapshot")  # nobody changes the trees meanwhile
+    remove_unfinished()
+    refuse_credentials(container)
+    made: list[str] = []
+    helpers: list[str] = []
+    try:
+        say("committing the container")
+        made.append(commit(container["Id"], disowned(container) | {UNFINISHED: "yes"}))
+        say("taking the checkout, the fork and what was compiled along")
+        helper, found = restored(made[0])
+        helpers.append(helper)
+        made.append(commit(helper, labels_of(found)))
+        say("looking for credentials in the image")
+        scan(made[1], container)
+        docker("tag", made[1], name)
+        made.clear()
+    finally:
+        for one in helpers:
+            docker("rm", "--force", one)
+        for one in reversed(made):
+            docker("rmi", "--force", one)
+    if replaced:
+        # Without --force: a container may still be made from it.
+        with contextlib.suppress(WorkspaceError):
+            docker("rmi", replaced["Id"])
+    say(f"made {name}; make snapshot-verify TAG={name} proves it, docker run -it {name} opens it")
+    return 0

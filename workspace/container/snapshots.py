@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make snapshots`: the snapshots on this machine."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+
+from workspace.container.docker import docker
+from workspace.container.image import PREFIX
+from workspace.container.snapshot import SNAPSHOT, UNFINISHED
+
+
+def rows() -> list[list[str]]:
+    """Name, date, size, versions and commits of each, the newest first."""
+    labels = ["--filter", f"label={SNAPSHOT}", "--filter", f"label={UNFINISHED}=no"]
+    names = docker("images", *labels, "--format", "{{.Repository}}:{{.Tag}}").splitlines()
+    names = [name for name in names if "<none>" not in name]
+    found = json.loads(docker("image", "inspect", *names)) if names else []
+    table = []
+    for name, one in zip(names, found, strict=True):
+        told = one["Config"]["Labels"]
+        state = json.loads(told[SNAPSHOT])
+        pins = json.loads(told.get(f"{PREFIX}.pins", "{}"))
+        versions = ", ".join(
+            f"{key} {pins[key]}" for key in ("vllm", "torch", "cuda") if key in pins
+        )
+        dirty = " with edits" if state["workspace"]["dirty"] else ""
+        forks = [
+            f"{version}: {fork['own_commits']} commits{', edits' if fork['dirty'] else ''}"
+            for version, fork in state["fork"].items()
+        ]
+        created = datetime.fromisoformat(told["org.opencontainers.image.created"])
+        table.append(
+            [
+                name, f"{created.astimezone():%Y-%m-%d %H:%M}", f"{one['Size'] / 1e9:.1f} GB",
+                versions, state["workspace"]["commit"][:10] + dirty, "; ".join(forks),
+            ]
+        )  # fmt: skip
+    return sorted(table, key=lambda row: row[1], reverse=True)
+
+
+def run() -> int:
+    heading = ["snapshot", "made", "size", "versions", "workspace", "own work in the fork"]
+    table = [heading, *rows()]
+    if len(table) == 1:
+        print("no snapshots yet; make snapshot makes one")
+        return 0
+    widths = [max(len(row[column]) for row in table) for column in range(len(heading))]
+    for row in table:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    return 0

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make snapshot-verify`: a snapshot starts, holds what its labels say, and compiles nothing.
+
+What is proved is in `prove`, which runs in a container of the snapshot: no network, nothing
+mounted.
+"""
+
+from __future__ import annotations
+
+import os
+
+from workspace.bootstrap import device, say
+from workspace.container.docker import docker, inspect, show
+from workspace.container.snapshot import SNAPSHOT, reference
+from workspace.errors import WorkspaceError
+
+
+def run() -> int:
+    """Prove the snapshot TAG=."""
+    asked = os.environ.get("TAG")
+    if not asked:
+        raise WorkspaceError("which snapshot? TAG=<name>; make snapshots lists them")
+    name = reference(asked)
+    there = inspect("image", name)
+    if there is None:
+        raise WorkspaceError(f"there is no image {name}; make snapshots lists yours")
+    told = (there["Config"]["Labels"] or {}).get(SNAPSHOT)
+    if not told:
+        raise WorkspaceError(f"{name} is not a snapshot of this workspace")
+    say(f"starting {name} without a network and without mounts")
+    gpus = ["--gpus", "all"] if device() == "cuda" else []
+    made = docker(
+        "create", "--network", "none", "--shm-size", "2g", *gpus, name,
+        "python3", "-m", "workspace.container.prove", told,
+    )  # fmt: skip
+    try:
+        show("start", "--attach", made, failure=f"{name} does not hold what it should")
+    finally:
+        docker("rm", "--force", made)
+    say(f"{name} is whole")
+    return 0
