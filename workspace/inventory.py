@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make inventory`: what a machine has, for packing a bundle that fits it.
+
+    python3 inventory.py > inventory.json
+
+It describes the Python that runs it and the machine around it. One file that needs nothing but
+Python's standard library, so that it can be copied to a machine without a checkout; it starts on
+Pythons that the workspace does not run on, to say so in what it writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+
+FORMAT = 1
+"""Changes when a bundle could no longer be packed from an older inventory."""
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+def python() -> dict:
+    version = sys.version_info
+    found = importlib.util.find_spec
+    return {
+        "executable": sys.executable,
+        "version": platform.python_version(),
+        "short": f"{version[0]}.{version[1]}",
+        "implementation": sys.implementation.name,
+        "abi": sysconfig.get_config_var("SOABI"),
+        "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+        "platform": sysconfig.get_platform(),
+        "headers": os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
+        # A Python that was built without a library lacks the module. Without these nothing can be
+        # set up there; without lzma a bundle is larger.
+        "missing_modules": [
+            name for name in ("venv", "zlib", "_ssl", "_ctypes") if not found(name)
+        ],
+        "lzma": found("_lzma") is not None,
+    }
+
+
+def markers() -> dict:
+    """What the conditions in packages' requirements are about (PEP 508)."""
+    version = sys.implementation.version
+    return {
+        "implementation_name": sys.implementation.name,
+        "implementation_version": ".".join(str(number) for number in version[:3]),
+        "os_name": os.name,
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": platform.python_implementation(),
+        "platform_release": platform.release(),
+        "platform_system": platform.system(),
+        "platform_version": platform.version(),
+        "python_full_version": platform.python_version(),
+        "python_version": ".".join(platform.python_version_tuple()[:2]),
+        "sys_platform": sys.platform,
+    }
+
+
+def packages() -> dict:
+    """Name → version and requirements of every distribution; the first on the path counts."""
+    found: dict = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and distribution.version:
+            found.setdefault(
+                re.sub(r"[-_.]+", "-", name).lower(),
+                {"version": distribution.version, "requires": distribution.requires or []},
+            )
+    return dict(sorted(found.items()))
+
+
+def torch() -> dict | None:
+    """Torch and the CUDA it was built for: asked in a process of its own, because importing it
+    can fail in ways that end a process."""
+    query = (
+        "import json, torch; print(json.dumps({'version': torch.__version__, "
+        "'cuda': torch.version.cuda, 'cxx11_abi': torch.compiled_with_cxx11_abi(), "
+        "'sees_gpu': torch.cuda.is_available()}))"
+    )
+    text = _output(sys.executable, "-c", query)
+    return json.loads(text.splitlines()[-1]) if text else None
+
+
+def gpus() -> list:
+    fields = "name,driver_version,memory.total,compute_cap"
+    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    found = []
+    for line in (text or "").splitlines():
+        values = [value.strip() for value in line.split(",")]
+        if len(values) == 4:
+            found.append(dict(zip(("name", "driver", "memory_mib", "capability"), values)))  # noqa: B905 - from Python 3.10 on
+    return found
+
+
+def libnuma() -> bool:
+    """Whether there is the library that vLLM's CPU binaries load."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def nvcc() -> dict | None:
+    """The CUDA compiler that `make kernels` would find there."""
+    for variable in ("CUDA_HOME", "CUDA_PATH", None):
+        folder = os.environ.get(variable) if variable else ""
+        path = os.path.join(folder, "bin", "nvcc") if folder else shutil.which("nvcc")
+        text = _output(path, "--version") if path and (variable is None or folder) else None
+        version = re.search(r"V(\d+\.\d+\.\d+)", text or "")
+        if version:
+            return {"path": os.path.realpath(str(path)), "version": version[1]}
+    return None
+
+
+def tools() -> dict:
+    """First line of each tool's version, None where it is missing."""
+    names = ("git", "make", "g++", "ninja", "uv")
+    texts = {name: _output(name, "--version") for name in names}
+    return {name: text.splitlines()[0] if text else None for name, text in texts.items()}
+
+
+def take() -> dict:
+    libc, libc_version = platform.libc_ver()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "format": FORMAT,
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "libc": {"name": libc, "version": libc_version},
+        "libnuma": libnuma(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30, 1),
+        "free_gib": {
+            place: round(shutil.disk_usage(place).free / 2**30, 1)
+            for place in (os.getcwd(), os.path.expanduser("~"), "/tmp")
+            if os.path.isdir(place)
+        },
+        "python": python(),
+        "markers": markers(),
+        "gpus": gpus(),
+        "torch": torch(),
+        "nvcc": nvcc(),
+        "tools": tools(),
+        "packages": packages(),
+    }
+
+
+def main(arguments: list) -> None:
+    """Write the inventory to the file that is named, else to standard output."""
+    text = json.dumps(take(), indent=1) + "\n"
+    if not arguments:
+        sys.stdout.write(text)
+        return
+    with open(arguments[0], "w") as file:
+        file.write(text)
+    sys.stderr.write(
+        f"wrote {os.path.abspath(arguments[0])}: of {sys.executable}; take it to a machine with a "
+        f"network, and there: make bundle TARGET={os.path.basename(arguments[0])}\n"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
