@@ -32,6 +32,9 @@ nor a container whose checkout it shares takes the other's."""
 MACHINE = HOME / ".workspace"
 """What the workspace makes for this machine or container: tools, links to its libraries."""
 
+HEADERS = STATE / "headers"
+"""Headers that a bundle brought, for a host without the package that holds them."""
+
 
 def cache_folder(sha256: str) -> Path:
     """Where a fetched file with this sha256 is kept, for all checkouts of this user.

@@ -348,9 +348,10 @@ def _cuda_packages() -> list[Path]:
     and the one of cuSPARSELt; up to CUDA 12 one folder per component."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(name) for name in (spec.submodule_search_locations or [])] if spec else []
-    for folder in folders:
-        if (folder / "cu13").is_dir():
-            return [folder / "cu13", folder / "cusparselt"]
+    if any((folder / "cu13").is_dir() for folder in folders):
+        # In more than one of them where some come beside a host's own.
+        found = [folder / part for folder in folders for part in ("cu13", "cusparselt")]
+        return [path for path in found if path.is_dir()]
     parts = [part for folder in folders for part in sorted(folder.iterdir())]
     return [part for part in parts if (part / "include").is_dir() or (part / "lib").is_dir()]
 
@@ -364,6 +365,13 @@ def packaged_runtime() -> str | None:
     return None
 
 
+def header_packages() -> list[tuple[str, Path, str]]:
+    """What sources ask for with ``// include:``: name, folder, package with version. Raises
+    BuildError if one is missing."""
+    names = sorted({name for source in sources() for name in source._needs("include")})
+    return [(name, *_headers(name)) for name in names]
+
+
 def _headers(name: str) -> tuple[Path, str]:
     if name not in _HEADER_PACKAGES:
         raise BuildError(
@@ -375,6 +383,10 @@ def _headers(name: str) -> tuple[Path, str]:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / inside).is_dir():
                 return Path(folder) / inside, f"{package} {importlib.metadata.version(package)}"
+    if root := checkout():
+        brought = root / ".workspace" / "headers" / name  # by a bundle, out of such a package
+        if (brought / "include").is_dir():
+            return brought / "include", (brought / "package").read_text().strip()
     packages = " or ".join(package for _, _, package in _HEADER_PACKAGES[name])
     raise BuildError(
         f"the headers of {name} are not installed for {sys.executable}: run `make dev`, or install "
