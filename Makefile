@@ -2,7 +2,7 @@
 WORKSPACE := python3 workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase lint lock clean
+.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -77,6 +77,15 @@ fork-export: ## your commits in vllm-fork/src as patches in vllm-fork/patches/<v
 
 fork-rebase: ## carry your commits to another release (VERSION=0.26.0; ABORT=1)
 	@$(WORKSPACE) fork-rebase
+
+inventory: ## what this machine has, for a bundle: writes inventory.json (PYTHON); no network
+	@$(WORKSPACE) inventory
+
+bundle: ## what a host without a network needs, in parts (TARGET=inventory.json, PARTS=60M)
+	@$(WORKSPACE) bundle
+
+unbundle: ## on that host: check the parts, set everything up from them (FROM=folder)
+	@$(WORKSPACE) unbundle
 
 lint: ## run every pre-commit hook
 	@$(WORKSPACE) lint

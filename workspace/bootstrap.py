@@ -95,7 +95,7 @@ def run(
 # --- the interpreter ------------------------------------------------------------------------
 
 
-def _version_of(python: str) -> str | None:
+def version_of(python: str) -> str | None:
     """'3.12' for an interpreter that really runs, else None (a pyenv shim may not)."""
     probe = "import sys; print('%d.%d' % sys.version_info[:2])"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -121,7 +121,7 @@ def find_python() -> str:
     asked = os.environ.get("PYTHON")
     if asked:
         path = shutil.which(asked)
-        version = _version_of(path) if path else None
+        version = version_of(path) if path else None
         if path is None or version not in supported:
             raise WorkspaceError(
                 f"PYTHON={asked} is "
@@ -134,7 +134,7 @@ def find_python() -> str:
         found = [shutil.which(f"python{version}"), shutil.which("python3"), sys.executable]
         found += [str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*"))]
         for candidate in found:
-            if candidate and _version_of(candidate) == version:
+            if candidate and version_of(candidate) == version:
                 return candidate
     raise WorkspaceError(
         f"no Python {', '.join(sorted(supported))} found (this is {platform.python_version()}); "
@@ -185,10 +185,15 @@ def _pip_command(python: str) -> list[str]:
     return [python, str(wheel / "pip")]
 
 
+def uv_wheel_name(version: str) -> str:
+    """Its name in the cache."""
+    return f"uv-{version}.whl"
+
+
 def _fetch_uv(python: str, version: str, sha256: str) -> Path:
     """The wheel of uv, from the cache or through pip (and so the user's index settings)."""
     folder = cache_folder(sha256)
-    cached = folder / f"uv-{version}.whl"
+    cached = folder / uv_wheel_name(version)
     if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == sha256:
         return cached
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +256,7 @@ def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> N
     installing = MACHINE / f"installing{prefix.name}"
     interrupted = installing.exists()
     own = prefix / "bin" / "python"
-    another = own.exists() and _version_of(str(own)) != _version_of(python)
+    another = own.exists() and version_of(str(own)) != version_of(python)
     MACHINE.mkdir(parents=True, exist_ok=True)
     installing.touch()
     if interrupted or another or not own.exists():
@@ -285,8 +290,9 @@ def _conda_environment(prefix: Path, uv: Path, described: Path, files: list[Path
     _uv_environment(prefix, uv, str(own), files)
 
 
-def _system_environment(prefix: Path, python: str) -> None:
-    """An overlay over the host's own interpreter: its packages are seen, none is installed.
+def _system_environment(prefix: Path, python: str, pins: dict, bundled: list[Path]) -> None:
+    """An overlay over the host's own interpreter: its packages are seen, and what a bundle brought
+    goes before them. Nothing is installed into the host's own.
 
     A venv's --system-site-packages shows the packages of the base interpreter, which is not
     the given one where that is a venv itself; so its folders are named in a .pth file.
@@ -298,6 +304,27 @@ def _system_environment(prefix: Path, python: str) -> None:
     own = run([str(prefix / "bin" / "python"), "-c", query], quiet=True).split()[0]
     lines = [f"import site; site.addsitedir({folder!r})" for folder in dict.fromkeys(host)]
     (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
+    for requirements in bundled:
+        say(f"installing the bundle's packages into {prefix.relative_to(ROOT)}")
+        run(
+            [*_bundle_installer(prefix, python, pins), "--no-index", "--no-deps",
+             "--require-hashes", "--find-links", str(requirements.parent / "wheels"),
+             "-r", str(requirements)],
+            quiet=True,
+            failure="the bundle's packages could not be installed; run: make unbundle FROM=<it>",
+        )  # fmt: skip
+
+
+def _bundle_installer(prefix: Path, python: str, pins: dict) -> list[str]:
+    """uv of the bundle, else the host's uv or pip; the bundle has one where the host has none."""
+    own, uv = str(prefix / "bin" / "python"), shutil.which("uv")
+    sha256 = pins["uv"]["sha256"].get(platform.machine(), "")
+    if (cache_folder(sha256) / uv_wheel_name(pins["uv"]["version"])).exists():
+        uv = str(obtain_uv(python, pins))
+    if uv:
+        return [uv, "pip", "install", "-q", "--offline", "--python", own]
+    # pip would leave out what the host has, though the bundle has another version on purpose.
+    return [own, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--ignore-installed"]
 
 
 def ensure_environment(mode: str, version: str) -> Path:
@@ -306,7 +333,10 @@ def ensure_environment(mode: str, version: str) -> Path:
     prefix = release.environment(mode, version)
     own = prefix / "bin" / "python"
     pins = release.pins()
-    files = [] if mode == "system" else lock_files(version, device())
+    if mode == "system":
+        files = list(release.bundled(version).glob("requirements.txt"))
+    else:
+        files = lock_files(version, device())
     digest = hashlib.sha256()
     for path in files:
         if not path.exists():
@@ -324,7 +354,7 @@ def ensure_environment(mode: str, version: str) -> Path:
         return own
     python = wanted.get("python") or (own.exists() and made.get("python")) or find_python()
     if mode == "system":
-        _system_environment(prefix, python)
+        _system_environment(prefix, python, pins, files)
     else:
         uv = obtain_uv(python, pins)
         if mode == "uv":
@@ -424,6 +454,17 @@ def main(arguments: list[str]) -> int:
         return fork_diff.run(own=os.environ.get("OWN") == "1", stat=os.environ.get("STAT") == "1")
     if verb in ON_THE_HOST:
         return importlib.import_module(f"workspace.container.{ON_THE_HOST[verb]}").run()
+    if verb == "inventory":
+        # With the interpreter that is asked about: the file needs no other.
+        python = shutil.which(os.environ.get("PYTHON") or "python3") or sys.executable
+        os.execv(python, [python, str(ROOT / "workspace" / "inventory.py"), "inventory.json"])
+    unbundling = verb == "unbundle"
+    if unbundling:
+        take_lock(verb)
+        from workspace import placing
+
+        os.environ.update(placing.run(os.environ.get("FROM") or ""))
+        verb, mode, arguments = "dev", "system", ["dev"]
     version = _release_for(verb)
     if verb == "doctor":
         # It only looks: no lock, and nothing is set up.
@@ -432,7 +473,8 @@ def main(arguments: list[str]) -> int:
             return doctor_without_environment(arguments[1:])
         interpreter = prefix / "bin" / "python"
     else:
-        take_lock(verb)
+        if not unbundling:
+            take_lock(verb)
         if verb == "dev":
             from workspace import fork_tree
 

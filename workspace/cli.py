@@ -359,6 +359,19 @@ def fork_rebase(
 
 
 @app.command()
+def bundle(
+    target: Annotated[Text, option("TARGET", "The host's inventory.json.")] = None,
+    part_size: Annotated[Text, option("PARTS", "Size of a part at most, e.g. 60M.")] = None,
+) -> None:
+    """Pack what a host without a network needs, in parts."""
+    from workspace import bundle as module
+    from workspace import install
+
+    install.install_kernels()
+    module.run(target, part_size)
+
+
+@app.command()
 def lint() -> None:
     """Run every pre-commit hook over all files."""
     set_up(engine=False)

@@ -31,7 +31,7 @@ from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
 from workspace.paths import ROOT
 from workspace.pins import Release, load
-from workspace.release import active, selected, tree
+from workspace.release import active, bundled, selected, tree
 
 Status = Literal["ok", "note", "problem"]
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
@@ -85,7 +85,8 @@ def locked(files: list[Path]) -> dict[str, set[str]]:
 
 def packages(mode: str) -> Check:
     if mode == "system":
-        return Check("packages", "note", "the host's own (ENV=system), not compared with the lock")
+        text = "the host's own (ENV=system), not compared with the lock"
+        return Check("packages", "note", bundled_packages() or text)
     wanted = locked(lock_files(selected(), device()))
     wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
     if wrong:
@@ -97,6 +98,25 @@ def packages(mode: str) -> Check:
             f"rm {Path(sys.prefix).name}/workspace.json && make dev",
         )  # fmt: skip
     return Check("packages", "ok", f"all {len(wanted)} at their locked versions")
+
+
+def bundled_packages() -> str:
+    """What a bundle brought, and which of the host's own packages are not at the pins' versions."""
+    path = bundled(selected()) / "manifest.json"
+    if not path.exists():
+        return ""
+    manifest = json.loads(path.read_text())
+    own, brought = manifest["hosts_own"], manifest["packages"]
+    wrong = [one["name"] for one in brought if _installed(one["name"]) != one["version"]]
+    differ = [
+        f"{name} {_installed(name)}" for name in own if _installed(name) != own[name]["pinned"]
+    ]
+    missing = f" ({len(wrong)} missing: make unbundle)" if wrong else ""
+    others = f", {len(differ)} not at the pins' versions: {_some(differ)}" if differ else ""
+    return (
+        f"{len(brought)} from bundle {manifest['identity']}{missing}, {len(own)} of the host's "
+        f"own{others}"
+    )
 
 
 def cuda_components(release: Release) -> dict[str, str | None]:

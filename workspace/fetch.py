@@ -24,6 +24,7 @@ from pypi_simple import (
 )
 from pypi_simple.errors import UnparsableFilenameError, UnsupportedRepoVersionError
 from requests.adapters import HTTPAdapter
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -79,13 +80,16 @@ def _client() -> PyPISimple:
 
 
 def _progress() -> Progress:
+    console = Console(stderr=True)
     return Progress(
         TextColumn("· {task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -31,7 +32,7 @@ from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
 from workspace.paths import KERNELS, ROOT
 from workspace.pins import Artifact, Device, load
-from workspace.release import selected, tree
+from workspace.release import bundled, selected, tree
 
 
 def manifest() -> Path:
@@ -137,7 +138,8 @@ def place_binaries(artifact: Artifact, device: Device, *, renew: bool = False) -
     # Imported late: a run with nothing to do would take twice as long.
     from workspace.fetch import fetch
 
-    wheel_path = fetch(artifact)
+    brought = bundled(selected()) / artifact.filename
+    wheel_path = brought if brought.exists() else fetch(artifact)
     changed = edited(place, before, files)
     if changed and os.environ.get("FORCE") != "1":
         raise WorkspaceError(
@@ -250,6 +252,8 @@ def ensure_system_files(device: Device) -> None:
         folder = bootstrap.distribution_package("libnuma1", why)
         (library,) = folder.glob("usr/lib/*/libnuma.so.1")
         _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!r})")
+    if device == "cuda" and importlib.util.find_spec("flashinfer") is None:
+        _without_flashinfer()
     if headers() is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         why = "vLLM compiles at run time and needs Python.h, which this system lacks"
@@ -260,6 +264,19 @@ def ensure_system_files(device: Device) -> None:
             f"import os; added = {added!r}; old = os.environ.get('CPATH', ''); "
             "added in old or os.environ.update(CPATH=added + (os.pathsep + old if old else ''))",
         )
+
+
+def _without_flashinfer() -> None:
+    """vLLM takes FlashInfer for granted on a GPU, and its sampler fails to start without."""
+    switch = "VLLM_USE_FLASHINFER_SAMPLER"
+    if os.environ.get(switch) == "0":
+        return
+    bootstrap.say(f"FlashInfer is not there: {switch}=0 is set for every Python here")
+    _at_every_start(
+        "flashinfer",
+        "import importlib.util, os; importlib.util.find_spec('flashinfer') or "
+        f"os.environ.setdefault({switch!r}, '0')",
+    )
 
 
 def install_fork(device: Device, *, renew: bool = False) -> None:

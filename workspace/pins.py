@@ -28,6 +28,14 @@ class Python(_Model):
     supported: list[str]
 
 
+class Artifact(_Model):
+    """One file of a package index: the project it belongs to, its name and its sha256."""
+
+    project: str
+    filename: str
+    sha256: Sha256
+
+
 class Uv(_Model):
     version: str
     sha256: dict[str, Sha256]
@@ -41,14 +49,6 @@ class Container(_Model):
 
 class Architectures(_Model):
     architectures: list[Annotated[str, StringConstraints(pattern=r"^\d+\.\d[af]?$")]]
-
-
-class Artifact(_Model):
-    """One file of a package index: the project it belongs to, its name and its sha256."""
-
-    project: str
-    filename: str
-    sha256: Sha256
 
 
 class Cuda(_Model):
@@ -92,9 +92,12 @@ class Release(_Model):
     def cupy_package(self) -> str:
         return f"cupy-cuda{self.cuda.major}x"
 
-    def binary(self, device: Device) -> Artifact:
-        """The wheel whose compiled parts run on `device` of this machine, with this Python."""
-        machine, python = platform.machine(), python_version()
+    def binary(
+        self, device: Device, machine: str | None = None, python: str | None = None
+    ) -> Artifact:
+        """The wheel whose compiled parts run on `device`, with this Python on this machine, or with
+        those given."""
+        machine, python = machine or platform.machine(), python or python_version()
         wheels = self.binaries.get(device, {})
         found = wheels.get(machine)
         if found is None:

