@@ -86,7 +86,7 @@ def locked(files: list[Path]) -> dict[str, set[str]]:
 def packages(mode: str) -> Check:
     if mode == "system":
         text = "the host's own (ENV=system), not compared with the lock"
-        return Check("packages", "note", bundled_packages() or text)
+        return bundled_packages() or Check("packages", "note", text)
     wanted = locked(lock_files(selected(), device()))
     wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
     if wrong:
@@ -100,22 +100,35 @@ def packages(mode: str) -> Check:
     return Check("packages", "ok", f"all {len(wanted)} at their locked versions")
 
 
-def bundled_packages() -> str:
-    """What a bundle brought, and which of the host's own packages are not at the pins' versions."""
+def bundled_packages() -> Check | None:
+    """What a bundle brought, and which of the host's own packages are not at the pins' versions;
+    None where there is no bundle."""
     path = bundled(selected()) / "manifest.json"
     if not path.exists():
-        return ""
+        return None
     manifest = json.loads(path.read_text())
-    own, brought = manifest["hosts_own"], manifest["packages"]
-    wrong = [one["name"] for one in brought if _installed(one["name"]) != one["version"]]
+    own = {name: _installed(name) for name in manifest["hosts_own"]}
+    brought = {one["name"]: one["version"] for one in manifest["packages"]}
+    origin = f"bundle {manifest['identity']}"
+    wrong = [name for name, version in brought.items() if _installed(name) != version]
+    if wrong:
+        remedy = f"rm {Path(sys.prefix) / 'workspace.json'} && ENV=system make dev"
+        return Check("packages", "problem", f"not as {origin} brought: {_some(wrong)}", remedy)
+    gone = [name for name, version in own.items() if version is None]
+    if gone:
+        return Check(
+            "packages", "problem",
+            f"{len(gone)} that the host had when its inventory was made are gone: {_some(gone)}",
+            "give the PYTHON= that has them, or pack a bundle with a new inventory",
+        )  # fmt: skip
     differ = [
-        f"{name} {_installed(name)}" for name in own if _installed(name) != own[name]["pinned"]
+        f"{name} {version}"
+        for name, version in own.items()
+        if version and version.split("+")[0] != manifest["hosts_own"][name]["pinned"]
     ]
-    missing = f" ({len(wrong)} missing: make unbundle)" if wrong else ""
     others = f", {len(differ)} not at the pins' versions: {_some(differ)}" if differ else ""
-    return (
-        f"{len(brought)} from bundle {manifest['identity']}{missing}, {len(own)} of the host's "
-        f"own{others}"
+    return Check(
+        "packages", "note", f"{len(brought)} from {origin}, {len(own)} of the host's own{others}"
     )
 
 

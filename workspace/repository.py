@@ -99,12 +99,12 @@ def pack(tree: Path, bare: Path, *, everything: bool, settings: tuple[str, ...] 
         names = ("refs/heads", "refs/tags", "refs/workspace", "refs/stash")
         listing = git("for-each-ref", "--format=%(objectname) %(refname)", *names, tree=tree)
         wanted |= {line.split(" ", 1)[1]: line.split(" ", 1)[0] for line in listing.splitlines()}
-        stash = _folder(tree, "--git-common-dir") / "logs" / "refs" / "stash"
-        if stash.exists():
-            (bare / "logs" / "refs").mkdir(parents=True)
-            shutil.copy(stash, bare / "logs" / "refs" / "stash")
     for name, commit in wanted.items():
         git("update-ref", name, commit, tree=bare)
+    stash = _folder(tree, "--git-common-dir") / "logs" / "refs" / "stash"
+    if everything and stash.exists():  # all but the newest are known to this log only
+        (bare / "logs" / "refs").mkdir(parents=True, exist_ok=True)
+        shutil.copy(stash, bare / "logs" / "refs" / "stash")
     if branch:
         git("symbolic-ref", "HEAD", branch, tree=bare)
     else:

@@ -24,7 +24,6 @@ from packaging.utils import parse_wheel_filename
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from workspace import bootstrap, fork, release, repository, unbundle
-from workspace.bench.provenance import lock_hashes
 from workspace.bootstrap import say
 from workspace.bundle import host as hosts
 from workspace.bundle import packages, parts
@@ -35,7 +34,7 @@ from workspace.errors import WorkspaceError
 from workspace.fetch import fetch, listing, sha256
 from workspace.files import new_folder, write_file
 from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git
-from workspace.paths import ROOT, lock_path
+from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Artifact, Uv, load
 from workspace.words import plural
 
@@ -280,7 +279,7 @@ def describe(
             "own_commits": found.own_commits,
             "uncommitted": found.uncommitted,
         },
-        "locks": lock_hashes(),
+        "locks": {path.name: sha256(path) for path in sorted(LOCKS.glob("*.txt"))},
         "pins": {
             "vllm": version,
             "torch": pinned.torch,

@@ -166,18 +166,27 @@ def _walk(
     return asked
 
 
-def _refusals(
-    asked: dict[str, list[tuple[Requirement, str]]], host: Host
+def _conflicts(
+    asked: dict[str, list[tuple[Requirement, str]]],
+    lock: dict[str, Entry],
+    host: Host,
+    replaced: dict[str, str],
 ) -> Iterator[tuple[str, str]]:
-    """Packages whose version on the host somebody refuses, and who."""
+    """The host's own packages that cannot stay, and why: somebody refuses their version, or they
+    refuse a pinned one."""
     for name, requirements in asked.items():
-        there = host.packages.get(name)
-        if there is None or HOSTS_OWN.fullmatch(name):
+        own = name in host.packages and name not in replaced
+        if HOSTS_OWN.fullmatch(name) or not (own or name in lock):
             continue
+        version = host.packages[name].version if own else lock[name].version
         for requirement, by in requirements:
-            if not requirement.specifier.contains(there.version, prereleases=True):
-                yield name, f"{by} asks for {requirement.specifier}, the host has {there.version}"
-                break
+            wanted = requirement.specifier
+            if wanted.contains(version, prereleases=True):
+                continue
+            if own:
+                yield name, f"{by} asks for {wanted}, the host has {version}"
+            elif by in host.packages and not HOSTS_OWN.fullmatch(by):
+                yield by, f"the host's asks for {name} {wanted}, which is {version} here"
 
 
 def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) -> Choice:
@@ -196,7 +205,8 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
     # A pinned version in the host's place may refuse another of the host's, so until it settles.
     while True:
         asked = _walk(start, requires, host.markers)
-        more = {n: why for n, why in _refusals(asked, host) if n not in replaced and n in lock}
+        found = _conflicts(asked, lock, host, replaced)
+        more = {name: why for name, why in found if name not in replaced and name in lock}
         if not more:
             break
         replaced |= more
