@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from custom_kernels import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workspace import bundle, inventory, repository, unbundle
+from workspace import bundle, inventory, placing, repository, unbundle
 from workspace.bundle import packages, parts
 from workspace.bundle.binaries import recompressed
 from workspace.bundle.host import Host, problems, require_workable, supported_tags
@@ -373,3 +374,24 @@ def test_a_manifest_that_was_changed_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / unbundle.MANIFEST).write_text(json.dumps({**manifest, "name": "b"}))
     with pytest.raises(unbundle.UnbundleError, match=r"manifest\.json is damaged"):
         unbundle.read_manifest(tmp_path)
+
+
+def test_headers_that_travelled_are_found_as_those_of_their_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "a.h").write_text("// a\n")
+    archive = tmp_path / "cutlass.zip"
+    bundle._zip_headers(archive, "cutlass", tmp_path / "include", "flashinfer-python 1.2")
+    state = tmp_path / ".workspace"
+    state.mkdir()
+    monkeypatch.setattr(placing, "STATE", state)
+    monkeypatch.setattr(placing, "HEADERS", state / "headers")
+    placing._place_headers(archive)
+    placing._place_headers(archive)  # once more, over what is there
+    monkeypatch.setattr(build, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    folder, package = build._headers("cutlass")
+    assert (folder / "cutlass" / "a.h").read_text() == "// a\n"
+    assert package == "flashinfer-python 1.2"
+    assert [path.name for path in state.iterdir()] == ["headers"]

@@ -119,7 +119,7 @@ def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (checkout.src / "vllm" / "__init__.py").write_text("VALUE = 'my edit'\n")
     with (folder / "inventory.json").open("w") as file:
         subprocess.run([python, inventory.__file__], stdout=file, check=True)
-    result = checkout.make("bundle", f"TARGET={folder / 'inventory.json'}", "PARTS=2M")
+    result = checkout.make("bundle", f"TARGET={folder / 'inventory.json'}", "PARTS=600K")
     assert result.returncode == 0, result.stdout
     assert "uncommitted, and in the bundle (workspace): ?? mine.txt" in result.stdout
     (made_folder,) = (checkout.root / "bundle").iterdir()

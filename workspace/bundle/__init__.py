@@ -32,7 +32,7 @@ from workspace.bundle.host import Host
 from workspace.bundle.packages import Choice, Entry
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch, listing, sha256
-from workspace.files import new_folder, write_file
+from workspace.files import new_folder, remove_partial, write_file
 from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Artifact, Uv, load
@@ -95,6 +95,7 @@ def run(target: str | None, part_size: str | None) -> Path:
 
 def _bundles() -> Path:
     BUNDLES.mkdir(exist_ok=True)
+    remove_partial(BUNDLES)  # of a run that was killed; we hold the lock
     return BUNDLES
 
 
