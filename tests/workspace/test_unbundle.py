@@ -98,6 +98,15 @@ def host_python(folder: Path) -> Path:
     return python
 
 
+def write_inventory(python: Path, path: Path) -> None:
+    """As the host would, but as if it had neither pip nor uv: the bundle brings uv then."""
+    subprocess.run([python, inventory.__file__, path], check=True)
+    taken = json.loads(path.read_text())
+    taken["packages"].pop("pip", None)
+    taken["tools"]["uv"] = None
+    path.write_text(json.dumps(taken))
+
+
 @pytest.fixture(scope="module")
 def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bundle in many parts, for a host that lacks packages, with commits and edits in it."""
@@ -117,8 +126,7 @@ def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (checkout.src / "vllm" / "kept.py").write_text("own = 'commit'\n")
     checkout.git("commit", "-qam", "my change")
     (checkout.src / "vllm" / "__init__.py").write_text("VALUE = 'my edit'\n")
-    with (folder / "inventory.json").open("w") as file:
-        subprocess.run([python, inventory.__file__], stdout=file, check=True)
+    write_inventory(python, folder / "inventory.json")
     result = checkout.make("bundle", f"TARGET={folder / 'inventory.json'}", "PARTS=600K")
     assert result.returncode == 0, result.stdout
     assert "uncommitted, and in the bundle (workspace): ?? mine.txt" in result.stdout
@@ -196,8 +204,14 @@ def test_a_second_run_changes_nothing_and_keeps_what_was_edited_meanwhile(host: 
     assert (host.checkout.root / "kernels" / "note.txt").exists()
 
 
-def test_packages_come_back_where_the_environment_is_gone(host: Host) -> None:
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_packages_come_back_where_the_environment_is_gone(host: Host, installer: str) -> None:
     assert host.unbundle().returncode == 0
+    assert list((host.folder / "cache").glob("*/uv-*.whl"))
+    if installer == "pip":
+        if shutil.which("uv"):
+            pytest.skip("the uv on PATH would be taken")
+        host.env["WORKSPACE_CACHE"] = str(host.folder / "empty")
     shutil.rmtree(host.checkout.root / ".workspace" / "system")
     again = host.checkout.make("dev", ENV="system", PYTHON=str(host.python))
     assert again.returncode == 0, again.stdout
@@ -346,3 +360,34 @@ def test_another_machine_is_refused(host: Host) -> None:
     result = host.unbundle()
     assert result.returncode == 1
     assert "the bundle is for riscv64" in result.stdout
+
+
+def test_what_stops_the_packing_is_one_clear_line_and_leaves_no_half_bundle(
+    ready_checkout: Checkout, tmp_path: Path
+) -> None:
+    path = tmp_path / "inventory.json"
+    write_inventory(Path(sys.executable), path)
+    target = f"TARGET={path}"
+    elsewhere = {"WORKSPACE_CACHE": str(tmp_path), "UV_DEFAULT_INDEX": CLOSED}
+
+    def refusal(*arguments: str, **env: str) -> str:
+        result = ready_checkout.make("bundle", *arguments, **env)
+        errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+        assert result.returncode != 0
+        assert len(errors) == 1, result.stdout
+        assert not list((ready_checkout.root / "bundle").glob("*"))
+        return errors[0]
+
+    assert "name the host's inventory: make bundle TARGET=<file>" in refusal()
+    assert "No such file" in refusal("TARGET=nowhere.json")
+    assert "PARTS=huge is no size" in refusal(target, "PARTS=huge")
+    assert "is not a git repository" in refusal(target)
+    subprocess.run(["git", "init", "-q"], cwd=ready_checkout.root, check=True)
+    try:
+        assert "could not be fetched" in refusal(target, **elsewhere)
+        taken = json.loads(path.read_text())
+        taken["python"]["short"] = "3.9"
+        path.write_text(json.dumps(taken))
+        assert "no bundle for that host" in refusal(target)
+    finally:
+        shutil.rmtree(ready_checkout.root / ".git")
