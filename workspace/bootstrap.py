@@ -305,7 +305,7 @@ def _system_environment(prefix: Path, python: str, pins: dict, bundled: list[Pat
     lines = [f"import site; site.addsitedir({folder!r})" for folder in dict.fromkeys(host)]
     (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
     for requirements in bundled:
-        say(f"installing the bundle's packages into {prefix.relative_to(ROOT)}")
+        say(f"installing the bundle's packages into {prefix.name}")
         run(
             [*_bundle_installer(prefix, python, pins), "--no-index", "--no-deps",
              "--require-hashes", "--find-links", str(requirements.parent / "wheels"),

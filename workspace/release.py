@@ -19,7 +19,7 @@ from typing import Any
 
 from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL
-from workspace.paths import FORK, HOME, MACHINE, PINS, ROOT
+from workspace.paths import FORK, HOME, MACHINE, PINS, ROOT, STATE
 
 ASKED = "VLLM_VERSION"
 """The make variable."""
