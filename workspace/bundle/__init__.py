@@ -320,8 +320,9 @@ def _report(folder: Path, manifest: dict[str, Any], choice: Choice) -> None:
     ]
     if differ:
         say(f"the host's own, at other versions than the pins: {', '.join(differ)}")
-    for name, reason in choice.left_out.items():
-        say(f"left out: {name}: {reason}")
+    for reason in dict.fromkeys(choice.left_out.values()):
+        names = [name for name, why in choice.left_out.items() if why == reason]
+        say(f"left out, {reason}: {', '.join(names)}")
     for who in ("workspace", "fork"):
         if edited := manifest[who]["uncommitted"]:
             say(f"uncommitted, and in the bundle ({who}): {', '.join(edited)}")

@@ -32,9 +32,9 @@ DEVELOPMENT = {
 
 CUTE = "for kernels in CuTe DSL, which vLLM takes for a few models and GPUs"
 LEFT_OUT = {
-    "flashinfer-cubin": "1.9 GB of FlashInfer's compiled kernels",
+    "flashinfer-cubin": "FlashInfer's compiled kernels, 1.9 GB",
     "flashinfer-python": (
-        "would be compiled at the first start; vLLM takes its own sampler "
+        "compiled at its first use; vLLM takes its own sampler "
         "(VLLM_USE_FLASHINFER_SAMPLER=0 is set in the environment)"
     ),
     "nvidia-cutlass-dsl": CUTE,
@@ -210,6 +210,8 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
         if not more:
             break
         replaced |= more
+    for name in sorted(DEVELOPMENT - asked.keys() - host.packages.keys()):
+        choice.left_out[name] = "a tool for development"
     for name in sorted(asked):
         if name in LEFT_OUT:
             if name not in host.packages:
