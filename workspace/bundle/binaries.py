@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a released wheel, compressed better than the wheel does it.
 
-Of vLLM 0.25.1's CUDA wheel that saves 63 of 250 MB, for three minutes of one core; the result is
+Of vLLM 0.25.1's CUDA wheel that saves 63 of 250 MB, for four minutes of one core; the result is
 kept beside the wheel, so it is made once. Names and contents of the files are the wheel's, CRC by
 CRC, and `make dev` takes them out of it as out of the wheel.
 """
