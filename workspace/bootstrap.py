@@ -25,11 +25,12 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from workspace import index, release  # noqa: E402
+from workspace import conda, index, release  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
 from workspace.paths import MACHINE, PINS, STATE, cache_folder, lock_path  # noqa: E402
@@ -251,43 +252,62 @@ def device() -> str:
     return "cuda" if found else "cpu"
 
 
-def _uv_environment(prefix: Path, uv: Path, python: str, files: list[Path]) -> None:
-    """Create `prefix` and install the locks; what a kill left half installed is redone."""
-    installing = MACHINE / f"installing{prefix.name}"
-    interrupted = installing.exists()
+def _unfinished(prefix: Path) -> Path:
+    """The mark of an environment that is being made: what a kill left half done is redone."""
+    MACHINE.mkdir(parents=True, exist_ok=True)
+    return MACHINE / f"installing{prefix.name}"
+
+
+def _uv_environment(prefix: Path, python: str, files: list[Path]) -> None:
+    """Create `prefix` and install the locks."""
+    uv = obtain_uv(python, release.pins())
+    interrupted = _unfinished(prefix).exists()
     own = prefix / "bin" / "python"
     another = own.exists() and version_of(str(own)) != version_of(python)
-    MACHINE.mkdir(parents=True, exist_ok=True)
-    installing.touch()
+    _unfinished(prefix).touch()
     if interrupted or another or not own.exists():
         say(f"creating {prefix.name} with {python}")
         keep = "--clear" if another else "--allow-existing"
         run([str(uv), "venv", "-q", keep, "--python", python, str(prefix)])
+    _install_locks(own, uv, files, again=interrupted)
+    _unfinished(prefix).unlink()
+
+
+def _conda_environment(prefix: Path, specs: list[str], files: list[Path]) -> None:
+    """Create `prefix` from conda-forge, anew where the pins changed, and install the locks."""
+    own, again = prefix / "bin" / "python", _unfinished(prefix).exists()
+    if not conda.complete(prefix, specs):
+        tool = conda.tool()
+        if prefix.exists() and not again and not (prefix / "workspace.json").exists():
+            raise WorkspaceError(
+                f"{prefix} is there, but this workspace did not make it; move it away and run: "
+                "make dev ENV=conda"
+            )
+        _unfinished(prefix).touch()
+        shutil.rmtree(prefix, ignore_errors=True)
+        say(f"creating {prefix.name} with {Path(tool).name}: {', '.join(specs)}")
+        failure = (
+            f"{Path(tool).name} could not make {prefix.name} (it says why above); check the "
+            f"network, free disk space and where its {conda.CHANNEL} lies, and run the same again"
+        )
+        run(conda.create_command(tool, prefix, specs), failure=failure)
+        again = False
+    _unfinished(prefix).touch()
+    _install_locks(own, obtain_uv(str(own), release.pins()), files, again=again)
+    _unfinished(prefix).unlink()
+
+
+def _install_locks(python: Path, uv: Path, files: list[Path], *, again: bool) -> None:
+    """Install exactly what the locks say into the environment of `python`."""
     say("installing the locked packages (about 4 GB to fetch on the first run)")
-    command = [str(uv), "pip", "install", "--python", str(own), "--require-hashes", "--no-deps"]
+    command = [str(uv), "pip", "install", "--python", str(python), "--require-hashes", "--no-deps"]
     # With a terminal uv draws its progress; in a log its list of 250 packages is noise.
     command += [] if sys.stderr.isatty() else ["-q"]
-    command += ["--reinstall"] if interrupted else []
+    command += ["--reinstall"] if again else []
     for path in files:
         command += ["-r", str(path)]
     failure = f"the locked packages could not be installed (uv says why above); {INDEX_REMEDY}"
     run(command, env=index.uv_environment(), failure=failure)
-    installing.unlink()
-
-
-def _conda_environment(prefix: Path, uv: Path, described: Path, files: list[Path]) -> None:
-    """environment.yml through micromamba, mamba or conda; the Python packages from the lock."""
-    tool = next(filter(None, map(shutil.which, ("micromamba", "mamba", "conda"))), None)
-    if tool is None:
-        raise WorkspaceError(
-            "ENV=conda needs micromamba, mamba or conda on PATH; install one, or use ENV=uv"
-        )
-    verb = ["env", "create"] if Path(tool).name == "conda" else ["create"]
-    own = prefix / "bin" / "python"
-    if not own.exists():
-        say(f"creating {prefix.name} with {Path(tool).name} from {described.name}")
-        run([tool, *verb, "-y", "-p", str(prefix), "-f", str(described)])
-    _uv_environment(prefix, uv, str(own), files)
 
 
 def _system_environment(prefix: Path, python: str, pins: dict, bundled: list[Path]) -> None:
@@ -344,24 +364,30 @@ def ensure_environment(mode: str, version: str) -> Path:
                 f"{path} is missing; run: git checkout {path.relative_to(ROOT)}, or make lock"
             )
         digest.update(path.read_bytes())
-    wanted = {"lock": digest.hexdigest()}
-    if os.environ.get("PYTHON"):
+    wanted: dict[str, Any] = {"lock": digest.hexdigest()}
+    if mode == "conda":
+        wanted["conda"] = conda.specs(pins, version)
+        if os.environ.get("PYTHON"):
+            raise WorkspaceError(
+                f"ENV=conda brings its own Python, {pins['conda']['python']}; leave PYTHON= out"
+            )
+    elif os.environ.get("PYTHON"):
         wanted["python"] = find_python()
     stamp = prefix / "workspace.json"
     made = json.loads(stamp.read_text()) if stamp.exists() else {}
     # Without PYTHON= the interpreter of an earlier run stays.
     if own.exists() and made and {**made, **wanted} == made:
         return own
-    python = wanted.get("python") or (own.exists() and made.get("python")) or find_python()
-    if mode == "system":
-        _system_environment(prefix, python, pins, files)
+    if mode == "conda":
+        _conda_environment(prefix, wanted["conda"], files)
     else:
-        uv = obtain_uv(python, pins)
+        kept = own.exists() and made.get("python")
+        wanted["python"] = wanted.get("python") or kept or find_python()
         if mode == "uv":
-            _uv_environment(prefix, uv, python, files)
+            _uv_environment(prefix, wanted["python"], files)
         else:
-            _conda_environment(prefix, uv, release.conda_file(version), files)
-    write_file(stamp, json.dumps({**wanted, "python": python}).encode())
+            _system_environment(prefix, wanted["python"], pins, files)
+    write_file(stamp, json.dumps(wanted).encode())
     return own
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workspace import index
+from workspace import conda, index
 from workspace.bootstrap import obtain_uv
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
@@ -97,20 +97,17 @@ def split(text: str, names: list[str]) -> tuple[str, str]:
 
 def environment_yml(pins: Pins, version: str) -> str:
     """The conda way to the same versions: tool chain from conda-forge, Python from the lock."""
-    release = pins.release(version)
-    conda = [f"{name}={number}" for name, number in release.cuda.conda.items()]
-    tools = ["cmake", "ninja", "ccache", "make", "git"]
     lines = [
-        "# Made by `make lock` from pins.toml; do not edit.",
-        "# No conda torch and no conda NCCL: pip's torch brings its own, and two do not mix.",
+        "# Made by `make lock` from pins.toml; do not edit. `make dev ENV=conda` makes the same",
+        f"# and more; by hand: micromamba create -p <folder> -f {conda_file(version).name}",
+        "# No torch, NCCL or CUDA library of conda's: pip's torch brings its own, two do not mix.",
+        "# cmake and ninja come from the lock, too.",
         "name: vllm-kernels",
         "channels:",
-        "  - conda-forge",
+        f"  - {conda.CHANNEL}",
         "  - nodefaults",
         "dependencies:",
-        f"  - python={pins.python.supported[0]}",
-        "  - pip",
-        *(f"  - {entry}" for entry in [*conda, *tools]),
+        *(f"  - {spec}" for spec in conda.specs(pins.model_dump(), version)),
         "  - pip:",
         f"      - --requirement {lock_path(version).relative_to(ROOT)}",
     ]

@@ -130,6 +130,8 @@ class Pins(_Model):
     python: Python
     uv: Uv
     container: Container
+    conda: dict[str, str]
+    """Packages of every environment that conda makes, beside a release's CUDA tool chain."""
     cuda: Architectures
     vllm: Vllm
     packages: Packages
