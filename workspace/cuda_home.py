@@ -4,8 +4,9 @@
 The tool chain of the environment is packages: one folder, or one per component, with libraries
 under their full names only. cmake's FindCUDAToolkit and torch's cmake files look for `bin`,
 `include`, `lib64` with plain `lib*.so` names, `nvvm`, and the driver's library to link with. The
-view has them, as links; only the driver's library, which no package brings, is made: it exports
-the functions that cuda.h declares, as the stub in NVIDIA's own toolkit does, and is never loaded.
+view has them, as links; only the driver's library, which pip's packages do not bring, is made: it
+exports the functions that cuda.h declares, as the stub in NVIDIA's own toolkit does, and is never
+loaded.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from workspace.errors import WorkspaceError
@@ -21,8 +23,13 @@ from workspace.files import new_folder
 from workspace.paths import MACHINE
 
 DRIVER = Path("lib64", "stubs", "libcuda.so")
-PARTS = {"bin": "bin", "include": "include", "lib": "lib64", "nvvm": "nvvm"}
+PARTS = {"include": Path("include"), "lib": Path("lib64"), "nvvm": Path("nvvm")}
 """Folder in a package → folder in the view."""
+TOOLS = (
+    *("nvcc", "nvcc.profile", "ptxas", "fatbinary", "cudafe++", "nvlink", "bin2c", "cuobjdump"),
+    *("nvdisasm", "__nvcc_device_query", "crt/*"),
+)
+"""What stands beside nvcc; in conda's bin, many others stand there, too."""
 
 
 def view(nvcc: Path, release: str, cxx: Path) -> Path:
@@ -31,8 +38,7 @@ def view(nvcc: Path, release: str, cxx: Path) -> Path:
     Made anew when the packages hold other files than it shows.
     """
     place = MACHINE / f"cuda-{release}"
-    home = nvcc.parents[1]
-    links = _links([home, *sorted(path for path in home.parent.iterdir() if path != home)])
+    links = _links(nvcc)
     if (place / DRIVER).exists() and _linked(place) == links:
         return place
     shutil.rmtree(place, ignore_errors=True)
@@ -40,15 +46,28 @@ def view(nvcc: Path, release: str, cxx: Path) -> Path:
         for inside, path in links.items():
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             (folder / inside).symlink_to(path)
-        _driver_library(folder / "include", folder / DRIVER, cxx)
+        if DRIVER not in links:
+            _driver_library(folder / "include", folder / DRIVER, cxx)
         (folder / "lib").symlink_to("lib64")
     return place
 
 
-def _links(packages: list[Path]) -> dict[Path, Path]:
+def _packages(nvcc: Path) -> list[Path]:
+    """The folder of the compiler, then those of the libraries."""
+    home = nvcc.parents[1]
+    targets = sorted(home.glob("targets/*-linux"))
+    if not targets:
+        return [home, *sorted(path for path in home.parent.iterdir() if path != home)]
+    # conda's: headers and libraries have a folder of their own; cuBLAS and the like are pip's.
+    return [*targets, *sorted((Path(sysconfig.get_path("purelib")) / "nvidia").iterdir())]
+
+
+def _links(nvcc: Path) -> dict[Path, Path]:
     """Place in the view → file of a package; where two have the same name, the first counts."""
-    links: dict[Path, Path] = {}
-    for package in packages:
+    # nvcc looks for its profile where it is called, and from there for all else.
+    tools = [path for name in TOOLS for path in sorted(nvcc.parent.glob(name))]
+    links = {Path("bin") / path.relative_to(nvcc.parent): path for path in tools}
+    for package in _packages(nvcc):
         for part, place in PARTS.items():
             for path in sorted((package / part).rglob("*")):
                 if path.is_dir() or path.suffix in (".py", ".pyc"):

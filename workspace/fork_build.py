@@ -198,7 +198,7 @@ def prepare(device: Device, archs: str | None) -> Build:
             f"{tools.nvcc_version}; set CUDA_HOME to a toolkit of that release"
         )
     home = tools.nvcc.parents[1]
-    if tools.origin == "packages":
+    if tools.origin != "system":
         home = cuda_home.view(tools.nvcc, release, tools.cxx)
     sources = Path(os.environ.get("FETCHCONTENT_BASE_DIR") or STATE / "sources" / version)
     local = upstream_sources.require(place, device, platform.machine(), sources)

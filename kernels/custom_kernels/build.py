@@ -297,7 +297,7 @@ def include_folders() -> tuple[Path, ...]:
 def _cuda_folders(nvcc: Path | None) -> list[Path]:
     """Where headers and libraries lie: in the packages, then beside nvcc."""
     home = [nvcc.parent.parent] if nvcc else []
-    targets = [path for folder in home for path in folder.glob("targets/x86_64-linux")]
+    targets = [path for folder in home for path in folder.glob("targets/*-linux")]
     return [*_cuda_packages(), *targets, *home]
 
 
