@@ -8,6 +8,7 @@ and compares it with pins.toml. Nothing is changed.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workspace import built_from, install, patch_queue
+from workspace import built_from, conda, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
@@ -130,6 +131,36 @@ def bundled_packages() -> Check | None:
     return Check(
         "packages", "note", f"{len(brought)} from {origin}, {len(own)} of the host's own{others}"
     )
+
+
+SECOND_LIBRARY = re.compile(
+    r"(lib)?(cublas|cudnn|cufft|cufile|curand|cusolver|cusparse|nccl|nvjitlink|npp|nvrtc|nvshmem|"
+    r"torch|cupy)|pytorch|cuda-(nvrtc|cupti|nvtx|libraries|runtime|toolkit)"
+)
+"""conda's packages of what pip's torch and cupy bring, too."""
+
+
+def conda_packages(release: Release) -> Check:
+    """What ENV=conda brought, and nothing beside it that could be loaded in place of pip's."""
+    prefix = Path(sys.prefix)
+    found = conda.installed(prefix)
+    wanted = {**load().conda, **release.cuda.conda}
+    wrong = [
+        f"{name} {found.get(name, 'missing')}"
+        for name, number in wanted.items()
+        if found.get(name) != number
+    ]
+    second = sorted(name for name in found if SECOND_LIBRARY.match(name))
+    if wrong:
+        remedy = f"rm -r {prefix} && make dev ENV=conda"
+        return Check("conda", "problem", f"differ from pins.toml: {', '.join(wrong)}", remedy)
+    if second:
+        text = f"{', '.join(second)} beside the same library of pip's torch"
+        return Check("conda", "problem", text, f"conda remove -p {prefix} {' '.join(second)}")
+    if str(prefix / "lib") in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
+        text = f"{prefix.name}/lib is on LD_LIBRARY_PATH and goes before what packages bring"
+        return Check("conda", "problem", text, "unset LD_LIBRARY_PATH")
+    return Check("conda", "ok", f"all {len(wanted)} packages at their pinned versions")
 
 
 def cuda_components(release: Release) -> dict[str, str | None]:
@@ -373,6 +404,7 @@ def checks(mode: str) -> list[Check]:
     steps: dict[str, Callable[[], Check | Iterator[Check]]] = {
         "Python": python,
         "packages": lambda: packages(mode),
+        **({"conda": lambda: conda_packages(release)} if mode == "conda" else {}),
         "tools": tools,
         "CUDA": lambda: tool_chain(release, mode),
         "GPU": lambda: gpu(release),
