@@ -106,7 +106,7 @@ def test_an_index_out_of_reach_is_one_clear_error(small_checkout: Checkout, tmp_
 
 
 def test_conda_without_a_conda_says_what_is_missing(small_checkout: Checkout) -> None:
-    result = small_checkout.make("dev", ENV="conda", PATH="/usr/bin:/bin")
+    result = small_checkout.make("dev", ENV="conda", PATH="/usr/bin:/bin", PYTHON="")
     assert "ENV=conda needs micromamba, mamba or conda on PATH" in result.stdout
     assert result.returncode != 0
 
