@@ -395,3 +395,16 @@ def test_headers_that_travelled_are_found_as_those_of_their_package(
     assert (folder / "cutlass" / "a.h").read_text() == "// a\n"
     assert package == "flashinfer-python 1.2"
     assert [path.name for path in state.iterdir()] == ["headers"]
+
+
+def test_an_edit_that_holds_a_token_is_refused_and_an_ignored_one_is_not(
+    tree: Path,
+) -> None:
+    bundle.refuse_credentials(tree)
+    value = "hf_" + "aB3" * 12
+    (tree / ".env").write_text(f"HF_TOKEN={value}\n")
+    with pytest.raises(WorkspaceError, match=r"no bundle was made.*\.env") as refused:
+        bundle.refuse_credentials(tree)
+    assert value not in str(refused.value)
+    (tree / ".git" / "info" / "exclude").write_text(".env\n")
+    bundle.refuse_credentials(tree)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from packaging.utils import parse_wheel_filename
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from workspace import bootstrap, fork, release, repository, unbundle
+from workspace import bootstrap, credentials, fork, release, repository, unbundle
 from workspace.bootstrap import say
 from workspace.bundle import host as hosts
 from workspace.bundle import packages, parts
@@ -33,7 +33,7 @@ from workspace.bundle.packages import Choice, Entry
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch, listing, sha256
 from workspace.files import new_folder, remove_partial, write_file
-from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git
+from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git, shown
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Artifact, Uv, load
 from workspace.words import plural
@@ -75,11 +75,12 @@ def run(target: str | None, part_size: str | None) -> Path:
     choice = packages.choose(start, lock, host, nvcc=host.has_nvcc(pinned))
     wheels = fetch_wheels(choice.packed, host)
     with tempfile.TemporaryDirectory(dir=_bundles(), prefix=".partial-") as name:
-        work = Path(name)
+        work, tree = Path(name), release.tree(version)
+        for one in (ROOT, tree):
+            refuse_credentials(one)
         say("packing this checkout and the fork's tree")
         repository.pack(ROOT, work / unbundle.OWN, everything=False)
         keys = (VERSION_KEY, PATCHES_KEY)
-        tree = release.tree(version)
         repository.pack(tree, work / unbundle.FORK, everything=True, settings=keys)
         _gather(work, cached, wheels, choice, host)
         if small:
@@ -91,6 +92,21 @@ def run(target: str | None, part_size: str | None) -> Path:
             shutil.rmtree(folder, ignore_errors=True)  # an earlier one, of the same name
     _report(folder, manifest, choice)
     return folder
+
+
+def refuse_credentials(tree: Path) -> None:
+    """Raise where an edit that would travel along holds a token, a key or a password."""
+    with tempfile.TemporaryFile() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            for name in (entry[3:] for entry in repository.edits(tree)):
+                if (tree / name).is_file() and not (tree / name).is_symlink():
+                    archive.add(tree / name, name)
+        file.seek(0)
+        if found := credentials.in_tar(file):
+            raise WorkspaceError(
+                f"no bundle was made: {shown(tree)} holds {credentials.listed(found)}, not "
+                "committed and not ignored, so it would travel along; ignore or move it"
+            )
 
 
 def _bundles() -> Path:
