@@ -31,11 +31,17 @@ from workspace.paths import ROOT
 from workspace.pins import load
 
 USER = "games"  # every Debian has it, and nobody logs in as it
-BASE = f"{PREFIX}-test-base"
+BASE = f"{PREFIX}-debian"
 NAME = f"{PREFIX}-test"
 SUITE = "bookworm"
 PASSWORD = "correct-horse-battery-staple"
 """Of the package index that the image is built from; indexes that ask for none ignore it."""
+
+CROSS_SECTION = (
+    "-m 'not slow and not engine' -k 'bootstrap or doctor or install or files or test_gemm'"
+)
+"""pytest's options for `make test` inside a container: all is set up for it, and a part is run. The
+whole runs outside, in this very run."""
 
 
 @dataclass
@@ -131,7 +137,8 @@ def new_host(base: str, name: str = NAME) -> Host:
     description = root / ".devcontainer" / "devcontainer.json"
     description.write_text(description.read_text().replace('"vllm-kernels:dev"', f'"{name}:dev"'))
     give_to(USER, home)
-    kept = {k: v for k, v in clean_environment().items() if k not in ("PYTHON", "DEVICE")}
+    root_only = ("PYTHON", "DEVICE", "PYENV_ROOT")
+    kept = {k: v for k, v in clean_environment().items() if k not in root_only}
     return Host(
         root,
         kept
@@ -190,7 +197,16 @@ def second_engine(base_image: str, *options: str, megabytes: int | None = None) 
     if megabytes:
         size = f"size={megabytes}m"
         subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(data)], check=True)
-    command = ["dockerd", "--data-root", str(data), "--exec-root", str(folder / "exec")]
+    # In a network of its own: it would take the bridge of the first one away.
+    command = [
+        "unshare",
+        "--net",
+        "dockerd",
+        "--data-root",
+        str(data),
+        "--exec-root",
+        str(folder / "exec"),
+    ]
     command += ["--pidfile", str(folder / "pid"), "--host", address, "--group", "docker"]
     command += ["--bridge", "none", "--iptables=false", *options]
     with (folder / "log").open("w") as log:

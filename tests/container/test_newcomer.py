@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.container.conftest import Ran, copy_of_this_checkout, docker
+from tests.container.conftest import CROSS_SECTION, Ran, copy_of_this_checkout, docker
 from workspace import index
 from workspace.container.docker import client
 
@@ -27,7 +27,7 @@ def machine(base_image: str) -> Iterator[str]:
     Of this machine it gets only how a package index is reached, as a user's own machine would
     have it.
     """
-    command = ["run", "--detach", "--shm-size", "2g", "--workdir", "/root"]
+    command = ["run", "--detach", "--shm-size", "2g", "--workdir", "/srv"]
     for name, value in index.container_settings().items():
         command += ["--env", f"{name}={value}"]
     if certificate := index.certificate():
@@ -48,8 +48,8 @@ def machine(base_image: str) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "checkout"
             copy_of_this_checkout(root)
-            docker("cp", str(root), f"{one}:/root/checkout")
-        docker("exec", one, "chown", "-R", "root:root", "/root/checkout")
+            docker("cp", str(root), f"{one}:/srv/checkout")
+        docker("exec", one, "chown", "-R", "root:root", "/srv/checkout")
         yield one
     finally:
         docker("rm", "--force", "--volumes", one)
@@ -58,7 +58,7 @@ def machine(base_image: str) -> Iterator[str]:
 def run(machine: str, *command: str, **variables: str) -> Ran:
     settings = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
     result = subprocess.run(
-        [client(), "exec", "--workdir", "/root/checkout", *settings, machine, *command],
+        [client(), "exec", "--workdir", "/srv/checkout", *settings, machine, *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     return Ran(result.returncode, result.stdout, 0)
@@ -70,8 +70,7 @@ def test_the_two_commands_work_and_install_nothing(machine: str) -> None:
     assert bench.status == 0, bench.output
     records = run(machine, "bash", "-c", "cat benchmarks/results/*.json")
     assert json.loads(records.output)["valid"] is True
-    # Without what takes long, which this very run does outside.
-    tests = run(machine, "make", "test", PYTEST_ADDOPTS="-m 'not slow and not engine'")
+    tests = run(machine, "make", "test", PYTEST_ADDOPTS=CROSS_SECTION)
     assert tests.status == 0, tests.output
     assert " passed" in tests.output
     assert run(machine, "dpkg", "--get-selections").output == before

@@ -31,7 +31,7 @@ REMEDIES = [
         "and run this again",
     ),
     (
-        r"no space left on device|disk quota exceeded",
+        r"no space left on device|disk quota exceeded|enough free space",
         "Docker has no disk space left; docker system df shows what takes it, docker system prune "
         "frees some; then run this again",
     ),

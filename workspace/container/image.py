@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workspace import index, release
+from workspace import conda, index, release
 from workspace.bootstrap import device, lock_files, say
 from workspace.container import config
 from workspace.container.docker import docker, inspect, show
@@ -73,7 +73,7 @@ def lay_out_context(version: str) -> list[Path]:
     certificate = index.certificate()
     contents = {
         "lock.txt": b"".join(path.read_bytes() for path in lock_files(version, device())),
-        "environment.yml": release.conda_file(version).read_bytes(),
+        "conda.txt": "".join(f"{one}\n" for one in conda.specs(release.pins(), version)).encode(),
         "ca.crt": Path(certificate).read_bytes() if certificate else b"",
     }
     for name, content in contents.items():

@@ -32,6 +32,8 @@ REPOSITORY = "vllm-kernels-snapshot"
 UNFINISHED = f"{image.PREFIX}.unfinished"
 SNAPSHOT = f"{image.PREFIX}.snapshot"
 """The label by which snapshots are known; its value says what is in it, as JSON."""
+BELOW = f"{image.PREFIX}.layers-below"
+"""The label that says how many layers are those of the image that the container was made from."""
 MOUNTED = "/mnt/checkout"
 COMPILED = "/mnt/compiled"
 
@@ -92,7 +94,8 @@ def restored(committed: str) -> tuple[str, dict[str, Any]]:
     command = ["create", "--network", "none", "--label", f"{UNFINISHED}=yes"]
     command += ["--mount", f"type=bind,source={ROOT},target={MOUNTED},readonly"]
     command += ["--mount", f"type=volume,source={volume},target={COMPILED},readonly"]
-    command += ["--workdir", "/", committed, "python3", "-B"]
+    # The devcontainer CLI starts its container by a shell, which a commit cannot take back.
+    command += ["--workdir", "/", "--entrypoint", "", committed, "python3", "-B"]
     program = f"{MOUNTED}/workspace/container/{restore.__name__.rpartition('.')[2]}.py"
     made = docker(*command, program, MOUNTED, COMPILED)
     try:
@@ -103,9 +106,11 @@ def restored(committed: str) -> tuple[str, dict[str, Any]]:
     return made, json.loads(told)
 
 
-def labels_of(found: dict[str, Any]) -> dict[str, str]:
+def labels_of(found: dict[str, Any], container: dict[str, Any]) -> dict[str, str]:
     """What a finished snapshot says of itself."""
+    below = (inspect("image", container["Image"]) or {}).get("RootFS", {}).get("Layers", [])
     return {
+        BELOW: str(len(below)),
         UNFINISHED: "no",
         SNAPSHOT: json.dumps(found, separators=(",", ":")),
         "org.opencontainers.image.revision": found["workspace"]["commit"],
@@ -121,10 +126,10 @@ def disowned(container: dict[str, Any]) -> dict[str, str]:
 
 
 def scan(made: str, container: dict[str, Any]) -> None:
-    """Raise where the image holds credentials in its configuration, history or own layers."""
-    base = inspect("image", container["Image"])
-    layers = base["RootFS"]["Layers"] if base else []
-    if found := credentials.in_image(client(), made, layers):
+    """Raise where the image holds credentials: in its configuration, in its history, or in a layer
+    that the image below it has not."""
+    below = (inspect("image", container["Image"]) or {}).get("RootFS", {}).get("Layers", [])
+    if found := credentials.in_image(client(), made, below):
         raise WorkspaceError(
             f"the snapshot was removed: it would hold {credentials.listed(found)}; remove them "
             "from the container or the checkout, and run this again"
@@ -158,7 +163,7 @@ def run() -> int:
         say("taking the checkout, the fork and what was compiled along")
         helper, found = restored(made[0])
         helpers.append(helper)
-        made.append(commit(helper, labels_of(found)))
+        made.append(commit(helper, labels_of(found, container)))
         say("looking for credentials in the image")
         scan(made[1], container)
         docker("tag", made[1], name)

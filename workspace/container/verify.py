@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 
+from workspace import credentials
 from workspace.bootstrap import device, say
-from workspace.container.docker import docker, inspect, show
-from workspace.container.snapshot import SNAPSHOT, reference
+from workspace.container.docker import client, docker, inspect, show
+from workspace.container.snapshot import BELOW, SNAPSHOT, reference
 from workspace.errors import WorkspaceError
 
 
@@ -37,5 +38,11 @@ def run() -> int:
         show("start", "--attach", made, failure=f"{name} does not hold what it should")
     finally:
         docker("rm", "--force", made)
-    say(f"{name} is whole")
+    say("searching it for credentials")
+    below = int(there["Config"]["Labels"].get(BELOW, 0))
+    if found := credentials.in_image(client(), name, there["RootFS"]["Layers"][:below]):
+        raise WorkspaceError(
+            f"{name} holds {credentials.listed(found)}; remove it: docker rmi {name}"
+        )
+    say(f"{name} is whole, and no credentials were found in it")
     return 0
