@@ -213,6 +213,21 @@ def test_a_credential_in_a_file_is_refused(small: Host, place: str) -> None:
     refused(small, value, place.rpartition("/")[2])
 
 
+def test_a_history_is_left_out_and_stays_in_the_container(small: Host) -> None:
+    value = token()
+    one = open_container(small)
+    places = [f"{HOME}/.python_history", "/var/lib/.bash_history"]
+    for place in places:
+        docker("exec", "--user", "0", one, "sh", "-c", f"echo 'login {value}' > {place}")
+    ran = small.make("snapshot", f"TAG={SMALL}-snapshot:x")
+    assert ran.status == 0, ran.output
+    for place in places:
+        assert place in ran.output
+        assert value in docker("exec", one, "cat", place)
+        found = docker("run", "--rm", f"{SMALL}-snapshot:x", "sh", "-c", f"ls {place} || true")
+        assert found == ""
+
+
 def test_a_credential_in_the_checkout_is_refused(small: Host) -> None:
     value = token()
     (small.root / ".env").write_text(f"HF_TOKEN={value}\n")

@@ -18,7 +18,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from workspace import credentials
@@ -60,18 +62,43 @@ def remove_unfinished() -> None:
         docker("rmi", "--force", left)
 
 
-def refuse_credentials(container: dict[str, Any]) -> None:
-    """Raise where the container's settings or files hold what must not get into an image."""
+def refuse_credentials(container: dict[str, Any]) -> list[str]:
+    """Raise where the container's settings or files hold what must not get into an image; returns
+    the files that can be left out of it without asking, such as a shell's history."""
     pairs = (pair.partition("=") for pair in container["Config"]["Env"] or [])
     found = credentials.in_environment({name: value for name, _, value in pairs})
     changed = docker("diff", container["Id"]).splitlines()
     found += credentials.in_paths(line[2:] for line in changed if line[0] in "AC")
-    if found:
+    stays_out = [one.path for one in found if one.scrubbed]
+    if held := [one for one in found if not one.scrubbed]:
         raise WorkspaceError(
-            f"no snapshot was made: the container holds {credentials.listed(found)}. Settings "
+            f"no snapshot was made: the container holds {credentials.listed(held)}. Settings "
             "stay out if they are given to make shell, not to the container (make container "
             "FORCE=1 makes a new one); files, if they are moved to /cache or removed"
         )
+    if stays_out and not container["State"]["Running"]:
+        raise WorkspaceError(
+            f"the container is stopped, so {', '.join(stays_out)} could not be left out of the "
+            "snapshot; start it: make container"
+        )
+    return stays_out
+
+
+@contextlib.contextmanager
+def without(container: str, paths: list[str]) -> Iterator[None]:
+    """The container without these files, while it is committed. They are in its memory meanwhile:
+    who kills this loses a history, and puts none into an image."""
+    moves = [(shlex.quote(path), f"/dev/shm/aside-{n}") for n, path in enumerate(paths)]
+    if paths:
+        say(f"leaving out {', '.join(paths)}")
+        away = " && ".join(f"mv {path} {aside}" for path, aside in moves)
+        docker("exec", "--user", "0", container, "sh", "-c", away)
+    try:
+        yield
+    finally:
+        if paths:
+            back = "; ".join(f"mv {aside} {path}" for path, aside in moves)
+            docker("exec", "--user", "0", container, "sh", "-c", back)
 
 
 def commit(container: str, labels: dict[str, str]) -> str:
@@ -154,12 +181,13 @@ def run() -> int:
         )
     take_lock("snapshot")  # nobody changes the trees meanwhile
     remove_unfinished()
-    refuse_credentials(container)
+    stays_out = refuse_credentials(container)
     made: list[str] = []
     helpers: list[str] = []
     try:
         say("committing the container")
-        made.append(commit(container["Id"], disowned(container) | {UNFINISHED: "yes"}))
+        with without(container["Id"], stays_out):
+            made.append(commit(container["Id"], disowned(container) | {UNFINISHED: "yes"}))
         say("taking the checkout, the fork and what was compiled along")
         helper, found = restored(made[0])
         helpers.append(helper)
