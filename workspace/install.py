@@ -246,7 +246,16 @@ def ensure_system_files(device: Device) -> None:
 
     vLLM's CPU binaries need libnuma: once it is loaded, the loader finds it by name. What
     torch.compile and Triton compile at run time includes Python.h: compilers look into CPATH.
+    torch.compile has the program openssl hash the headers that it precompiles.
     """
+    if shutil.which("openssl") is None:
+        why = "torch.compile calls the program openssl, which this system lacks"
+        added = f"{os.pathsep}{bootstrap.distribution_package('openssl', why) / 'usr/bin'}"
+        _at_every_start(
+            "openssl",
+            f"import os; added = {added!r}; old = os.environ.get('PATH', os.defpath); "
+            "added in old or os.environ.update(PATH=old + added)",
+        )
     if device == "cpu" and not has_libnuma():
         why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
         folder = bootstrap.distribution_package("libnuma1", why)
