@@ -30,7 +30,7 @@ from packaging.utils import canonicalize_name
 
 from workspace import lock
 from workspace.bootstrap import LOCK_VARIABLE
-from workspace.paths import KERNELS, LOCKS, ROOT, STATE
+from workspace.paths import KERNELS, LOCKS, MACHINE, ROOT
 from workspace.pins import load
 from workspace.release import ASKED, SELECTED, selected
 
@@ -261,7 +261,7 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
     root, cache = folder / "checkout", folder / "cache"
     shutil.copytree(template, root)
     shutil.copytree(template.parent / "cache", cache)
-    own_uv = STATE / "tools" / f"uv-{load().uv.version}" / "uv"
+    own_uv = MACHINE / "tools" / f"uv-{load().uv.version}" / "uv"
     if own_uv.exists():
         tools = root / ".workspace" / "tools" / own_uv.parent.name
         tools.mkdir(parents=True)
