@@ -16,7 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from workspace.container.restore import PLACE, RECORD, git
+from workspace.container.restore import PLACE, RECORD, files_as_they_are
+from workspace.errors import WorkspaceError
+from workspace.fork_tree import git
 
 IMPORT = """
 import json, time
@@ -97,14 +99,12 @@ def made_again(tree: Path, name: str, told: dict) -> None:
         sys.exit(f"{tree} is at {found}, but the label says {told['commit']}")
     with tempfile.TemporaryDirectory() as work:
         scratch = {"GIT_INDEX_FILE": str(Path(work) / "index")}
-        git("read-tree", told["commit"], tree=tree, **scratch)
+        git("read-tree", told["commit"], tree=tree, env=scratch)
         diff = RECORD / f"{name}.diff"
         if diff.stat().st_size:
-            git("apply", "--cached", "--whitespace=nowarn", str(diff), tree=tree, **scratch)
-        again = git("write-tree", tree=tree, **scratch).strip()
-        git("read-tree", "HEAD", tree=tree, **scratch)
-        git("add", "-A", tree=tree, **scratch)
-        here = git("write-tree", tree=tree, **scratch).strip()
+            git("apply", "--cached", "--whitespace=nowarn", str(diff), tree=tree, env=scratch)
+        again = git("write-tree", tree=tree, env=scratch).strip()
+    here = files_as_they_are(tree)
     if not again == here == told["tree"]:
         sys.exit(f"{tree} is not what commit {told['commit']} with {diff.name} makes")
 
@@ -126,4 +126,7 @@ def main(record: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    try:
+        main(json.loads(sys.argv[1]))
+    except WorkspaceError as error:
+        sys.exit(str(error))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put the mounted checkout into a container's own files, and say what it was.
 
-    python3 restore.py CHECKOUT COMPILED
+    python3 -m workspace.container.restore CHECKOUT COMPILED
 
-Runs in a container of the committed image, where the checkout is mounted at CHECKOUT and the
-volume with what was compiled at run time at COMPILED. Both end up where the mounts were, so that
-the image runs without them. A commit of a container holds nothing that is mounted.
+Runs in a container of the committed image, by the code of the checkout that is mounted at CHECKOUT;
+the volume with what was compiled at run time is at COMPILED. Both end up where the mounts were, so
+that the image runs without them. A commit of a container holds nothing that is mounted.
 
 Taken along are the files that git tracks or would, and the trees of the fork with their binaries.
 Their repositories are cloned: settings, remotes with passwords in their addresses, hooks and
@@ -18,30 +18,19 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from workspace.errors import WorkspaceError
+from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, git, git_bytes
 
 PLACE = Path("/workspaces/vllm-kernels")
 RECORD = Path("/opt/vllm-kernels/snapshot")
 COMPILED = Path("/cache/compiled")
 NEVER = {"ccache"}
 """Speeds a compilation up, and can be gigabytes: a snapshot compiles nothing."""
-MARKS = ("workspace.version", "workspace.patches")
-"""The settings of a tree that `make dev` made."""
-
-
-def git(*arguments: str, tree: Path, **variables: str) -> str:
-    command = ["git", "-c", "safe.directory=*", "-c", "core.hooksPath=/dev/null", *arguments]
-    result = subprocess.run(
-        command, cwd=tree, env={**os.environ, **variables}, capture_output=True, check=False
-    )
-    if result.returncode:
-        words = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        sys.exit(f"git {arguments[0]} in {tree}: {words[-1]}")
-    return result.stdout.decode(errors="surrogateescape")
 
 
 def clone_repository(source: Path, target: Path) -> None:
@@ -51,10 +40,7 @@ def clone_repository(source: Path, target: Path) -> None:
     git("clone", "-q", "--mirror", f"file://{source}", str(target / ".git"), tree=target)
     git("config", "core.bare", "false", tree=target)
     git("config", "--remove-section", "remote.origin", tree=target)
-    branch = subprocess.run(
-        ["git", "-c", "safe.directory=*", "symbolic-ref", "-q", "HEAD"],
-        cwd=source, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    branch = git("symbolic-ref", "-q", "HEAD", tree=source, check=False).strip()
     if branch:
         git("symbolic-ref", "HEAD", branch, tree=target)
     else:
@@ -69,25 +55,30 @@ def copy(source: Path, target: Path, names: list[str]) -> None:
             shutil.copy2(source / name, target / name, follow_symlinks=False)
 
 
+def files_as_they_are(tree: Path) -> str:
+    """Git's name of all the files of a tree that it tracks or would; its index is left alone."""
+    with tempfile.TemporaryDirectory() as work:
+        scratch = {"GIT_INDEX_FILE": str(Path(work) / "index")}
+        git("read-tree", "HEAD", tree=tree, env=scratch)
+        git("add", "-A", tree=tree, env=scratch)
+        return git("write-tree", tree=tree, env=scratch).strip()
+
+
 def record(tree: Path, name: str) -> dict[str, Any]:
     """What this tree is: its commit, and all that differs from it as a diff beside the record.
 
-    `tree` is git's name of all the files as they are, so that whoever makes the state again knows
+    `tree` is the name of all the files as they are, so that whoever makes the state again knows
     that it is the same.
     """
-    with tempfile.TemporaryDirectory() as work:
-        scratch = {"GIT_INDEX_FILE": str(Path(work) / "index")}
-        git("read-tree", "HEAD", tree=tree, **scratch)
-        git("add", "-A", tree=tree, **scratch)
-        files = git("write-tree", tree=tree, **scratch).strip()
-    diff = git("diff", "--binary", "--no-ext-diff", "--no-renames", "HEAD", files, tree=tree)
-    content = diff.encode(errors="surrogateescape")
-    (RECORD / f"{name}.diff").write_bytes(content)
+    files = files_as_they_are(tree)
+    options = ("--binary", "--no-ext-diff", "--no-renames")
+    diff = git_bytes("diff", *options, "HEAD", files, tree=tree)
+    (RECORD / f"{name}.diff").write_bytes(diff)
     return {
         "commit": git("rev-parse", "HEAD", tree=tree).strip(),
         "tree": files,
-        "dirty": bool(content),
-        "diff_sha256": hashlib.sha256(content).hexdigest(),
+        "dirty": bool(diff),
+        "diff_sha256": hashlib.sha256(diff).hexdigest(),
     }
 
 
@@ -109,18 +100,18 @@ def restore_fork(source: Path) -> dict[str, Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     clone_repository(source, target)
-    for mark in MARKS:
-        git("config", mark, git("config", mark, tree=source).strip(), tree=target)
+    for key in (VERSION_KEY, PATCHES_KEY):
+        git("config", key, git("config", key, tree=source).strip(), tree=target)
     inside = [path for path in (source / ".git").glob("workspace-*") if path.is_file()]
     for path in (*inside, source / ".git" / "info" / "exclude"):
         (target / ".git" / path.relative_to(source / ".git")).parent.mkdir(exist_ok=True)
         shutil.copy2(path, target / ".git" / path.relative_to(source / ".git"))
     git("reset", "-q", "--mixed", tree=target)
     found = record(target, f"vllm-{version}")
-    applied = git("rev-parse", "refs/workspace/applied", tree=target).strip()
+    applied = git("rev-parse", APPLIED, tree=target).strip()
     # Each as a mail, to read and to apply elsewhere.
-    own = git("format-patch", "--stdout", "--binary", f"{applied}..HEAD", tree=target)
-    (RECORD / f"vllm-{version}.patches").write_bytes(own.encode(errors="surrogateescape"))
+    own = git_bytes("format-patch", "--stdout", "--binary", f"{applied}..HEAD", tree=target)
+    (RECORD / f"vllm-{version}.patches").write_bytes(own)
     count = git("rev-list", "--count", f"{applied}..HEAD", tree=target).strip()
     return {**found, "applied": applied, "own_commits": int(count)}
 
@@ -143,4 +134,7 @@ def main(source: Path, compiled: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except WorkspaceError as error:
+        sys.exit(str(error))

@@ -117,14 +117,13 @@ def restored(committed: str) -> tuple[str, dict[str, Any]]:
     """A container of the committed image in which the mounted things are real; its id, and what
     they are."""
     wanted = config.load()
-    (volume,) = (name for place, name in wanted.volumes.items() if place == "/cache/compiled")
+    volume = wanted.volumes[str(restore.COMPILED)]
     command = ["create", "--network", "none", "--label", f"{UNFINISHED}=yes"]
     command += ["--mount", f"type=bind,source={ROOT},target={MOUNTED},readonly"]
     command += ["--mount", f"type=volume,source={volume},target={COMPILED},readonly"]
     # The devcontainer CLI starts its container by a shell, which a commit cannot take back.
-    command += ["--workdir", "/", "--entrypoint", "", committed, "python3", "-B"]
-    program = f"{MOUNTED}/workspace/container/{restore.__name__.rpartition('.')[2]}.py"
-    made = docker(*command, program, MOUNTED, COMPILED)
+    command += ["--workdir", MOUNTED, "--entrypoint", "", committed]
+    made = docker(*command, "python3", "-B", "-m", restore.__name__, MOUNTED, COMPILED)
     try:
         told = docker("start", "--attach", made, failure="the checkout could not be taken along")
     except WorkspaceError:
