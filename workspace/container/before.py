@@ -16,9 +16,10 @@ def run() -> int:
     here, without the request, and the CLI finds it by its labels.
     """
     name = image.ensure()
-    if has_nvidia_runtime() and device() == "cpu" and start.find() is None:
+    runtime = has_nvidia_runtime()
+    if runtime and device() == "cpu" and start.find() is None:
         say("NVIDIA's runtime is here, but no GPU: making the container without one")
         start.create(name)
-    elif device() == "cuda" and not has_nvidia_runtime():
+    elif device() == "cuda" and not runtime:
         say("this machine has a GPU, but Docker cannot hand it on (no NVIDIA Container Toolkit)")
     return 0

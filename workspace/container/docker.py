@@ -82,13 +82,13 @@ def _explain(complaint: str, what: str) -> str:
     return f"{what}: {reason[:400]}"
 
 
-def docker(*arguments: str, failure: str = "", stdin: bytes | None = None) -> str:
+def docker(*arguments: str, failure: str = "") -> str:
     """Run `docker ARGUMENTS`, which must succeed; returns what it prints.
 
     Raises:
         WorkspaceError: with what the engine's complaint means, else with `failure` and its words.
     """
-    result = subprocess.run([client(), *arguments], input=stdin, capture_output=True, check=False)
+    result = subprocess.run([client(), *arguments], capture_output=True, check=False)
     if result.returncode:
         complaint = result.stderr.decode(errors="replace")
         raise WorkspaceError(_explain(complaint, failure or f"docker {arguments[0]} failed"))
@@ -137,6 +137,12 @@ def inspect(kind: str, name: str) -> dict[str, Any] | None:
         raise WorkspaceError(_explain(result.stderr, f"docker {kind} inspect {name}"))
     found: dict[str, Any] = json.loads(result.stdout)[0]
     return found
+
+
+def labels(found: dict[str, Any] | None) -> dict[str, str]:
+    """Those of an inspected image or container; empty where there is none, or it has none."""
+    told: dict[str, str] = (found["Config"].get("Labels") if found else None) or {}
+    return told
 
 
 def has_nvidia_runtime() -> bool:

@@ -20,6 +20,7 @@ from workspace import conda, index, release
 from workspace.bootstrap import device, lock_files, say
 from workspace.container import config
 from workspace.container.docker import docker, inspect, show
+from workspace.container.docker import labels as labels_of
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork_tree import git
@@ -136,9 +137,8 @@ def ensure(*, anew: bool = False) -> str:
     files = lay_out_context(version)
     build = arguments(version)
     mark = fingerprint(files, build)
-    there = inspect("image", name)
-    told = (there["Config"]["Labels"] or {}) if there else {}
-    if told.get(f"{PREFIX}.fingerprint") == mark and not anew:
+    there = labels_of(inspect("image", name))
+    if there.get(f"{PREFIX}.fingerprint") == mark and not anew:
         return name
     say(f"building {name} on {build['BASE_IMAGE']} with {build['ENVIRONMENT']}")
     command = ["build", "--file", str(DOCKERFILE), "--tag", name]

@@ -26,7 +26,7 @@ from typing import Any
 from workspace import credentials
 from workspace.bootstrap import say, take_lock
 from workspace.container import config, image, restore, start
-from workspace.container.docker import client, docker, inspect
+from workspace.container.docker import client, docker, inspect, labels
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
@@ -65,8 +65,7 @@ def remove_unfinished() -> None:
 def refuse_credentials(container: dict[str, Any]) -> list[str]:
     """Raise where the container's settings or files hold what must not get into an image; returns
     the files that can be left out of it without asking, such as a shell's history."""
-    pairs = (pair.partition("=") for pair in container["Config"]["Env"] or [])
-    found = credentials.in_environment({name: value for name, _, value in pairs})
+    found = credentials.in_configuration({"Env": container["Config"]["Env"]})
     changed = docker("diff", container["Id"]).splitlines()
     found += credentials.in_paths(line[2:] for line in changed if line[0] in "AC")
     stays_out = [one.path for one in found if one.scrubbed]
@@ -132,9 +131,8 @@ def restored(committed: str) -> tuple[str, dict[str, Any]]:
     return made, json.loads(told)
 
 
-def labels_of(found: dict[str, Any], container: dict[str, Any]) -> dict[str, str]:
+def labels_of(found: dict[str, Any], below: list[str]) -> dict[str, str]:
     """What a finished snapshot says of itself."""
-    below = (inspect("image", container["Image"]) or {}).get("RootFS", {}).get("Layers", [])
     return {
         BELOW: str(len(below)),
         UNFINISHED: "no",
@@ -147,14 +145,12 @@ def labels_of(found: dict[str, Any], container: dict[str, Any]) -> dict[str, str
 def disowned(container: dict[str, Any]) -> dict[str, str]:
     """The labels of the dev container, emptied: an image inherits them, and then each container of
     the snapshot would pass for the container of this checkout."""
-    told = container["Config"]["Labels"] or {}
-    return {key: "" for key in told if key.startswith("devcontainer.")}
+    return {key: "" for key in labels(container) if key.startswith("devcontainer.")}
 
 
-def scan(made: str, container: dict[str, Any]) -> None:
+def scan(made: str, below: list[str]) -> None:
     """Raise where the image holds credentials: in its configuration, in its history, or in a layer
-    that the image below it has not."""
-    below = (inspect("image", container["Image"]) or {}).get("RootFS", {}).get("Layers", [])
+    that is not among those `below`."""
     if found := credentials.in_image(client(), made, below):
         raise WorkspaceError(
             f"the snapshot was removed: it would hold {credentials.listed(found)}; remove them "
@@ -181,6 +177,8 @@ def run() -> int:
     take_lock("snapshot")  # nobody changes the trees meanwhile
     remove_unfinished()
     stays_out = refuse_credentials(container)
+    # The layers of the image that the container was made from; none known where that is gone.
+    below = (inspect("image", container["Image"]) or {}).get("RootFS", {}).get("Layers", [])
     made: list[str] = []
     helpers: list[str] = []
     try:
@@ -190,9 +188,9 @@ def run() -> int:
         say("taking the checkout, the fork and what was compiled along")
         helper, found = restored(made[0])
         helpers.append(helper)
-        made.append(commit(helper, labels_of(found, container)))
+        made.append(commit(helper, labels_of(found, below)))
         say("looking for credentials in the image")
-        scan(made[1], container)
+        scan(made[1], below)
         docker("tag", made[1], name)
         made.clear()
     finally:

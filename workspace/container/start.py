@@ -11,7 +11,7 @@ import os
 
 from workspace.bootstrap import device, say
 from workspace.container import config, image
-from workspace.container.docker import docker, inspect, show
+from workspace.container.docker import docker, inspect, labels, show
 from workspace.errors import WorkspaceError
 from workspace.release import ASKED
 
@@ -73,10 +73,9 @@ def create(name: str) -> str:
     return made
 
 
-def require_same_user(name: str) -> None:
+def require_same_user(name: str, found: dict) -> None:
     """Raise where the image was made for another user than the one whose checkout this is."""
-    labels = (inspect("image", name) or {"Config": {}})["Config"].get("Labels") or {}
-    made_for = labels.get(f"{image.PREFIX}.user")
+    made_for = labels(found).get(f"{image.PREFIX}.user")
     here = "{}:{}".format(*config.owner())
     if made_for not in (None, here):
         raise WorkspaceError(
@@ -88,14 +87,13 @@ def require_same_user(name: str) -> None:
 
 def run() -> int:
     """Build the image if need be, start the container, set up what it holds."""
-    asked = os.environ.get("IMAGE")
-    if asked and inspect("image", asked) is None:
-        raise WorkspaceError(f"IMAGE={asked}: there is no such image; make snapshots lists yours")
-    name = asked or image.ensure()
-    require_same_user(name)
+    name = os.environ.get("IMAGE") or image.ensure()
     wanted = inspect("image", name)
+    if wanted is None:
+        raise WorkspaceError(f"IMAGE={name}: there is no such image; make snapshots lists yours")
+    require_same_user(name, wanted)
     found = find()
-    if found and wanted and found["Image"] != wanted["Id"]:
+    if found and found["Image"] != wanted["Id"]:
         if os.environ.get("FORCE") != "1":
             raise WorkspaceError(
                 f"this checkout's container {found['Id'][:12]} is made from an older or another "

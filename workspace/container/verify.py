@@ -11,7 +11,7 @@ import os
 
 from workspace import credentials
 from workspace.bootstrap import device, say
-from workspace.container.docker import client, docker, inspect, show
+from workspace.container.docker import client, docker, inspect, labels, show
 from workspace.container.snapshot import BELOW, SNAPSHOT, reference
 from workspace.errors import WorkspaceError
 
@@ -25,7 +25,7 @@ def run() -> int:
     there = inspect("image", name)
     if there is None:
         raise WorkspaceError(f"there is no image {name}; make snapshots lists yours")
-    told = (there["Config"]["Labels"] or {}).get(SNAPSHOT)
+    told = labels(there).get(SNAPSHOT)
     if not told:
         raise WorkspaceError(f"{name} is not a snapshot of this workspace")
     say(f"starting {name} without a network and without mounts")
@@ -39,7 +39,7 @@ def run() -> int:
     finally:
         docker("rm", "--force", made)
     say("searching it for credentials")
-    below = int(there["Config"]["Labels"].get(BELOW, 0))
+    below = int(labels(there).get(BELOW, 0))
     if found := credentials.in_image(client(), name, there["RootFS"]["Layers"][:below]):
         raise WorkspaceError(
             f"{name} holds {credentials.listed(found)}; remove it: docker rmi {name}"
