@@ -23,7 +23,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from tests.workspace.conftest import clean_environment
+from tests.workspace.conftest import clean_environment, copy_files_of_this_checkout
 from workspace.container.docker import client
 from workspace.container.image import PREFIX
 from workspace.index import index_url
@@ -102,16 +102,7 @@ def docker(*arguments: str, check: bool = True) -> str:
 def copy_of_this_checkout(root: Path) -> None:
     """A clone with today's files, as a user has one; nothing is set up in it."""
     subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
-        else:
-            (root / name).unlink(missing_ok=True)
+    copy_files_of_this_checkout(root)
 
 
 def give_to(user: str, folder: Path) -> None:

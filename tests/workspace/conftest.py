@@ -257,6 +257,20 @@ def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def copy_files_of_this_checkout(root: Path) -> None:
+    """What git has of this checkout, edits included, into `root`; files that are gone here go."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+        else:
+            (root / name).unlink(missing_ok=True)
+
+
 def copy_checkout(template: Path, folder: Path) -> Checkout:
     root, cache = folder / "checkout", folder / "cache"
     shutil.copytree(template, root)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import Checkout, clean_environment
+from tests.workspace.conftest import Checkout, clean_environment, copy_files_of_this_checkout
 from workspace.bench import record
-from workspace.paths import ROOT
 from workspace.pins import load
 
 DEFAULT = load().vllm.default
@@ -25,15 +23,8 @@ SMALL = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1
 def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
     """What git has of this checkout, edits included; nothing is set up in it. Downloads come from
     the user's caches."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\0")  # fmt: skip
     root = tmp_path / "checkout"
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
+    copy_files_of_this_checkout(root)
     yield Checkout(root, clean_environment())
     shutil.rmtree(root)  # its environment takes gigabytes where the cache is on another disk
 
