@@ -13,7 +13,7 @@ from pathlib import Path
 from workspace import release
 from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL
-from workspace.fork_tree import state
+from workspace.fork_tree import shown, state
 from workspace.paths import FORK, MACHINE, ROOT, STATE
 
 CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
@@ -22,8 +22,7 @@ CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 def _remove(path: Path) -> None:
     if not path.exists():
         return
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    print(f"· removing {shown}", file=sys.stderr)
+    print(f"· removing {shown(path)}", file=sys.stderr)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

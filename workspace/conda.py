@@ -21,10 +21,14 @@ TOOLS = ("micromamba", "mamba", "conda")
 CHANNEL = "conda-forge"
 
 
-def specs(pins: dict[str, Any], version: str) -> list[str]:
+def packages(pins: dict[str, Any], version: str) -> dict[str, str]:
     """What a release's environment consists of, apart from the lock; each at one version."""
-    packages = {**pins["conda"], **pins["vllm"]["release"][version]["cuda"]["conda"]}
-    return [f"{name}=={number}" for name, number in packages.items()]
+    return {**pins["conda"], **pins["vllm"]["release"][version]["cuda"]["conda"]}
+
+
+def specs(pins: dict[str, Any], version: str) -> list[str]:
+    """`packages`, as conda's tools take them."""
+    return [f"{name}=={number}" for name, number in packages(pins, version).items()]
 
 
 def installed(prefix: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.console import Console
 from rich.markup import escape
@@ -30,9 +29,12 @@ from workspace import built_from, conda, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
+from workspace.inventory import libnuma
+from workspace.lock import locked
 from workspace.paths import ROOT
 from workspace.pins import Release, load
 from workspace.release import active, bundled, selected, tree
+from workspace.words import some
 
 Status = Literal["ok", "note", "problem"]
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
@@ -70,26 +72,12 @@ def python() -> Check:
     return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
 
 
-def locked(files: list[Path]) -> dict[str, set[str]]:
-    """Name → versions of the lock entries that apply to this interpreter and machine."""
-    found: dict[str, set[str]] = {}
-    for path in files:
-        for line in path.read_text().splitlines():
-            if not line or line[0] in "# ":
-                continue
-            requirement = Requirement(line.rstrip(" \\"))
-            if requirement.marker is None or requirement.marker.evaluate():
-                (pin,) = requirement.specifier
-                found.setdefault(canonicalize_name(requirement.name), set()).add(pin.version)
-    return found
-
-
 def packages(mode: str) -> Check:
     if mode == "system":
         text = "the host's own (ENV=system), not compared with the lock"
         return bundled_packages() or Check("packages", "note", text)
     wanted = locked(lock_files(selected(), device()))
-    wrong = [name for name, versions in wanted.items() if _installed(name) not in versions]
+    wrong = [name for name, entry in wanted.items() if _installed(name) != entry.version]
     if wrong:
         names = ", ".join(f"{name} {_installed(name) or 'missing'}" for name in sorted(wrong)[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
@@ -114,12 +102,12 @@ def bundled_packages() -> Check | None:
     wrong = [name for name, version in brought.items() if _installed(name) != version]
     if wrong:
         remedy = f"rm {Path(sys.prefix) / 'workspace.json'} && ENV=system make dev"
-        return Check("packages", "problem", f"not as {origin} brought: {_some(wrong)}", remedy)
+        return Check("packages", "problem", f"not as {origin} brought: {some(wrong)}", remedy)
     gone = [name for name, version in own.items() if version is None]
     if gone:
         return Check(
             "packages", "problem",
-            f"{len(gone)} that the host had when its inventory was made are gone: {_some(gone)}",
+            f"{len(gone)} that the host had when its inventory was made are gone: {some(gone)}",
             "give the PYTHON= that has them, or pack a bundle with a new inventory",
         )  # fmt: skip
     differ = [
@@ -127,7 +115,7 @@ def bundled_packages() -> Check | None:
         for name, version in own.items()
         if version and version.split("+")[0] != manifest["hosts_own"][name]["pinned"]
     ]
-    others = f", {len(differ)} not at the pins' versions: {_some(differ)}" if differ else ""
+    others = f", {len(differ)} not at the pins' versions: {some(differ)}" if differ else ""
     return Check(
         "packages", "note", f"{len(brought)} from {origin}, {len(own)} of the host's own{others}"
     )
@@ -140,11 +128,11 @@ SECOND_LIBRARY = re.compile(
 """conda's packages of what pip's torch and cupy bring, too."""
 
 
-def conda_packages(release: Release) -> Check:
+def conda_packages() -> Check:
     """What ENV=conda brought, and nothing beside it that could be loaded in place of pip's."""
     prefix = Path(sys.prefix)
     found = conda.installed(prefix)
-    wanted = {**load().conda, **release.cuda.conda}
+    wanted = conda.packages(load().model_dump(), selected())
     wrong = [
         f"{name} {found.get(name, 'missing')}"
         for name, number in wanted.items()
@@ -311,7 +299,7 @@ def vllm() -> Check:
             "vLLM", "problem", "this CPU lacks AVX2, without which no vLLM binaries run on it",
             "take another machine",
         )  # fmt: skip
-    if wanted == "cpu" and not install.has_libnuma():
+    if wanted == "cpu" and not libnuma():
         return Check("vLLM", "problem", f"{version} needs libnuma.so.1", "make dev")
     detail = f"{version}, editable from {place.relative_to(ROOT)}, {manifest['device']} binaries"
     return Check("vLLM", "ok", detail + (f" ({library})" if wanted == "cpu" else ""))
@@ -352,17 +340,12 @@ def binaries() -> Check:
         return Check("binaries", "problem", text, REBUILD)
     stale, rust = built_from.stale(tree(), selected(), manifest)
     if stale:
-        text = f"{origin}, without the edits of {_some(stale)}"
+        text = f"{origin}, without the edits of {some(stale)}"
         return Check("binaries", "note", text, REBUILD)
     if rust:
-        text = f"{origin}; vLLM's Rust parts without the edits of {_some(rust)}"
+        text = f"{origin}; vLLM's Rust parts without the edits of {some(rust)}"
         return Check("binaries", "note", text, "upstream's build_rust.sh, in the tree")
     return Check("binaries", "ok", f"{origin}; made from the sources as they are")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def kernels() -> Check:
@@ -404,7 +387,7 @@ def checks(mode: str) -> list[Check]:
     steps: dict[str, Callable[[], Check | Iterator[Check]]] = {
         "Python": python,
         "packages": lambda: packages(mode),
-        **({"conda": lambda: conda_packages(release)} if mode == "conda" else {}),
+        **({"conda": conda_packages} if mode == "conda" else {}),
         "tools": tools,
         "CUDA": lambda: tool_chain(release, mode),
         "GPU": lambda: gpu(release),

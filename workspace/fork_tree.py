@@ -105,6 +105,12 @@ class ForkState:
         return lost + [f"commit {line}" for line in self.own_commits]
 
 
+def uncommitted(tree: Path) -> list[str]:
+    """What is not committed in a tree, as git's status has it."""
+    status = git("status", "--porcelain=v1", "-z", "--untracked-files=all", tree=tree)
+    return [entry for entry in status.split("\0") if entry]
+
+
 def state(tree: Path | None = None) -> ForkState | None:
     """The state of a tree (the selected release's, if none is given), or None where there is none.
 
@@ -121,7 +127,6 @@ def state(tree: Path | None = None) -> ForkState | None:
         raise WorkspaceError(
             f"{tree} is there, but this workspace did not make it; move it away and run: make dev"
         )
-    status = git("status", "--porcelain=v1", "-z", "--untracked-files=all", tree=tree)
     # Commits on any branch are the user's as much as those on the one checked out.
     own = git("log", "--format=%h %s", "--branches", "HEAD", f"^{APPLIED}", tree=tree)
     stash = git("stash", "list", "--format=%gd %s", tree=tree)
@@ -130,7 +135,7 @@ def state(tree: Path | None = None) -> ForkState | None:
         head=git("rev-parse", "HEAD", tree=tree).strip(),
         applied=applied,
         patches_digest=git("config", PATCHES_KEY, tree=tree, check=False).strip(),
-        uncommitted=[entry for entry in status.split("\0") if entry],
+        uncommitted=uncommitted(tree),
         own_commits=[*own.splitlines(), *stash.splitlines()],
     )
 

@@ -62,6 +62,12 @@ def certificate() -> str | None:
     return os.environ.get("SSL_CERT_FILE") or _pip_setting("cert").strip() or None
 
 
+def _extra_indexes() -> list[str]:
+    """pip's further indexes. Local folders among them are pip's own format; uv refuses some, and no
+    container has them."""
+    return [e for e in _pip_setting("extra-index-url").split() if e.startswith("http")]
+
+
 def container_settings() -> dict[str, str]:
     """Variables that make pip and uv in a container ask what they ask here; folders of this
     machine are not there, so they are left out."""
@@ -69,8 +75,8 @@ def container_settings() -> dict[str, str]:
     for name in UV_VARIABLES[:3]:
         if os.environ.get(name):
             settings[name] = os.environ[name]
-    extra = [e for e in _pip_setting("extra-index-url").split() if e.startswith("http")]
-    for name, value in (("PIP_INDEX_URL", index_url()), ("PIP_EXTRA_INDEX_URL", " ".join(extra))):
+    extra = " ".join(_extra_indexes())
+    for name, value in (("PIP_INDEX_URL", index_url()), ("PIP_EXTRA_INDEX_URL", extra)):
         if value:
             settings[name] = value
     settings.pop("SSL_CERT_FILE", None)
@@ -85,9 +91,7 @@ def uv_environment() -> dict[str, str]:
     url = index_url()
     if url:
         settings["UV_DEFAULT_INDEX"] = url
-    # Local folders among the extra indexes are pip's own format; uv refuses some of them.
-    extra = [e for e in _pip_setting("extra-index-url").split() if e.startswith("http")]
-    if extra:
+    if extra := _extra_indexes():
         settings["UV_INDEX"] = " ".join(extra)
         # pip takes the best version of all indexes. Every file is checked against the lock's
         # hashes, so the wrong index cannot slip another file in.

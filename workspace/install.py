@@ -9,7 +9,6 @@ and no compiler runs.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import json
@@ -30,6 +29,7 @@ from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
+from workspace.inventory import libnuma
 from workspace.paths import KERNELS, ROOT
 from workspace.pins import Artifact, Device, load
 from workspace.release import bundled, selected, tree
@@ -219,14 +219,6 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     return True
 
 
-def has_libnuma() -> bool:
-    try:
-        ctypes.CDLL("libnuma.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def headers() -> Path | None:
     """The folder in which a C++ compiler would find Python.h."""
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
@@ -256,7 +248,7 @@ def ensure_system_files(device: Device) -> None:
             f"import os; added = {added!r}; old = os.environ.get('PATH', os.defpath); "
             "added in old or os.environ.update(PATH=old + added)",
         )
-    if device == "cpu" and not has_libnuma():
+    if device == "cpu" and not libnuma():
         why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
         folder = bootstrap.distribution_package("libnuma1", why)
         (library,) = folder.glob("usr/lib/*/libnuma.so.1")

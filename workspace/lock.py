@@ -14,7 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from workspace import conda, index
 from workspace.bootstrap import obtain_uv
@@ -23,6 +28,32 @@ from workspace.files import write_file
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Pins, load
 from workspace.release import conda_file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A package in the lock, as it applies to a machine."""
+
+    name: str
+    version: str
+    sha256: frozenset[str]
+
+
+def locked(files: Iterable[Path], markers: dict[str, str] | None = None) -> dict[str, Entry]:
+    """Name → the lock's entry for a machine with these markers, else for this one."""
+    found: dict[str, Entry] = {}
+    for path in files:
+        for entry in path.read_text().replace("\\\n", " ").splitlines():
+            if not entry.strip() or entry.startswith("#"):
+                continue
+            text, *hashes = entry.split(" --hash=sha256:")
+            requirement = Requirement(text.strip())
+            if requirement.marker is None or requirement.marker.evaluate(markers):
+                (pin,) = requirement.specifier
+                name = canonicalize_name(requirement.name)
+                sha256 = frozenset(value.strip() for value in hashes)
+                found[name] = Entry(name, pin.version, sha256)
+    return found
 
 
 def requirements(pins: Pins, version: str) -> list[str]:

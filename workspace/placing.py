@@ -26,7 +26,7 @@ from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL, remove_partial
 from workspace.fork_tree import git, shown, state
 from workspace.paths import FORK, HEADERS, ROOT, STATE, cache_folder
-from workspace.words import plural
+from workspace.words import plural, some
 
 
 def run(source: str) -> dict[str, str]:
@@ -124,9 +124,8 @@ def _require_same_checkout(work: Path, source: Path) -> None:
     # Both trees in one place, to name the files that differ.
     (bare / "objects" / "info" / "alternates").open("a").write(f"{theirs / 'objects'}\n")
     names = git("diff-tree", "-r", "--name-only", found, wanted, tree=bare).splitlines()
-    shown_names = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     raise WorkspaceError(
-        f"this checkout is not the one that the bundle was packed from: {shown_names} "
+        f"this checkout is not the one that the bundle was packed from: {some(names)} "
         f"{'differs' if len(names) == 1 else 'differ'}; it is left as it is. Unpack beside it: "
         f"{beside}"
     )

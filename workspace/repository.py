@@ -34,12 +34,6 @@ def _folder(tree: Path, which: str) -> Path:
     return (tree / git("rev-parse", which, tree=tree).strip()).resolve()
 
 
-def edits(tree: Path) -> list[str]:
-    """What is not committed, as git's status has it."""
-    listing = git("status", "--porcelain=v1", "-z", "--untracked-files=all", tree=tree)
-    return [entry for entry in listing.split("\0") if entry]
-
-
 def snapshot(tree: Path, bare: Path) -> str:
     """The commit whose tree is what the files in `tree` are now, made in `bare`, which borrows the
     tree's own objects; neither the tree nor its index is touched.

@@ -21,6 +21,8 @@ from workspace.bundle import packages, parts
 from workspace.bundle.binaries import recompressed
 from workspace.bundle.host import Host, problems, require_workable, supported_tags
 from workspace.errors import WorkspaceError
+from workspace.fork_tree import uncommitted
+from workspace.lock import Entry, locked
 from workspace.paths import lock_path
 from workspace.pins import load
 
@@ -167,18 +169,18 @@ def test_wheels_for_the_hosts_glibc_or_older_fit_and_no_newer(here: dict[str, An
 
 
 @pytest.fixture(scope="module")
-def lock(here: dict[str, Any]) -> dict[str, packages.Entry]:
-    return packages.locked([lock_path(VERSION)], here["markers"])
+def lock(here: dict[str, Any]) -> dict[str, Entry]:
+    return locked([lock_path(VERSION)], here["markers"])
 
 
-def test_the_lock_is_read_with_its_hashes(lock: dict[str, packages.Entry]) -> None:
+def test_the_lock_is_read_with_its_hashes(lock: dict[str, Entry]) -> None:
     assert lock["torch"].version.split("+")[0] == RELEASE.torch
     assert all(len(sha256) == 64 for entry in lock.values() for sha256 in entry.sha256)
     assert all(entry.sha256 for entry in lock.values())
 
 
 def test_a_host_that_has_everything_gets_nothing(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     choice = packages.choose(["typer", "requests>=2"], lock, a_host(here), nvcc=True)
     assert choice.packed == []
@@ -186,7 +188,7 @@ def test_a_host_that_has_everything_gets_nothing(
 
 
 def test_what_the_host_lacks_comes_with_all_that_it_needs(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     lacking = {"typer", "rich", "markdown-it-py", "mdurl"}
     there = {n: p for n, p in here["packages"].items() if n not in lacking}
@@ -199,7 +201,7 @@ def test_what_the_host_lacks_comes_with_all_that_it_needs(
 
 
 def test_a_version_that_somebody_refuses_is_replaced_and_then_those_that_refuse_the_new_one(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     host = a_host(here)
     host.packages["requests"].version = "1.0"
@@ -212,7 +214,7 @@ def test_a_version_that_somebody_refuses_is_replaced_and_then_those_that_refuse_
 
 
 def test_torch_and_its_cuda_libraries_stay_the_hosts_whatever_their_versions(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     host = a_host(here)
     host.packages["nvidia-cublas"].version = "1.0"
@@ -225,7 +227,7 @@ def test_torch_and_its_cuda_libraries_stay_the_hosts_whatever_their_versions(
 
 
 def test_without_nvcc_the_tool_chain_comes_along_whole(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     if not RELEASE.cuda.packages_hold_nvcc:
         pytest.skip("the packages of this release hold no nvcc")
@@ -236,7 +238,7 @@ def test_without_nvcc_the_tool_chain_comes_along_whole(
 
 
 def test_what_is_left_out_is_named_with_the_reason_and_so_is_what_the_lock_lacks(
-    here: dict[str, Any], lock: dict[str, packages.Entry]
+    here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
     host = a_host(here)
     host.packages.pop("flashinfer-python", None)
@@ -327,7 +329,7 @@ def test_a_tree_that_travelled_has_the_same_commits_branches_stash_and_edits(
         ("diff", "--binary", "HEAD", "--", "changed", "gone"),
     ):
         assert git(restored, *question) == git(tree, *question), question
-    assert repository.edits(restored) == [" M changed", " D gone", "?? link", "?? new"]
+    assert uncommitted(restored) == [" M changed", " D gone", "?? link", "?? new"]
     assert (restored / "new").stat().st_mode & 0o111
     assert (restored / "link").readlink() == Path("kept")
     assert not (restored / "left.so").exists()
@@ -355,7 +357,7 @@ def test_a_shallow_clone_and_a_detached_head_travel(tree: Path, tmp_path: Path) 
     (shallow / "kept").write_text("edited\n")
     restored = packed(shallow, tmp_path)
     assert git(restored, "log", "--format=%s").split() == ["second"]
-    assert repository.edits(restored) == [" M kept"]
+    assert uncommitted(restored) == [" M kept"]
 
 
 def test_a_repository_inside_the_tree_is_refused(tree: Path, tmp_path: Path) -> None:

@@ -29,11 +29,20 @@ from workspace.bundle import host as hosts
 from workspace.bundle import packages, parts
 from workspace.bundle.binaries import recompressed
 from workspace.bundle.host import Host
-from workspace.bundle.packages import Choice, Entry
+from workspace.bundle.packages import Choice
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch, listing, sha256
 from workspace.files import new_folder, remove_partial, write_file
-from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git, shown
+from workspace.fork_tree import (
+    APPLIED,
+    PATCHES_KEY,
+    VERSION_KEY,
+    ForkState,
+    git,
+    shown,
+    uncommitted,
+)
+from workspace.lock import Entry, locked
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Artifact, Uv, load
 from workspace.words import plural
@@ -71,7 +80,7 @@ def run(target: str | None, part_size: str | None) -> Path:
         cached |= _uv(pins.uv, host)
     start = [*packages.wheel_requirements(wheel), *packages.roots(pins, version, host)]
     locks = [lock_path(version), lock_path(version, gpu=True)]
-    lock = packages.locked((path for path in locks if path.exists()), host.markers)
+    lock = locked((path for path in locks if path.exists()), host.markers)
     choice = packages.choose(start, lock, host, nvcc=host.has_nvcc(pinned))
     wheels = fetch_wheels(choice.packed, host)
     with tempfile.TemporaryDirectory(dir=_bundles(), prefix=".partial-") as name:
@@ -98,7 +107,7 @@ def refuse_credentials(tree: Path) -> None:
     """Raise where an edit that would travel along holds a token, a key or a password."""
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as archive:
-            for name in (entry[3:] for entry in repository.edits(tree)):
+            for name in (entry[3:] for entry in uncommitted(tree)):
                 if (tree / name).is_file() and not (tree / name).is_symlink():
                     archive.add(tree / name, name)
         file.seek(0)
@@ -276,7 +285,7 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest, without what is only known when the parts are written."""
     pinned = load().release(version)
-    commit, edited = git("rev-parse", "HEAD", tree=ROOT).strip(), repository.edits(ROOT)
+    commit, edited = git("rev-parse", "HEAD", tree=ROOT).strip(), uncommitted(ROOT)
     dirty = "-dirty" if edited else ""
     tag = f"cp{host.python.short.replace('.', '')}"
     return {

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.parser import BytesParser
 from importlib import metadata
@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from workspace.bundle.host import Host
+from workspace.lock import Entry
 from workspace.pins import Pins
 
 DEVELOPMENT = {
@@ -58,15 +59,6 @@ TOOL_CHAIN = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A package in the lock, as it applies to the host."""
-
-    name: str
-    version: str
-    sha256: frozenset[str]
-
-
-@dataclass(frozen=True)
 class Kept:
     """A needed package that stays the host's own, and the pinned version."""
 
@@ -88,23 +80,6 @@ class Choice:
     left_out: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     """Package → why it is packed: nobody has it, or who refuses the host's version."""
-
-
-def locked(files: Iterable[Path], markers: dict[str, str]) -> dict[str, Entry]:
-    """Name → the lock's entry for a machine with these markers."""
-    found: dict[str, Entry] = {}
-    for path in files:
-        for entry in path.read_text().replace("\\\n", " ").splitlines():
-            if not entry.strip() or entry.startswith("#"):
-                continue
-            text, *hashes = entry.split(" --hash=sha256:")
-            requirement = Requirement(text.strip())
-            if requirement.marker is None or requirement.marker.evaluate(markers):
-                (pin,) = requirement.specifier
-                name = canonicalize_name(requirement.name)
-                sha256 = frozenset(value.strip() for value in hashes)
-                found[name] = Entry(name, pin.version, sha256)
-    return found
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
