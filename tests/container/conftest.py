@@ -145,17 +145,37 @@ def new_host(base: str, name: str = NAME) -> Host:
     )
 
 
+def forget(name: str) -> None:
+    """Remove from the engine all containers, images and volumes of that name."""
+    volumes = [
+        volume
+        for volume in docker("volume", "ls", "--quiet").split()
+        if volume.startswith(f"{PREFIX}-") and volume.endswith(f"-{name}")
+    ]
+    containers = {
+        container
+        for volume in volumes
+        for container in docker("ps", "--all", "--quiet", "--filter", f"volume={volume}").split()
+    }
+    # By the name each was started with: two names may be one image.
+    for line in docker("ps", "--all", "--format", "{{.ID}} {{.Image}}").splitlines():
+        container, _, image = line.partition(" ")
+        containers |= {container} if image.startswith(name) else set()
+    for container in containers:
+        docker("rm", "--force", container)
+    for image in docker("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines():
+        if image.startswith(name):
+            docker("rmi", "--force", image)
+    for volume in volumes:
+        docker("volume", "rm", volume)
+
+
 def remove(host: Host, name: str = NAME) -> None:
     """All that a host's checkout left in the engine, and the checkout."""
     label = f"label=devcontainer.local_folder={host.root}"
     for one in docker("ps", "--all", "--quiet", "--filter", label).split():
-        docker("rm", "--force", one, check=False)
-    for image in docker("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines():
-        if image.startswith(name):
-            docker("rmi", "--force", image, check=False)
-    for volume in docker("volume", "ls", "--quiet").split():
-        if volume.startswith("vllm-kernels-") and volume.endswith(f"-{name}"):
-            docker("volume", "rm", volume, check=False)
+        docker("rm", "--force", one)
+    forget(name)
     shutil.rmtree(host.root.parent)
 
 
@@ -224,6 +244,7 @@ def second_engine(base_image: str, *options: str, megabytes: int | None = None) 
 @pytest.fixture(scope="session")
 def host(base_image: str) -> Iterator[Host]:
     """The user whose image, container and snapshot the tests share."""
+    forget(NAME)  # what a run that was ended half way left
     made = new_host(base_image)
     yield made
     remove(made)
