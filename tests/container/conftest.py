@@ -33,6 +33,7 @@ from workspace.pins import load
 USER = "games"  # every Debian has it, and nobody logs in as it
 BASE = f"{PREFIX}-debian"
 NAME = f"{PREFIX}-test"
+SMALL = f"{NAME}-small"
 SUITE = "bookworm"
 PASSWORD = "correct-horse-battery-staple"
 """Of the package index that the image is built from; indexes that ask for none ignore it."""
@@ -314,3 +315,12 @@ def snapshot(host: Host, container: Ran) -> Ran:
     ran = host.make("snapshot", f"TAG={NAME}-snapshot:tuned")
     assert ran.status == 0, ran.output
     return ran
+
+
+@pytest.fixture
+def small(base_image: str, image: Ran) -> Iterator[Host]:
+    """A checkout in whose container nothing was set up: it is committed in seconds."""
+    made = new_host(base_image, SMALL)
+    docker("tag", f"{NAME}:dev", f"{SMALL}:dev")
+    yield made
+    remove(made, SMALL)

@@ -116,6 +116,22 @@ def test_an_older_container_is_not_replaced_without_a_word(host: Host, container
     assert created(host)["Id"] == found
 
 
+def test_a_set_up_that_ends_with_its_container_is_said_to_be_killed(small: Host) -> None:
+    description = small.root / ".devcontainer" / "devcontainer.json"
+    text = description.read_text()
+    description.write_text(text.replace('"make dev"', '"echo begun; sleep 60"'))
+    process = small.start("make", "container")
+    assert process.stdout
+    assert any(line == "begun\n" for line in process.stdout)
+    docker("kill", created(small)["Id"])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "it was killed: the container or the engine was stopped" in output
+    description.write_text(text.replace('"make dev"', '"echo begun"'))
+    again = small.make("container")
+    assert again.status == 0, again.output
+
+
 @pytest.fixture
 def nvidia_engine(base_image: str) -> Iterator[str]:
     """A second engine in which NVIDIA's runtime is installed, on this machine without a GPU.

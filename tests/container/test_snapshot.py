@@ -10,16 +10,14 @@ import signal
 import string
 import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.container.conftest import NAME, Host, Ran, docker, new_host, remove
+from tests.container.conftest import NAME, SMALL, Host, Ran, docker
 from workspace.container.snapshot import SNAPSHOT, UNFINISHED
 
 pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(1800)]
 TUNED = f"{NAME}-snapshot:tuned"
-SMALL = f"{NAME}-small"
 HOME = "/home/dev"
 
 
@@ -135,15 +133,6 @@ def test_the_runs_container_goes_on_with_all_it_had(
 
 
 # --- what must not get into one ----------------------------------------------------------------
-
-
-@pytest.fixture
-def small(base_image: str, image: Ran) -> Iterator[Host]:
-    """A checkout in whose container nothing was set up: it is committed in seconds."""
-    made = new_host(base_image, SMALL)
-    docker("tag", f"{NAME}:dev", f"{SMALL}:dev")
-    yield made
-    remove(made, SMALL)
 
 
 def open_container(host: Host, *arguments: str) -> str:

@@ -18,6 +18,9 @@ from typing import Any
 
 from workspace.errors import WorkspaceError
 
+KILLED = 128 + 9
+"""Docker's status where a process was killed, or its container or the engine ended."""
+
 TOOLKIT = "NVIDIA's Container Toolkit"
 REMEDIES = [
     (
@@ -123,6 +126,11 @@ def show(
     if process.returncode:
         if brief is not str:
             print("".join(f"{line.rstrip()[:200]}\n" for line in last), file=sys.stderr)
+        if process.returncode == KILLED:
+            raise WorkspaceError(
+                f"{failure}: it was killed: the container or the engine was stopped, or memory ran "
+                "out; run the same command again"
+            )
         raise WorkspaceError(_explain("".join(last), failure))
 
 
