@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from custom_kernels.intervals import CONFIDENCE, coverage, median_interval
+
 DIFFERENT_FROM = 0.01
 """Two contenders are called different when their ratio is surely further than this from 1 ..."""
 SAME_WITHIN = 0.02
 """... and the same when it is surely within this."""
-CONFIDENCE = 0.95
 
 COLD_FACTOR = 2
 """How many times the size of L2 lies between two uses of the same input set."""
@@ -338,7 +339,7 @@ def result(
         for base_blocks, own_blocks in zip(base, own, strict=True)
     ]
     every = [ratio for repetition in ratios for ratio in repetition]
-    low, high = median_interval(every)
+    low, high, _ = median_interval(every)
     return Result(
         name,
         times,
@@ -362,23 +363,6 @@ def verdict(low: float, high: float, blocks: int, repetitions: Sequence[float] =
     if high < 1 - DIFFERENT_FROM:
         return "SLOWER" if all(ratio < 1 for ratio in repetitions) else "AMBIGUOUS"
     return "SAME" if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN else "AMBIGUOUS"
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The narrowest symmetric pair of order statistics that encloses the median with 95 %
-    probability, whatever the distribution. Fewer than six values do not reach that: then the
-    extremes."""
-    ordered = sorted(values)
-    rank = 1
-    while rank < len(ordered) - rank and coverage(len(ordered), rank + 1) >= CONFIDENCE:
-        rank += 1
-    return ordered[rank - 1], ordered[len(ordered) - rank]
-
-
-def coverage(n: int, rank: int) -> float:
-    """Probability that the rank-th smallest and the rank-th largest of n values enclose the
-    median: 1 - 2·P(Binomial(n, 1/2) < rank)."""
-    return 1 - 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n if n > 1 else 0.0
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

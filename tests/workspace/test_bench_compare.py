@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The statistics: intervals that cover, verdicts that say "ambiguous" when it is."""
 
-import random
-from statistics import median
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workspace.bench.compare import CONFIDENCE, SAME_WITHIN, compare, median_interval
+from workspace.bench.compare import SAME_WITHIN, compare
 
 figures = st.floats(min_value=1e-3, max_value=1e6)
 sides = st.integers(1, 4).flatmap(
@@ -18,34 +15,6 @@ sides = st.integers(1, 4).flatmap(
         )
     )
 )
-
-
-@settings(deadline=None)  # a shared machine stalls at times
-@given(st.lists(figures, min_size=1, max_size=40))
-def test_interval_holds_the_median_and_its_ends_are_measured_values(values: list[float]) -> None:
-    low, high, coverage = median_interval(values)
-    assert low <= median(values) <= high
-    assert {low, high} <= set(values)
-    assert 0.0 <= coverage < 1.0
-
-
-def test_six_values_are_the_fewest_with_a_95_percent_interval() -> None:
-    assert median_interval(range(1, 6))[2] < CONFIDENCE
-    assert median_interval(range(1, 7)) == (1, 6, pytest.approx(1 - 2 / 64))
-
-
-def test_ten_values_drop_one_extreme_on_each_side() -> None:
-    assert median_interval(range(1, 11)) == (2, 9, pytest.approx(1 - 2 * 11 / 1024))
-
-
-def test_interval_covers_the_true_median_as_often_as_it_says() -> None:
-    rng = random.Random(1)
-    hits = 0
-    for _ in range(2000):
-        low, high, coverage = median_interval([rng.gauss(0, 1) for _ in range(10)])
-        hits += low <= 0 <= high
-    assert coverage == pytest.approx(0.9785, abs=1e-3)
-    assert hits / 2000 == pytest.approx(coverage, abs=0.015)
 
 
 @settings(deadline=None)  # a shared machine stalls at times

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Literal
 
+from custom_kernels.intervals import CONFIDENCE, median_interval
 from pydantic import BaseModel
 
 Verdict = Literal["same", "faster", "slower", "ambiguous"]
 
 SAME_WITHIN = 0.02
 """A ratio whose whole interval lies within 2 % of 1 counts as "same"."""
-CONFIDENCE = 0.95
 
 
 class Comparison(BaseModel):
@@ -35,26 +35,6 @@ class Comparison(BaseModel):
     scatter: float
     verdict: Verdict
     because: str
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(low, high, coverage): the narrowest symmetric pair of order statistics with 95 % coverage.
-
-    The k-th smallest and k-th largest of n values enclose the median with probability
-    1 - 2·P(Binomial(n, 1/2) < k). With fewer than six values not even the extremes reach 95 %;
-    then the extremes are returned with what they do cover.
-
-    Raises:
-        ValueError: no values.
-    """
-    ordered = sorted(values)
-    n = len(ordered)
-    if n == 0:
-        raise ValueError("no values")
-    best = 1
-    while best < n - best and _coverage(n, best + 1) >= CONFIDENCE:
-        best += 1
-    return ordered[best - 1], ordered[n - best], _coverage(n, best)
 
 
 def scatter(values: Sequence[float]) -> float:
@@ -110,11 +90,6 @@ def compare(
         verdict=verdict,
         because=because,
     )
-
-
-def _coverage(n: int, k: int) -> float:
-    """Probability that the k-th smallest and k-th largest of n values enclose the median."""
-    return 1.0 - 2.0 * sum(math.comb(n, i) for i in range(k)) / 2.0**n if n > 1 else 0.0
 
 
 def _verdict(

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the median of a few measurements can be trusted, whatever their distribution.
+
+The k-th smallest and the k-th largest of n values enclose the true median with probability
+1 - 2·P(Binomial(n, 1/2) < k). Source: H. A. David and H. N. Nagaraja, Order Statistics, 3rd ed.,
+section 7.1. Standard library only.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+    coverage: float
+    """The probability with which it holds the true median."""
+
+
+def median_interval(values: Sequence[float]) -> Interval:
+    """The narrowest symmetric pair of order statistics that covers the median with 95 %.
+
+    Fewer than six values do not reach that: then the extremes, with what they do cover.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("no values")
+    ordered = sorted(values)
+    n, rank = len(ordered), 1
+    while rank < n - rank and coverage(n, rank + 1) >= CONFIDENCE:
+        rank += 1
+    return Interval(ordered[rank - 1], ordered[n - rank], coverage(n, rank))
+
+
+def coverage(n: int, rank: int) -> float:
+    """Probability that the ``rank``-th smallest and largest of ``n`` values enclose the median."""
+    return 1 - 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n if n > 1 else 0.0
