@@ -22,7 +22,7 @@ from tests.container.conftest import (
     remove,
     second_engine,
 )
-from workspace.container.docker import client
+from workspace.container.docker import architecture, client
 from workspace.paths import lock_path
 from workspace.pins import load
 
@@ -50,6 +50,10 @@ def test_the_user_is_the_checkouts_owner_and_not_root(host: Host, image: Ran) ->
     found = docker("run", "--rm", IMAGE, "id")
     assert f"uid={host.root.stat().st_uid}(dev)" in found
     assert "(workspace)" in found
+
+
+def test_it_is_made_for_the_engines_machine(host: Host, image: Ran) -> None:
+    assert architecture() == docker("run", "--rm", IMAGE, "uname", "-m")
 
 
 def test_the_second_time_nothing_is_built_and_no_registry_asked(host: Host, image: Ran) -> None:

@@ -156,3 +156,9 @@ def labels(found: dict[str, Any] | None) -> dict[str, str]:
 def has_nvidia_runtime() -> bool:
     """Whether the engine was taught to hand on GPUs."""
     return "nvidia" in docker("info", "--format", "{{json .Runtimes}}")
+
+
+def architecture() -> str:
+    """Of the engine's containers, as `uname -m` says it in them: macOS calls aarch64 arm64, and the
+    engine may be on another machine."""
+    return docker("info", "--format", "{{.Architecture}}")

@@ -19,7 +19,7 @@ from typing import Any
 from workspace import conda, index, release
 from workspace.bootstrap import device, lock_files, say
 from workspace.container import config
-from workspace.container.docker import docker, inspect, show
+from workspace.container.docker import architecture, docker, inspect, show
 from workspace.container.docker import labels as labels_of
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
@@ -49,9 +49,15 @@ def base_image(pins: Mapping[str, Any], version: str) -> str:
 
 
 def arguments(version: str) -> dict[str, str]:
-    """The Dockerfile's arguments."""
+    """The Dockerfile's arguments.
+
+    Raises:
+        WorkspaceError: no engine, or one of a machine for which uv is not pinned.
+    """
     pins = release.pins()
-    machine = os.uname().machine
+    machine = architecture()
+    if machine not in pins["uv"]["sha256"]:
+        raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
     uid, gid = config.owner()
     return {
         "BASE_IMAGE": base_image(pins, version),
