@@ -29,7 +29,7 @@ from workspace import built_from, conda, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
-from workspace.inventory import libnuma
+from workspace.inventory import headers, libnuma
 from workspace.lock import locked
 from workspace.paths import ROOT
 from workspace.pins import Release, load
@@ -67,7 +67,7 @@ def python() -> Check:
     supported = load().python.supported
     if ".".join(version.split(".")[:2]) not in supported:
         return Check("Python", "problem", version, f"give PYTHON= one of {', '.join(supported)}")
-    if install.headers() is None:
+    if headers() is None:
         return Check("Python", "problem", f"{version}, without Python.h", "make dev")
     return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
 

@@ -28,6 +28,7 @@ from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork_tree import git, shown
+from workspace.inventory import headers
 from workspace.paths import STATE
 from workspace.pins import Device, load
 from workspace.release import selected, tree
@@ -218,9 +219,9 @@ def prepare(device: Device, archs: str | None) -> Build:
     }
     # These are cmake's own, which reads them nowhere else.
     cache |= {name: path for name, path in local.items() if name.startswith("FETCHCONTENT_")}
-    if folder := install.headers():
+    if include := headers():
         # cmake looks beside the interpreter, where a bare system has none.
-        cache["Python_INCLUDE_DIR"] = str(folder)
+        cache["Python_INCLUDE_DIR"] = include
     launcher = next(filter(shutil.which, LAUNCHERS), None)
     for language in ("C", "CXX", "CUDA") if launcher else ():
         cache[f"CMAKE_{language}_COMPILER_LAUNCHER"] = str(launcher)

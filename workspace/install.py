@@ -29,7 +29,7 @@ from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
 from workspace.fork_tree import git
-from workspace.inventory import libnuma
+from workspace.inventory import headers, libnuma
 from workspace.paths import KERNELS, ROOT
 from workspace.pins import Artifact, Device, load
 from workspace.release import bundled, selected, tree
@@ -217,13 +217,6 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     site.addsitedir(sysconfig.get_path("purelib"))
     importlib.invalidate_caches()
     return True
-
-
-def headers() -> Path | None:
-    """The folder in which a C++ compiler would find Python.h."""
-    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
-    found = (Path(folder) for folder in folders if folder)
-    return next((folder for folder in found if (folder / "Python.h").exists()), None)
 
 
 def _at_every_start(name: str, line: str) -> None:

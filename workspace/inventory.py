@@ -48,7 +48,7 @@ def python() -> dict:
         "abi": sysconfig.get_config_var("SOABI"),
         "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
         "platform": sysconfig.get_platform(),
-        "headers": os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
+        "headers": headers() is not None,
         # A Python that was built without a library lacks the module. Without these nothing can be
         # set up there; without lzma a bundle is larger.
         "missing_modules": [
@@ -110,6 +110,13 @@ def gpus() -> list:
         if len(values) == 4:
             found.append(dict(zip(("name", "driver", "memory_mib", "capability"), values)))  # noqa: B905 - from Python 3.10 on
     return found
+
+
+def headers() -> str | None:
+    """The folder in which a C++ compiler would find Python.h."""
+    folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
+    found = (folder for folder in folders if folder)
+    return next((one for one in found if os.path.exists(os.path.join(one, "Python.h"))), None)
 
 
 def libnuma() -> bool:

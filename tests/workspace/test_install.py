@@ -98,16 +98,6 @@ def test_what_is_brought_along_is_there_in_every_later_python(tmp_path: Path) ->
     assert here.stdout == later.stdout == "/a:/b\n"
 
 
-def test_headers_are_seen_where_a_compiler_would_see_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(install.sysconfig, "get_path", lambda _name: str(tmp_path / "none"))
-    monkeypatch.setenv("CPATH", f":{tmp_path}")
-    assert install.headers() is None
-    (tmp_path / "Python.h").touch()
-    assert install.headers() == tmp_path
-
-
 def test_without_apt_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,3 +93,13 @@ def test_what_is_no_inventory_is_refused_with_how_to_make_one(
         host.read(path)
     assert "python3 inventory.py > inventory.json" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_headers_are_seen_where_a_compiler_would_see_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory.sysconfig, "get_path", lambda _name: str(tmp_path / "none"))
+    monkeypatch.setenv("CPATH", f":{tmp_path}")
+    assert inventory.headers() is None
+    (tmp_path / "Python.h").touch()
+    assert inventory.headers() == str(tmp_path)

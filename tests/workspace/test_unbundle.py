@@ -24,7 +24,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from tests.workspace.conftest import BASE_PYTHON, Checkout, copy_checkout
-from workspace import inventory, unbundle
+from workspace import bootstrap, inventory, unbundle
 from workspace.pins import load
 
 VERSION = load().vllm.default
@@ -83,8 +83,12 @@ def offline() -> list[str]:
 
 
 def host_python(folder: Path) -> Path:
-    """A venv whose packages are this environment's, without some: links, so it takes no time."""
-    subprocess.run([BASE_PYTHON, "-m", "venv", folder], check=True)
+    """An environment whose packages are this one's, without some: links, so it takes no time."""
+    uv = bootstrap.obtain_uv(sys.executable, load().model_dump())
+    subprocess.run(
+        [uv, "venv", "-q", "--seed", "--python", BASE_PYTHON, folder],
+        check=True, env=os.environ | bootstrap.index.uv_environment(),
+    )  # fmt: skip
     python = folder / "bin" / "python"
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     said = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True)
@@ -95,6 +99,9 @@ def host_python(folder: Path) -> Path:
         for name in {path.parts[0] for path in distribution.files or []} - {"..", "__pycache__"}:
             if not (there / name).exists():
                 (there / name).symlink_to(here / name)
+    # What `make dev` brought along for a bare system: such a host cannot fetch it.
+    for path in here.glob("workspace-*.pth"):
+        (there / path.name).symlink_to(path)
     return python
 
 
