@@ -161,4 +161,6 @@ def has_nvidia_runtime() -> bool:
 def architecture() -> str:
     """Of the engine's containers, as `uname -m` says it in them: macOS calls aarch64 arm64, and the
     engine may be on another machine."""
-    return docker("info", "--format", "{{.Architecture}}")
+    # Not `docker info`, which has no complaint to show where there is no engine.
+    told = docker("version", "--format", "{{.Server.Arch}}")
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(told, told)
