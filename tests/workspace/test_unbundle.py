@@ -29,6 +29,8 @@ from workspace.pins import load
 
 VERSION = load().vllm.default
 LACKING = {"typer", "rich", "pydantic", "pydantic-core", "pypi-simple", "mailbits"}
+NVCC = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm"}
+"""Packages that come along where this machine has no CUDA toolkit of its own."""
 EDITABLE = {"vllm", "custom-kernels"}
 CLOSED = "http://127.0.0.1:1/simple"
 
@@ -85,11 +87,12 @@ def offline() -> list[str]:
 def host_python(folder: Path) -> Path:
     """An environment whose packages are this one's, without some: links, so it takes no time."""
     uv = bootstrap.obtain_uv(sys.executable, load().model_dump())
-    subprocess.run(
-        [uv, "venv", "-q", "--seed", "--python", BASE_PYTHON, folder],
-        check=True, env=os.environ | bootstrap.index.uv_environment(),
-    )  # fmt: skip
     python = folder / "bin" / "python"
+    # A bare Debian's venv cannot bring pip, and uv's --seed would bring setuptools, too.
+    for command in (["venv", "--python", BASE_PYTHON, folder],
+                    ["pip", "install", "--python", python, "pip"]):  # fmt: skip
+        environment = os.environ | bootstrap.index.uv_environment()
+        subprocess.run([uv, *command, "-q"], check=True, env=environment)
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     said = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True)
     there, here = Path(said.stdout.strip()), Path(sysconfig.get_path("purelib"))
@@ -172,7 +175,9 @@ def assert_whole(host: Host) -> None:
     )  # fmt: skip
     rows = {row["name"]: row for row in json.loads(doctor.stdout)["checks"]}
     assert doctor.returncode == 0, rows
-    assert f"{len(LACKING)} from bundle" in rows["packages"]["detail"]
+    packed = json.loads((host.bundle / unbundle.MANIFEST).read_text())["packages"]
+    assert {one["name"] for one in packed} - NVCC == LACKING
+    assert f"{len(packed)} from bundle" in rows["packages"]["detail"]
     assert "1 own commits, 1 uncommitted" in rows["fork"]["detail"]
     assert (checkout.root / "mine.txt").read_text() == "not committed yet\n"
     assert (checkout.src / "vllm" / "kept.py").read_text() == "own = 'commit'\n"
