@@ -217,15 +217,25 @@ def uv_binary(version: str) -> Path:
     return TOOLS / f"uv-{version}" / "uv"
 
 
+def uv_sha256(pins: dict, machine: str) -> str:
+    """Of the wheel of the pinned uv.
+
+    Raises:
+        WorkspaceError: none is pinned for that machine.
+    """
+    if machine not in pins["uv"]["sha256"]:
+        raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
+    return str(pins["uv"]["sha256"][machine])
+
+
 def obtain_uv(python: str, pins: dict) -> Path:
     """The pinned uv, in the checkout's own tools."""
-    version, machine = pins["uv"]["version"], platform.machine()
+    version = pins["uv"]["version"]
     binary = uv_binary(version)
     if binary.exists():
         return binary
-    if machine not in pins["uv"]["sha256"]:
-        raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
-    with zipfile.ZipFile(_fetch_uv(python, version, pins["uv"]["sha256"][machine])) as archive:
+    sha256 = uv_sha256(pins, platform.machine())
+    with zipfile.ZipFile(_fetch_uv(python, version, sha256)) as archive:
         member = next(name for name in archive.namelist() if name.endswith("/scripts/uv"))
         write_file(binary, archive.read(member), mode=0o755)
     return binary

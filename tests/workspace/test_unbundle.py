@@ -25,12 +25,11 @@ from packaging.utils import canonicalize_name
 
 from tests.workspace.conftest import BASE_PYTHON, Checkout, copy_checkout
 from workspace import bootstrap, inventory, unbundle
+from workspace.bundle.packages import TOOL_CHAIN
 from workspace.pins import load
 
 VERSION = load().vllm.default
 LACKING = {"typer", "rich", "pydantic", "pydantic-core", "pypi-simple", "mailbits"}
-NVCC = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm"}
-"""Packages that come along where this machine has no CUDA toolkit of its own."""
 EDITABLE = {"vllm", "custom-kernels"}
 CLOSED = "http://127.0.0.1:1/simple"
 
@@ -89,9 +88,9 @@ def host_python(folder: Path) -> Path:
     uv = bootstrap.obtain_uv(sys.executable, load().model_dump())
     python = folder / "bin" / "python"
     # A bare Debian's venv cannot bring pip, and uv's --seed would bring setuptools, too.
+    environment = os.environ | bootstrap.index.uv_environment()
     for command in (["venv", "--python", BASE_PYTHON, folder],
                     ["pip", "install", "--python", python, "pip"]):  # fmt: skip
-        environment = os.environ | bootstrap.index.uv_environment()
         subprocess.run([uv, *command, "-q"], check=True, env=environment)
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     said = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True)
@@ -176,7 +175,8 @@ def assert_whole(host: Host) -> None:
     rows = {row["name"]: row for row in json.loads(doctor.stdout)["checks"]}
     assert doctor.returncode == 0, rows
     packed = json.loads((host.bundle / unbundle.MANIFEST).read_text())["packages"]
-    assert {one["name"] for one in packed} - NVCC == LACKING
+    # The tool chain comes along where this machine has no CUDA toolkit of its own.
+    assert {one["name"] for one in packed} - {*TOOL_CHAIN} == LACKING
     assert f"{len(packed)} from bundle" in rows["packages"]["detail"]
     assert "1 own commits, 1 uncommitted" in rows["fork"]["detail"]
     assert (checkout.root / "mine.txt").read_text() == "not committed yet\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace import conda, index, release
-from workspace.bootstrap import device, lock_files, say
+from workspace.bootstrap import device, lock_files, say, uv_sha256
 from workspace.container import config
 from workspace.container.docker import architecture, docker, inspect, show
 from workspace.container.docker import labels as labels_of
@@ -55,9 +55,6 @@ def arguments(version: str) -> dict[str, str]:
         WorkspaceError: no engine, or one of a machine for which uv is not pinned.
     """
     pins = release.pins()
-    machine = architecture()
-    if machine not in pins["uv"]["sha256"]:
-        raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
     uid, gid = config.owner()
     return {
         "BASE_IMAGE": base_image(pins, version),
@@ -65,7 +62,7 @@ def arguments(version: str) -> dict[str, str]:
         "ENVIRONMENT": environment(),
         "PREFIX": release.environment(environment(), version).name,
         "UV_VERSION": pins["uv"]["version"],
-        "UV_SHA256": pins["uv"]["sha256"][machine],
+        "UV_SHA256": uv_sha256(pins, architecture()),
         "USER_UID": str(uid),
         "USER_GID": str(gid),
     }
