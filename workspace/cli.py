@@ -44,11 +44,13 @@ def set_up(
     renew: bool = False,
     arch: str | None = None,
     operation: str | None = None,
+    for_engine: bool = False,
 ) -> None:
     """Bring fork, install and kernels up to date, then let the next make in.
 
     Kernels are compiled while the fork is unpacked and installed: neither needs the other. A verb
-    that needs the kernels of one operation waits for those only.
+    that needs the kernels of one operation waits for those only; `for_engine`, for those that the
+    engine loads on this machine, which on a CPU are none.
     """
 
     def kernels_package() -> None:
@@ -57,7 +59,10 @@ def set_up(
         install.install_kernels()
         from workspace import kernels
 
-        kernels.run(arch, operation)
+        if for_engine:
+            kernels.run_for_engine(device(), operation)
+        else:
+            kernels.run(arch, operation)
 
     with ThreadPoolExecutor() as pool:
         lanes = [pool.submit(kernels_package)]
@@ -175,7 +180,7 @@ def bench(
         "tp": tp, "eager": eager, "baseline": baseline,
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
-    set_up(operation=None if quantization else "gemm")
+    set_up(operation=None if quantization else "gemm", for_engine=True)
     module.run(options)
 
 
@@ -331,7 +336,12 @@ def run_tests(
 ) -> None:
     """Run the tests; K= narrows them to a kernel, a path or names."""
     operation = (k or "").partition(".")[0]
-    set_up(engine=not k, operation=operation if operation in _operations() else None)
+    if not k:
+        set_up()
+    elif operation in _operations():
+        set_up(engine=False, operation=operation)
+    else:  # tests compile what they load, where it is not there yet
+        install_package()
     command = [sys.executable, "-m", "pytest", "-q", *selection(k)]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     if status == 5:
@@ -374,7 +384,7 @@ def bundle(
 @app.command()
 def lint() -> None:
     """Run every pre-commit hook over all files."""
-    set_up(engine=False)
+    install_package()
     command = [sys.executable, "-m", "pre_commit", "run", "--all-files"]
     raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 

@@ -41,17 +41,6 @@ GIB_PER_JOB = {"cuda": 8.5, "cpu": 2.0}
 # --- what the machine allows ----------------------------------------------------------------------
 
 
-def available_gib() -> float:
-    """Memory that can be had now: what the kernel says, or less where a container is limited."""
-    meminfo = Path("/proc/meminfo").read_text()
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
-    free = int(found[1]) / 2**20 if found else 2.0
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, (int(text) - int(used.read_text())) / 2**30)
-    return free
-
-
 def jobs(asked: str | None, device: Device, cores: int, gib: float) -> int:
     """How many compilers at once: JOBS=, else as many as the cores and the memory allow."""
     if not asked:
@@ -75,7 +64,7 @@ def architectures(asked: str | None, device: Device) -> str:
     if device == "cpu":
         # torch's cmake files ask for one; nothing is compiled for it.
         return load().cuda.architectures[0]
-    names = sorted(set(_gpus()))
+    names = sorted(set(gpus()))
     if not names:
         raise WorkspaceError(
             "there is no GPU here whose architecture could be taken; name it, e.g. CUDA_ARCHS=9.0a"
@@ -83,7 +72,7 @@ def architectures(asked: str | None, device: Device) -> str:
     return ";".join(names)
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """The architecture of each GPU; from Hopper on, the one with its special instructions."""
     import pynvml
 
@@ -325,9 +314,11 @@ def run(
         WorkspaceError: something is missing, a source cannot be had, cmake or a compiler failed.
             The tree's binaries are as they were.
     """
+    from custom_kernels.jobs import GIB, available  # installed a step ago
+
     build = prepare(device, archs)
-    cores = len(os.sched_getaffinity(0))
-    number = jobs(count, device, cores, available_gib())
+    cores, gib = len(os.sched_getaffinity(0)), available() / GIB
+    number = jobs(count, device, cores, gib)
     with rewritten_files(build.place):
         build.configure()
         known = build.targets()
@@ -335,7 +326,7 @@ def run(
             names = ", ".join(known)
             raise WorkspaceError(f"TARGET={target} is not an extension; there are {names}")
         sources = built_from.record(build.place)
-        memory = "" if count else f" ({cores} cores, {available_gib():.0f} GiB free)"
+        memory = "" if count else f" ({cores} cores, {gib:.0f} GiB free)"
         what = target or ", ".join(known)
         say(f"compiling {what}, {number} at once{memory}; log: {build.log}")
         build.compile(target, number)

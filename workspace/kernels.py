@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-from custom_kernels import build
+from custom_kernels import build, jobs
 
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
@@ -36,17 +36,46 @@ def run(arch: str | None = None, operation: str | None = None) -> None:
     Raises:
         WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
     """
+    _compile(architectures(arch), operation)
 
+
+def run_for_engine(device: str, operation: str | None = None) -> None:
+    """Compile what vLLM's engine will load here (of ``operation``, if given): on a CPU nothing, on
+    GPUs what no library serves, for their architectures alone.
+
+    Raises:
+        WorkspaceError: as `run`.
+    """
+    if device == "cpu":
+        return
+    from workspace.fork_build import gpus
+
+    for arch in sorted(set(gpus())):
+        wanted = [
+            source
+            for source in build.sources()
+            if operation in (None, source.operation) and source.architectures([arch])
+        ]
+        try:
+            complete = all(build.existing(source, arch) for source in wanted)
+        except build.BuildError:
+            complete = False  # compiling says why
+        if not complete:
+            _compile([arch], operation)
+
+
+def _compile(architectures: list[str], operation: str | None) -> None:
     def report(built: build.Built) -> None:
         if built.compiled:
             spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in built.kernels)
             say(
                 f"compiled {built.source.name} for {', '.join(built.architectures)} "
-                f"in {built.seconds:.1f} s" + (f", {spilled} bytes spilled" if spilled else "")
+                f"in {built.seconds:.1f} s, {built.peak_memory / jobs.GIB:.1f} GiB"
+                + (f", {spilled} bytes spilled" if spilled else "")
             )
 
     try:
-        build.build_all(architectures(arch), progress=report, operation=operation)
+        build.build_all(architectures, progress=report, operation=operation)
     except build.BuildError as error:
         if isinstance(error, build.NoCompiler) and not load().release().cuda.packages_hold_nvcc:
             say(f"kernels in CUDA C++ are left out: {error}")

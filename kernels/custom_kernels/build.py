@@ -15,6 +15,9 @@ A source says what it needs in comments of its own:
 - ``// architectures: 9.0a``: the only ones it is written for; without it, all that are pinned;
 - ``// dtypes: bfloat16 float16``: the only ones it takes (see registry.takes).
 
+A compile waits until the machine has a core and the memory for it (see jobs). How long it took and
+the peak of its memory are kept in the report beside the library.
+
 This module does not import torch: finding that there is nothing to do takes a fraction of a second.
 """
 
@@ -41,6 +44,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from custom_kernels import jobs
+
 if TYPE_CHECKING:
     import torch
 
@@ -48,6 +53,8 @@ PACKAGE = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0a", "12.0a")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-Xptxas=-v")
 LIBRARIES = ("cudart",)
+PEAK_MEMORY = 5 * jobs.GIB // 2
+"""Bytes that a compile may take at most; what one is taken to need before it was seen."""
 KEPT_LIBRARIES = 8
 """How many older libraries of a backend stay in the cache, for going back and forth between
 edits."""
@@ -178,6 +185,9 @@ class Built:
     compiled: bool
     """True if this call compiled it, False if it was up to date."""
     seconds: float
+    """What this call took; next to nothing where the library was up to date."""
+    peak_memory: int
+    """Bytes that the largest process of its compile took."""
 
 
 # --- what there is --------------------------------------------------------------------------------
@@ -426,19 +436,26 @@ def build_all(
         for source in sources()
         if source.architectures(architectures) and operation in (None, source.operation)
     ]
-    if not force and all(library_path(source, architectures).is_file() for source in wanted):
-        built = [build(source, architectures) for source in wanted]
-        for item in built:
+    stale = [
+        source for source in wanted if force or not library_path(source, architectures).is_file()
+    ]
+    done, errors = [], []
+    for source in wanted:
+        if source not in stale:
+            done.append(build(source, architectures))
             if progress is not None:
-                progress(item)
-        return built
+                progress(done[-1])
+    if not stale:
+        return done
 
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
-    done, errors = [], []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        jobs = [pool.submit(build, source, architectures, force) for source in wanted]
-        for job in as_completed(jobs):
+    threads = max(1, len(os.sched_getaffinity(0)) // len(stale))
+    with ThreadPoolExecutor(max_workers=len(stale)) as pool:
+        # The one that took longest comes first, so that none is left alone at the end.
+        stale.sort(key=lambda source: _last_report(source.name).get("seconds", 0), reverse=True)
+        running = [pool.submit(build, source, architectures, force, threads) for source in stale]
+        for job in as_completed(running):
             try:
                 done.append(job.result())
             except BuildError as error:
@@ -451,11 +468,13 @@ def build_all(
     return sorted(done, key=lambda item: item.source.name)
 
 
-def build(source: Source, architectures: Sequence[str], force: bool = False) -> Built:
+def build(
+    source: Source, architectures: Sequence[str], force: bool = False, threads: int = 0
+) -> Built:
     """Bring one kernel up to date for ``architectures`` and return its library.
 
-    Two processes that want the same library at once compile it once: the second waits for the
-    first.
+    ``threads`` compilers run at once for several architectures; 0: as many as there are cores. Two
+    processes that want the same library at once compile it once: the second waits for the first.
     """
     started = time.perf_counter()
     architectures = source.architectures(architectures)
@@ -465,14 +484,15 @@ def build(source: Source, architectures: Sequence[str], force: bool = False) -> 
         with _lock(source.name):
             if force or not path.is_file():
                 _clear_scratch(source.name)
-                _compile(source, architectures, path)
+                threads = min(threads or len(os.sched_getaffinity(0)), len(architectures))
+                _compile(source, architectures, path, threads)
                 _drop_old(source.name)
                 compiled = True
-    kernels = tuple(
-        Kernel(**item) for item in json.loads(_report_path(path).read_text())["kernels"]
-    )
+    report = json.loads(_report_path(path).read_text())
+    kernels = tuple(Kernel(**item) for item in report["kernels"])
     seconds = time.perf_counter() - started
-    return Built(source, path, architectures, kernels, compiled, seconds)
+    peak = report.get("peak_memory", 0)
+    return Built(source, path, architectures, kernels, compiled, seconds, peak)
 
 
 def library_path(source: Source, architectures: Sequence[str]) -> Path:
@@ -505,7 +525,7 @@ def unavailable(source: Source, device_architecture: str) -> str | None:
     if not source.architectures((device_architecture,)):
         return f"{source.path.name} is not written for {device_architecture}"
     try:
-        if _existing(source, device_architecture) is None:
+        if existing(source, device_architecture) is None:
             toolchain()
     except BuildError as error:
         return str(error)
@@ -531,15 +551,16 @@ def load(operation: str, backend: str, device: "torch.device | None" = None) -> 
         path = build(source, pinned_architectures()).path
     else:
         target = architecture(torch.device(device))
-        existing = _existing(source, target)
-        if existing is None:
+        found = existing(source, target)
+        if found is None:
             log.warning("compiling %s for %s: this happens once", source.name, target)
-            existing = build(source, (target,)).path
-        path = existing
+            found = build(source, (target,)).path
+        path = found
     return tvm_ffi.load_module(str(path))
 
 
-def _existing(source: Source, device_architecture: str) -> Path | None:
+def existing(source: Source, device_architecture: str) -> Path | None:
+    """A library that is up to date and holds the device's architecture."""
     for wanted in (pinned_architectures(), (device_architecture,)):
         architectures = source.architectures(wanted)
         if device_architecture in architectures:
@@ -549,24 +570,21 @@ def _existing(source: Source, device_architecture: str) -> Path | None:
     return None
 
 
-def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
+def _compile(source: Source, architectures: Sequence[str], path: Path, threads: int) -> None:
     tools = toolchain()
     if tools.origin == "system":
-        log.warning(
-            "compiling with %s, which is the system's: this environment holds no nvcc", tools.nvcc
-        )
+        _say_once(f"compiling with {tools.nvcc}, the system's: this environment holds no nvcc")
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f"{source.name}-", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise _not_writable(path.parent, error) from None
     try:
-        output = scratch / path.name
         includes = [*(folder for folder, _ in source.headers()), *tools.include]
         command = [
             str(tools.nvcc),
             *FLAGS,
             *_code_flags(architectures),
-            "--threads=0",
+            f"--threads={threads}",
             "-shared",
             "-Xcompiler=-fPIC",
             f"-ccbin={tools.cxx}",
@@ -576,35 +594,30 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
             *(item for folder in includes for item in ("-isystem", str(folder))),
             str(source.path),
             "-o",
-            str(output),
+            path.name,
             "--keep",  # the PTX, for the report; it goes when the scratch folder goes
-            f"--keep-dir={scratch}",
+            "--keep-dir=.",
             f"-L{tools.tvm_ffi / 'lib'}",
             "-ltvm_ffi",
             *(flag for name in source.libraries() for flag in _link_flags(tools, name)),
         ]
-        # nvcc's own temporary files go where they are cleared with the rest if it is killed.
-        environment = {**os.environ, "TMPDIR": str(scratch)}
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
-        )
-        if result.returncode != 0:
-            messages = "\n".join(
-                line
-                for line in (result.stdout + result.stderr).splitlines()
-                if not line.startswith("ptxas info")
-            )
-            raise BuildError(f"nvcc cannot compile {source.path}:\n{messages.strip()}")
+        need = _last_report(source.name).get("peak_memory") or PEAK_MEMORY
+        with jobs.slot(need * threads) as slot:
+            ran = _run_nvcc(command, scratch, slot.fileno())
+        if ran.status != 0:
+            raise BuildError(_failure(source, ran))
         if library_path(source, architectures) != path:
             raise BuildError(f"{source.path} changed while it was compiled: run the same again")
         report = {
             "source": source.name,
             "architectures": list(architectures),
             "tools": tools.versions(),
-            "kernels": [asdict(kernel) for kernel in _kernels(result.stderr, scratch)],
+            "seconds": round(ran.seconds, 1),
+            "peak_memory": ran.peak_memory,
+            "kernels": [asdict(kernel) for kernel in _kernels(ran.log, scratch)],
         }
         # The report first: where there is a library, there is its report.
-        report_output = scratch / "report.json"
+        output, report_output = scratch / path.name, scratch / "report.json"
         report_output.write_text(json.dumps(report, indent=1))
         for written in (output, report_output):
             with written.open("rb") as file:
@@ -615,6 +628,70 @@ def _compile(source: Source, architectures: Sequence[str], path: Path) -> None:
         raise _not_writable(path.parent, error) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One run of nvcc; the memory is that of the largest of its processes."""
+
+    status: int
+    log: str
+    seconds: float
+    peak_memory: int
+
+
+def _run_nvcc(command: Sequence[str], scratch: Path, slot: int) -> _Ran:
+    """Run nvcc in its scratch folder, which it knows as ``.``: it hands its temporary files to a
+    shell without quotes, so their names must not hold the folder's own."""
+    started = time.perf_counter()
+    log = scratch / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command,
+            cwd=scratch,
+            env={**os.environ, "TMPDIR": "."},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(slot,),
+        ) as process,
+    ):
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return _Ran(
+        status=process.returncode,
+        log=log.read_text(errors="replace"),
+        seconds=time.perf_counter() - started,
+        peak_memory=usage.ru_maxrss * 1024,
+    )
+
+
+def _failure(source: Source, ran: _Ran) -> str:
+    messages = "\n".join(line for line in ran.log.splitlines() if not line.startswith("ptxas info"))
+    if ran.status in (-9, 137) or "signal 9" in messages or "Killed" in messages:
+        return (
+            f"the compiler of {source.path.name} was killed at {ran.peak_memory / jobs.GIB:.1f} "
+            "GiB, most likely for want of memory: end other programs and run the same again"
+        )
+    return f"nvcc cannot compile {source.path}:\n{messages.strip()}"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def _last_report(name: str) -> dict[str, Any]:
+    """The newest report of a source, whatever version of it that was; empty where there is none."""
+    found = sorted(cache_dir().glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
+    with contextlib.suppress(IndexError, OSError, ValueError):
+        return dict(json.loads(found[-1].read_text()))
+    return {}
 
 
 def _code_flags(architectures: Iterable[str]) -> list[str]:
@@ -755,7 +832,9 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def show(built: Built) -> None:
-        state = f"compiled in {built.seconds:.1f} s" if built.compiled else "up to date"
+        state = "up to date"
+        if built.compiled:
+            state = f"compiled in {built.seconds:.1f} s, {built.peak_memory / jobs.GIB:.1f} GiB"
         print(f"{built.source.name}: {state} for {', '.join(built.architectures)}")
         for kernel in built.kernels:
             spills = kernel.spill_stores + kernel.spill_loads

@@ -61,7 +61,9 @@ class PackageCopy:
 
 @pytest.fixture
 def package_copy(tmp_path: Path) -> PackageCopy:
-    copy = PackageCopy(tmp_path / "copy", tmp_path / "cache")
+    # nvcc hands names to a shell without quotes: folders are named as people name them.
+    odd = tmp_path / "my work (1) ü" / "it's here"
+    copy = PackageCopy(odd / "copy", odd / "cache")
     left_out = shutil.ignore_patterns(*registry.operations(), "__pycache__", "*.cu")
     shutil.copytree(build.PACKAGE, copy.package, ignore=left_out)
     return copy

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +91,34 @@ def test_the_report_says_what_the_kernel_takes(toy: PackageCopy) -> None:
     assert kernel.architecture == ARCHITECTURE
     assert 0 < kernel.registers < 64
     assert kernel.spill_stores == kernel.spill_loads == 0
+    assert 10 * 2**20 < built.peak_memory < build.PEAK_MEMORY
+    report = json.loads(built.path.with_suffix(".json").read_text())
+    assert report["peak_memory"] == built.peak_memory
+    assert report["seconds"] > 0
+
+
+def test_several_architectures_compile_in_a_folder_of_any_name_and_leave_nothing_elsewhere(
+    toy: PackageCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = build.sources()
+    built = build.build(source, [ARCHITECTURE, "9.0a"], threads=2)
+    assert {kernel.architecture for kernel in built.kernels} == {ARCHITECTURE, "9.0a"}
+    assert [path.name for path in tmp_path.iterdir()] == ["my work (1) ü"]
+
+
+def test_a_compiler_that_the_system_killed_says_what_to_do(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the kernel does when memory runs out.
+    killed = toy.add("killed", '#!/bin/sh\ncase "$*" in *-E*) exec g++ "$@";; esac\nkill -9 $$\n')
+    killed.chmod(0o755)
+    tools = replace(build.toolchain(), cxx=killed)
+    monkeypatch.setattr(build, "toolchain", lambda: tools)
+    (source,) = build.sources()
+    for architectures in ([ARCHITECTURE], [ARCHITECTURE, "9.0a"]):
+        with pytest.raises(build.BuildError, match=r"cuda\.cu was killed .* want of memory"):
+            build.build(source, architectures, threads=2)
 
 
 def test_an_error_is_shown_as_the_compiler_gives_it(toy: PackageCopy) -> None:
@@ -142,15 +172,14 @@ def test_two_builders_compile_once(toy: PackageCopy) -> None:
 def test_a_source_that_changes_while_it_compiles_is_not_stored(
     toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = subprocess.run
+    run = build._run_nvcc
 
-    def edit_meanwhile(command: list[str], **options: object) -> object:
-        result = run(command, **options)
-        if "-shared" in command:
-            toy.add("toy/scale.cuh", "#define SCALE 5.f\n")
+    def edit_meanwhile(*arguments: object) -> object:
+        result = run(*arguments)
+        toy.add("toy/scale.cuh", "#define SCALE 5.f\n")
         return result
 
-    monkeypatch.setattr(subprocess, "run", edit_meanwhile)
+    monkeypatch.setattr(build, "_run_nvcc", edit_meanwhile)
     with pytest.raises(build.BuildError, match=r"changed while it was compiled"):
         build.build_all([ARCHITECTURE])
     assert not list(toy.cache.glob("*.so"))
