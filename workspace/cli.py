@@ -44,13 +44,13 @@ def set_up(
     renew: bool = False,
     arch: str | None = None,
     operation: str | None = None,
-    for_engine: bool = False,
+    for_device: bool = False,
 ) -> None:
     """Bring fork, install and kernels up to date, then let the next make in.
 
     Kernels are compiled while the fork is unpacked and installed: neither needs the other. A verb
-    that needs the kernels of one operation waits for those only; `for_engine`, for those that the
-    engine loads on this machine, which on a CPU are none.
+    that needs the kernels of one operation waits for those only; `for_device`, for those that this
+    machine's device can run, which on a CPU are none.
     """
 
     def kernels_package() -> None:
@@ -59,8 +59,8 @@ def set_up(
         install.install_kernels()
         from workspace import kernels
 
-        if for_engine:
-            kernels.run_for_engine(device(), operation)
+        if for_device:
+            kernels.run_for_device(device(), operation)
         else:
             kernels.run(arch, operation)
 
@@ -180,7 +180,7 @@ def bench(
         "tp": tp, "eager": eager, "baseline": baseline,
     }  # fmt: skip
     options = module.options({name: value for name, value in given.items() if value})
-    set_up(operation=None if quantization else "gemm", for_engine=True)
+    set_up(operation=None if quantization else "gemm", for_device=True)
     module.run(options)
 
 
@@ -198,7 +198,7 @@ def bench_kernels(
     """Time kernels on the GPU against what a user would call instead."""
     operation, named = _kernel(k or "gemm")
     backend = backend or named
-    set_up(engine=False, operation=operation)
+    set_up(engine=False, operation=operation, for_device=True)
     command = [sys.executable, "-m", "custom_kernels.bench", operation]
     for name in _words(model):
         command += ["--model", name]
@@ -287,7 +287,7 @@ def profile(
     """Run Nsight Compute on one call of one backend."""
     operation, named = _kernel(k or "gemm")
     backend = backend or named
-    set_up(engine=False, operation=operation)
+    set_up(engine=False, operation=operation, for_device=True)
     command = [sys.executable, "-m", "custom_kernels.profiling", operation]
     given = {
         "--model": model, "--layer": layer, "--tokens": m, "--backend": backend,

@@ -39,9 +39,9 @@ def run(arch: str | None = None, operation: str | None = None) -> None:
     _compile(architectures(arch), operation)
 
 
-def run_for_engine(device: str, operation: str | None = None) -> None:
-    """Compile what vLLM's engine will load here (of ``operation``, if given): on a CPU nothing, on
-    GPUs what no library serves, for their architectures alone.
+def run_for_device(device: str, operation: str | None = None) -> None:
+    """Compile what this machine's device can run (of ``operation``, if given): for a CPU nothing,
+    for GPUs what no library serves yet, and for their architectures alone.
 
     Raises:
         WorkspaceError: as `run`.
