@@ -3,7 +3,9 @@
 
 import http.server
 import json
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -109,18 +111,156 @@ def test_local_folder_without_weights_is_dummy(tmp_path: Path) -> None:
     assert (model.tokenizer / "tokenizer.json").is_file()
 
 
-def test_local_folder_that_lacks_a_shard_is_not_taken_for_whole(tmp_path: Path) -> None:
+def index(folder: Path, name: str, *files: str) -> None:
+    weight_map = {f"w{number}": file for number, file in enumerate(files)}
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def lacks_a_shard(folder: Path) -> None:
+    index(folder, "model.safetensors.index.json", "model.safetensors", "model-2.safetensors")
+
+
+def lacks_all_shards(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index(folder, "model.safetensors.index.json", "model-1.safetensors")
+
+
+def lacks_a_shard_by_its_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def lacks_a_pickled_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index(folder, "pytorch_model.bin.index.json", "pytorch_model-1.bin")
+
+
+def has_an_unreadable_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def is_cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def is_cut_off_in_its_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((2**20).to_bytes(8, "little") + b"{")
+
+
+def is_empty(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def is_a_pointer(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
+
+
+def is_a_link_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0")
+
+
+def is_a_cut_off_archive(folder: Path) -> None:
+    import torch
+
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save({"w": torch.zeros(9)}, path)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def is_still_on_its_way(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    download = folder / ".cache" / "huggingface" / "download"
+    download.mkdir(parents=True)
+    (download / "model.safetensors.incomplete").write_bytes(b"x")
+
+
+def has_no_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+
+
+def has_a_pointer_for_a_tokenizer(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "tokenizer" / "tokenizer.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lacks_a_shard, "/model-2.safetensors is missing"),
+        (lacks_all_shards, "/model-1.safetensors is missing"),
+        (lacks_a_shard_by_its_name, "/model-00002-of-00002.safetensors is missing"),
+        (lacks_a_pickled_shard, "/pytorch_model-1.bin is missing"),
+        (has_an_unreadable_index, "/model.safetensors.index.json (KeyError"),
+        (is_cut_off, "/model.safetensors is damaged or not complete"),
+        (is_cut_off_in_its_header, "/model.safetensors is damaged or not complete"),
+        (is_empty, "/model.safetensors is empty"),
+        (is_a_pointer, "/model.safetensors is a pointer of Git LFS"),
+        (is_a_link_to_nothing, "/model.safetensors is a link to a file that is not there"),
+        (is_a_cut_off_archive, "/pytorch_model.bin is damaged or not complete"),
+        (is_still_on_its_way, "/model.safetensors.incomplete"),
+        (has_no_tokenizer, "weights and no tokenizer"),
+        (has_a_pointer_for_a_tokenizer, "tokenizer.json is a pointer of Git LFS"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_folder_with_a_part_of_a_model_is_refused_by_the_name_of_the_file(
+    fault: Callable[[Path], None], says: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     tiny_model.write(folder)
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    fault(folder)
+    with pytest.raises(WorkspaceError) as caught:
+        models.resolve(str(folder), "cpu", tmp_path / "models")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "models").exists()
+
+
+def test_what_does_not_belong_to_the_weights_is_left_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    tiny_model.write(folder)
+    (folder / "optimizer.pt").write_bytes(b"")
+    index(folder, "pytorch_model.bin.index.json", "pytorch_model-1.bin")  # the hub has both
+    assert models.resolve(str(folder), "cpu", tmp_path / "models").weights == "real"
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").unlink()
     assert models.resolve(str(folder), "cpu", tmp_path / "models").weights == "dummy"
+
+
+def test_a_configuration_with_other_names_is_read_as_vllm_reads_it(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    gpt2 = {"model_type": "gpt2", "n_embd": 96, "n_head": 6, "n_layer": 3, "n_positions": 512}
+    (folder / "config.json").write_text(json.dumps(gpt2 | {"vocab_size": 300}))
+    model = models.resolve(str(folder), "cpu", tmp_path / "models")
+    assert (model.vocab_size, model.max_length) == (300, 512)
+    assert model.config["hidden_size"] == 96
+    assert model.kv_bytes_per_token == 2 * 2 * 3 * 96
+    # What the engine gets is the file as it was.
+    assert json.loads((model.folder / "config.json").read_text())["n_embd"] == 96
+
+
+def test_the_text_part_of_a_multi_modal_configuration_counts(tmp_path: Path) -> None:
+    text = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 99}
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", **text}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert models.resolve(str(tmp_path), "cpu", tmp_path / "models").config.items() >= text.items()
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot read"), ("{", "cannot read"), ("[]", "not an object"), ("{}", "lacks")],
+    [
+        (None, "cannot read"),
+        ("{", "cannot read"),
+        ("[]", "not an object"),
+        ("{}", "vLLM cannot read"),
+        ('{"model_type": "mamba"}', "lacks num_attention_heads"),
+    ],
 )
 def test_local_folder_with_a_broken_configuration_is_one_line(
     content: str | None, says: str, tmp_path: Path
@@ -137,6 +277,19 @@ def test_whole_model_in_the_local_hub_cache_is_real(tmp_path: Path) -> None:
     model = models.resolve("some/model", "cpu", tmp_path / "models")
     assert (model.weights, model.source) == ("real", "local hub cache")
     assert model.folder.samefile(snapshot)
+
+
+def test_cache_with_a_part_of_the_weights_is_no_reason_for_dummy_ones(tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "hub", "Qwen/Qwen2.5-0.5B")
+    is_cut_off(snapshot)
+    with pytest.raises(WorkspaceError, match=r"model\.safetensors is damaged.*HF_HUB_OFFLINE"):
+        models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path / "models")
+    (snapshot / "model.safetensors").unlink()
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    (blobs / "0.incomplete").write_bytes(b"x")
+    with pytest.raises(WorkspaceError, match=r"cut off .*/0\.incomplete.*HF_HUB_OFFLINE"):
+        models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path / "models")
 
 
 def test_cache_without_the_weights_is_not_taken_for_whole(tmp_path: Path) -> None:

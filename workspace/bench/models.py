@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from workspace.bench import made_tokenizer, tiny_model
+from workspace.bench import made_tokenizer, tiny_model, weights
 from workspace.errors import WorkspaceError
 from workspace.files import new_folder
 from workspace.paths import STATE
@@ -31,13 +31,21 @@ PROBE_SECONDS = 5.0
 """How long the hub may take to answer before it counts as not reachable."""
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 """What is fetched of a model: configuration, tokenizer, safetensors weights."""
+CONFIG = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("attention_bias", "tie_word_embeddings"),
+)
+"""What the bench asks of a configuration. Files may use other names: GPT-2's has n_embd."""
+TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
 class Model:
     """A folder for vLLM and what it is.
 
-    `source` says in words where it came from; `seed` is set for weights that are drawn.
+    `source` says in words where it came from; `seed` is set for weights that are drawn; `config`
+    has the values named in CONFIG, where the model has them.
     """
 
     name: str
@@ -89,11 +97,19 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
         return _tiny(folder)
     if (path := Path(name).expanduser()).is_dir():
         return replace(_local(path.resolve(), folder), path_asked_for=path.resolve())
-    if cached := _from_cache(name):
+    cached, broken = _from_cache(name)
+    if cached:
         return _real(name, cached, "local hub cache")
     downloaded, why_not = _from_hub(name)
     if downloaded:
+        if not weights.there(downloaded, name):
+            raise WorkspaceError(
+                f"MODEL={name}: the hub has no safetensors weights of it, which alone are fetched; "
+                "fetch it by other means and pass the folder"
+            )
         return _real(name, downloaded, "hub")
+    if broken:
+        raise WorkspaceError(f"{broken} ({why_not})")
     if entry := catalogue().get(name):
         return _dummy(name, entry, folder, f"catalogue ({why_not})")
     known = ", ".join([TINY, *catalogue()])
@@ -150,12 +166,20 @@ def _tiny(folder: Path) -> Model:
 
 
 def _local(path: Path, folder: Path) -> Model:
+    whole = weights.there(path, str(path))
     config = _read_config(path)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else path
-    if _has_weights(path):
+    has_tokenizer = _has_tokenizer(tokenizer)
+    if whole and not has_tokenizer:
+        raise WorkspaceError(
+            f"MODEL={path}: it has weights and no tokenizer (none of {', '.join(TOKENIZERS)}); "
+            "put the model's own there"
+        )
+    if whole:
         return Model(path.name, path, tokenizer, "real", "local folder", config)
-    if not _has_tokenizer(path):
-        return _dummy(path.name, config, folder, "local folder without weights and tokenizer")
+    if not has_tokenizer:
+        source = "local folder without weights and tokenizer"
+        return _dummy(path.name, _read_json(path), folder, source, config)
     source = "local folder without weights"
     return Model(path.name, path, tokenizer, "dummy", source, config, seed=DUMMY_SEED)
 
@@ -164,20 +188,26 @@ def _real(name: str, path: Path, source: str) -> Model:
     return Model(name, path, path, "real", source, _read_config(path))
 
 
-def _dummy(name: str, config: dict[str, Any], folder: Path, source: str) -> Model:
-    """A folder with the configuration and a tokenizer of our own; the engine draws the weights."""
-    values = {key: value for key, value in config.items() if key != "parameters"}
+def _dummy(
+    name: str, file: dict[str, Any], folder: Path, source: str, config: dict[str, Any] | None = None
+) -> Model:
+    """A folder with the configuration and a tokenizer of our own; the engine draws the weights.
+
+    `config` has what the bench asks of the file, where that is not in it under the same names.
+    """
+    values = {key: value for key, value in file.items() if key != "parameters"}
+    config = config or values
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     recipe = hashlib.sha256(text.encode() + Path(made_tokenizer.__file__).read_bytes()).hexdigest()
     path = folder / f"{name.replace('/', '--')}-{recipe[:12]}"
     if not path.is_dir():
         with new_folder(path) as partial:
             (partial / "config.json").write_text(text)
-            made_tokenizer.write(partial / "tokenizer", values["vocab_size"])
-    return Model(name, path, path / "tokenizer", "dummy", source, values, seed=DUMMY_SEED)
+            made_tokenizer.write(partial / "tokenizer", config["vocab_size"])
+    return Model(name, path, path / "tokenizer", "dummy", source, config, seed=DUMMY_SEED)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -187,42 +217,61 @@ def _read_config(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise WorkspaceError(f"MODEL={path}: its config.json is not an object")
-    if isinstance(config.get("text_config"), dict):  # multi-modal models keep the text part apart
-        config = config | config["text_config"]
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in needed if key not in config]:
-        raise WorkspaceError(f"MODEL={path}: its config.json lacks {', '.join(missing)}")
-    return dict(config)
+    return config
 
 
-def _has_weights(path: Path) -> bool:
-    """All weight files are there: every one that the index names, or at least one without it."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+def _read_config(path: Path) -> dict[str, Any]:
+    """The values of CONFIG, by the class that vLLM reads the file with, which knows the names."""
+    from transformers import AutoConfig
+
+    _read_json(path)
+    try:
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WorkspaceError(f"MODEL={path}: cannot read {index.name}: {error!r}") from error
-        return all((path / name).is_file() for name in names)
-    return any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        except ValueError:  # a type that transformers does not know: vLLM has some of its own
+            from vllm.transformers_utils.config import get_config
+
+            config = get_config(path, trust_remote_code=False)
+    except Exception as error:  # what a class makes of a wrong value depends on the class
+        raise WorkspaceError(
+            f"MODEL={path}: vLLM cannot read its config.json "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        ) from error
+    text = config.get_text_config()  # multi-modal models keep the text part apart
+    values = {name: value for name in CONFIG if (value := getattr(text, name, None)) is not None}
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [key for key in needed if key not in values]:
+        raise WorkspaceError(f"MODEL={path}: its config.json lacks {', '.join(missing)}")
+    return values
 
 
-def _has_tokenizer(path: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer")
-    return any((path / name).exists() for name in names)
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether there are files of a tokenizer, which are as they should be."""
+    files = [p for pattern in TOKENIZERS for p in folder.glob(pattern) if not p.is_dir()]
+    for path in files:
+        if reason := weights.damage(path):
+            raise WorkspaceError(f"MODEL={folder}: {path.name} {reason}; fetch the model again")
+    return bool(files)
 
 
-def _from_cache(name: str) -> Path | None:
+def _from_cache(name: str) -> tuple[Path | None, str]:
+    """The whole snapshot, or None and what is wrong with it, "" where there is nothing of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         path = Path(snapshot_download(name, local_files_only=True, allow_patterns=FILES))
     except (LocalEntryNotFoundError, HFValidationError):
-        return None
+        return None, ""
     # A download that was cut off leaves a snapshot without all of its files.
-    whole = (path / "config.json").is_file() and _has_weights(path) and _has_tokenizer(path)
-    return path if whole else None
+    try:
+        whole = weights.there(path, name) and _has_tokenizer(path)
+    except WorkspaceError as error:
+        return None, str(error)
+    if whole and (path / "config.json").is_file():
+        return path, ""
+    unfinished = next((path.parents[1] / "blobs").glob("*.incomplete"), None)
+    return None, f"MODEL={name}: its download was cut off ({unfinished})" if unfinished else ""
 
 
 def _from_hub(name: str) -> tuple[Path | None, str]:
