@@ -18,36 +18,6 @@ from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 
-@pytest.mark.parametrize(
-    ("log", "status", "says"),
-    [
-        ("INFO x\nValueError: bad shape\n", 1, "ValueError: bad shape"),
-        ("[rank0]: RecursionError: too deep\n", 1, "RecursionError: too deep"),
-        (
-            "(EngineCore pid=1) ERROR ImportError: no libfoo\n"
-            "RuntimeError: Engine core initialization failed. See root cause above.\n",
-            1,
-            "ImportError: no libfoo",
-        ),
-        ("RuntimeError: Engine core initialization failed.\n", 1, "Engine core initialization"),
-        (
-            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nSystemExit\n",
-            1,
-            "out of memory (torch.OutOfMemoryError",
-        ),
-        ("INFO all is well\n", -9, "killed (signal 9)"),
-        ("INFO all is well\n", -11, "SIGSEGV"),
-        ("", 3, "status 3"),
-    ],
-)
-def test_the_line_that_matters_is_found(log: str, status: int, says: str, tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_text(log)
-    found = processes.explain(path, status)
-    assert says in found
-    assert "\n" not in found
-
-
 def job(folder: Path) -> Job:
     return Job(
         metric="throughput",

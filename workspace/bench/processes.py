@@ -3,7 +3,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,15 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from workspace.bench.engine_log import explain
 from workspace.bench.engine_run import Job, Result
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 POLL_SECONDS = 0.2
-ERROR_LINE = re.compile(r"(?:^|[\s\]])((?:[\w.]*(?:Error|Exception|Exit)\b|Killed|Fatal).*)$")
-MEMORY = re.compile(r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.I)
-VAGUE = re.compile(r"Engine core initialization failed|WorkerProc initialization failed|EngineDead")
-"""What the outer processes say when an inner one has failed; the cause stands further up."""
 
 
 def run(
@@ -59,27 +55,9 @@ def run(
             _end(process)
     result = job.folder / "result.json"
     if process.returncode != 0 or not result.is_file():
-        raise WorkspaceError(f"{name}: {explain(log, process.returncode)}; log: {log}")
+        text = log.read_text(errors="replace")
+        raise WorkspaceError(f"{name}: {explain(text, process.returncode)}; log: {log}")
     return Result.model_validate_json(result.read_text())
-
-
-def explain(log: Path, status: int) -> str:
-    """One line on why an engine process ended with `status`, from its log where that says it."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    found = [m.group(1).strip() for m in map(ERROR_LINE.search, text.splitlines()) if m]
-    clear = [line for line in found if not VAGUE.search(line)] or found
-    memory = [line for line in clear if MEMORY.search(line)]
-    if memory:
-        return f"out of memory ({memory[-1][:200]}); use a smaller MODEL or a larger TP"
-    if clear:
-        return clear[-1][:300]
-    if status == -signal.SIGKILL:
-        return (
-            "the engine was killed (signal 9), most likely for want of memory; use a smaller MODEL"
-        )
-    if status < 0:
-        return f"the engine died of signal {-status} ({signal.Signals(-status).name})"
-    return f"the engine ended with status {status} and no error line"
 
 
 def _follow(process: subprocess.Popen[bytes], events: Path, on_step: Callable[[str], None]) -> None:
