@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from workspace import fork_tree
 from workspace.bench import pristine
 from workspace.errors import WorkspaceError
+
+TAG = "upstream/0.25.1"
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -24,7 +27,7 @@ def fork(tmp_path: Path) -> Path:
     (source / "vllm" / "envs.py").write_text("release\n")
     git(source, "add", ".")
     git(source, "commit", "-qm", "release")
-    git(source, "tag", "upstream/0.25.1")
+    git(source, "tag", TAG)
     (source / "vllm" / "envs.py").write_text("patched\n")
     git(source, "commit", "-qam", "patch")
     (source / "vllm" / "_C.abi3.so").write_bytes(b"binary")
@@ -37,8 +40,9 @@ def fork(tmp_path: Path) -> Path:
 def test_tree_is_the_release_with_the_binaries_and_without_edits(
     fork: Path, tmp_path: Path
 ) -> None:
+    pinned = fork_tree.git("rev-parse", f"{TAG}^{{tree}}", tree=fork).strip()
     for _ in range(2):  # made anew each time
-        tree = pristine.make_tree(fork, tmp_path / "trees" / "pristine")
+        tree = pristine.make_tree(fork, tmp_path / "trees" / "pristine", TAG, pinned)
         assert (tree / "vllm" / "envs.py").read_text() == "release\n"
         assert (tree / "vllm" / "_C.abi3.so").read_bytes() == b"binary"
         assert (tree / "vllm" / "_version.py").read_text() == "0.25.1"
@@ -47,9 +51,9 @@ def test_tree_is_the_release_with_the_binaries_and_without_edits(
     assert (fork / "vllm" / "envs.py").read_text() == "edited\n"
 
 
-def test_fork_without_the_tag_is_one_line(fork: Path, tmp_path: Path) -> None:
-    git(fork, "tag", "-d", "upstream/0.25.1")
-    with pytest.raises(WorkspaceError, match="no tag upstream"):
-        pristine.make_tree(fork, tmp_path / "tree")
-    with pytest.raises(WorkspaceError, match="git in"):
-        pristine.make_tree(tmp_path / "nowhere", tmp_path / "tree")
+def test_what_is_not_the_release_is_one_line(fork: Path, tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="pinned is 000000000000, so it is not the release"):
+        pristine.make_tree(fork, tmp_path / "tree", TAG, "0" * 40)
+    git(fork, "tag", "-d", TAG)
+    with pytest.raises(WorkspaceError, match=f"no tag {TAG}; run make dev"):
+        pristine.make_tree(fork, tmp_path / "tree", TAG, "")

@@ -10,61 +10,64 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from workspace import release
 from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
 from workspace.errors import WorkspaceError
+from workspace.fork import upstream_tag
+from workspace.fork_tree import git, git_bytes
 from workspace.paths import STATE
-from workspace.release import tree as release_tree
+from workspace.pins import load
 
 TREE = STATE / "pristine"
-TAG = "upstream"
 IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
 """What git ignores is what the installation put there; a user's own new file is not."""
 
 
 def sides(plan: Plan) -> tuple[Variant, Variant]:
-    """(pristine, stock): neither runs kernels of ours."""
-    source = release_tree()
-    tree = make_tree(source, TREE / _tag(source).replace("/", "-"))
+    """(pristine, stock): neither runs kernels of ours.
+
+    Raises:
+        WorkspaceError: the fork's git has not the release as it is pinned, or cannot write it.
+    """
+    version = release.selected()
+    tag, pinned = upstream_tag(version), load().release(version).tree
+    tree = make_tree(release.tree(version), TREE / tag.replace("/", "-"), tag, pinned)
     return Variant("pristine", python_path=tree), Variant("stock")
 
 
-def make_tree(source: Path, tree: Path) -> Path:
+def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     """The release's files at `tree`, with the fork's untracked binaries linked in.
 
+    Args:
+        source: the fork's tree.
+        tag: the release there.
+        pinned: hash of the release's git tree; empty where none is pinned.
+
     Raises:
-        WorkspaceError: git cannot write the tree.
+        WorkspaceError: git cannot write the tree, or it is not the pinned one.
     """
+    found = git("rev-parse", "-q", "--verify", f"{tag}^{{tree}}", tree=source, check=False).strip()
+    if not found:
+        raise WorkspaceError(f"BASELINE=pristine: {source} has no tag {tag}; run make dev")
+    if pinned and found != pinned:
+        raise WorkspaceError(
+            f"BASELINE=pristine: {tag} in {source} is tree {found[:12]}, pinned is {pinned[:12]}, "
+            "so it is not the release; move the tag back, or your work away and run make dev"
+        )
     partial = tree.with_name(f"{tree.name}.partial")
     for left in (tree, partial):
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     # An archive instead of `git worktree`: nothing of it is left behind in the user's repository.
-    archive = subprocess.Popen(
-        ["git", "-C", str(source), "archive", _tag(source), "vllm"], stdout=subprocess.PIPE
-    )
-    unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], stdin=archive.stdout, check=False)
-    if archive.wait() != 0 or unpacked.returncode != 0:
-        raise WorkspaceError(f"cannot unpack {_tag(source)} from {source}; run make doctor")
-    for name in _git(source, *IGNORED, "vllm").split("\0"):
+    archive = git_bytes("archive", tag, "vllm", tree=source)
+    unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], input=archive, check=False)
+    if unpacked.returncode != 0:
+        raise WorkspaceError(f"BASELINE=pristine: cannot unpack {tag} into {partial}")
+    for name in git(*IGNORED, "vllm", tree=source).split("\0"):
         if name and not name.endswith(".pyc"):
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source / name)
     partial.rename(tree)
     return tree
-
-
-def _tag(source: Path) -> str:
-    tags = _git(source, "tag", "--list", f"{TAG}/*", "--merged", "HEAD").split()
-    if not tags:
-        raise WorkspaceError(f"BASELINE=pristine: {source} has no tag {TAG}/…; run make dev")
-    return tags[-1]
-
-
-def _git(source: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(source), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise WorkspaceError(f"BASELINE=pristine: git in {source}: {done.stderr.strip()[:200]}")
-    return done.stdout
