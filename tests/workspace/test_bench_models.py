@@ -320,6 +320,18 @@ def test_what_the_hub_answers_is_in_the_message(
             models.resolve("some/model", "cpu", tmp_path)
 
 
+def test_a_hub_cache_that_cannot_be_written_does_not_pass_for_a_hub_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()  # nobody, not even root, can make a folder in it
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    headers = {"X-Repo-Commit": "0" * 40, "ETag": '"0"', "Content-Type": "application/json"}
+    with hub(200, headers, ["config.json"]) as address:
+        point_at(address, monkeypatch)
+        with pytest.raises(WorkspaceError, match=r"/file\S* cannot be written .*set HF_HOME"):
+            models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path / "models")
+
+
 def test_hub_out_of_reach_is_said_and_the_catalogue_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,19 +358,30 @@ def point_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
 
 
 class hub:
-    """A hub on loopback that answers every request with one status."""
+    """A hub on loopback that answers every request with one status, and may list files."""
 
-    def __init__(self, status: int, headers: dict[str, str]) -> None:
+    def __init__(
+        self, status: int, headers: dict[str, str], files: list[str] | None = None
+    ) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", "0")
+                tree = [
+                    {"type": "file", "path": name, "oid": "0", "size": 1} for name in files or ()
+                ]
+                answer = tree if "/tree/" in self.path else {"id": "x", "sha": "0" * 40}
+                body = b"" if files is None else json.dumps(answer).encode()
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
 
             do_HEAD = do_GET
 

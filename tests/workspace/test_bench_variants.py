@@ -2,6 +2,7 @@
 """What each side is started with: the same but for its switches, and what vLLM really counts."""
 
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.workspace.bench_samples import plan
 from workspace.bench import variants
 from workspace.bench.plan import Device
+from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 LOG = Path("log")
@@ -53,6 +55,35 @@ def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     stock, _ = variants.stock_and_custom(plan())
     assert "TRITON_INTERPRET" not in variants.environment(plan(), stock, LOG)
+
+
+def test_settings_that_keep_an_engine_from_its_work_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variants.check_surroundings()
+    for plugins in ("other,custom_kernels", variants.PLUGIN):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        variants.check_surroundings()
+    for plugins in ("other", ""):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        with pytest.raises(WorkspaceError, match="add custom_kernels to it"):
+            variants.check_surroundings()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    (tmp_path / "file").touch()  # nobody, not even root, can make a folder in it
+    for variable in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        with monkeypatch.context() as changed:
+            changed.setenv(variable, str(tmp_path / "file"))
+            with pytest.raises(WorkspaceError, match=r"/file\S* cannot be written .*; set HOME"):
+                variants.check_surroundings()
+
+
+def test_our_plugin_has_the_name_by_which_it_is_missed() -> None:
+    names = {entry.name for entry in entry_points(group="vllm.general_plugins")}
+    assert variants.PLUGIN in names
 
 
 @pytest.mark.parametrize(

@@ -224,11 +224,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The values of CONFIG, by the class that vLLM reads the file with, which knows the names."""
     from transformers import AutoConfig
 
-    _read_json(path)
+    named = "model_type" in _read_json(path)
     try:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         except ValueError:  # a type that transformers does not know: vLLM has some of its own
+            if not named:
+                raise
             from vllm.transformers_utils.config import get_config
 
             config = get_config(path, trust_remote_code=False)
@@ -300,4 +302,9 @@ def _from_hub(name: str) -> tuple[Path | None, str]:
         status = error.response.status_code if error.response is not None else "an error"
         return None, f"the hub answered {status}"
     except Exception as error:  # what a dead network raises depends on the HTTP library below
+        if isinstance(error, OSError) and error.filename:
+            raise WorkspaceError(
+                f"MODEL={name}: cannot be downloaded, {error.filename} cannot be written "
+                f"({error.strerror}); free some space, or set HF_HOME to a folder that can be"
+            ) from error
         return None, f"the hub is not reachable ({type(error).__name__})"

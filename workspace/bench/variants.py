@@ -10,6 +10,7 @@ from pathlib import Path
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
+from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 from workspace.release import tree
 
@@ -18,6 +19,9 @@ BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
 LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
 SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
+PLUGINS, PLUGIN = "VLLM_PLUGINS", "custom_kernels"
+"""The variable that says which plugins vLLM loads, and the name of ours (kernels/pyproject.toml).
+"""
 
 GIB = 2**30
 LENGTH_STEP = 128
@@ -90,6 +94,33 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
         paths = [str(variant.python_path), os.environ.get("PYTHONPATH")]
         result["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return result
+
+
+def check_surroundings() -> None:
+    """Raise where the user's settings keep every engine from doing its work.
+
+    Raises:
+        WorkspaceError: the variable, and what to set it to.
+    """
+    plugins = os.environ.get(PLUGINS)
+    if plugins is not None and PLUGIN not in plugins.split(","):
+        raise WorkspaceError(
+            f"{PLUGINS}={plugins} leaves out {PLUGIN}, by which vLLM comes to know our kernels; "
+            f"unset {PLUGINS}, or add {PLUGIN} to it"
+        )
+    # Where vLLM looks for it; what else an engine writes is below HOME by default, too.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("VLLM_CACHE_ROOT") or home / "vllm").expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(cache, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise WorkspaceError(
+            f"vLLM's cache folder {cache} cannot be written ({reason}); set HOME, or "
+            "VLLM_CACHE_ROOT alone, to a folder that can be"
+        )
 
 
 def arguments(plan: Plan, variant: Variant) -> list[str]:
