@@ -9,6 +9,8 @@ equally likely: comparing outputs would prove nothing. Here, for a matrix with K
     norm weights = 1, biases ~ N(0, BIAS_STD²)
 
 A draw depends only on the parameter's name, shape and dtype, so both variants get the same.
+Quantization that vLLM does while it loads (`--quantization fp8`) has no memory for such a layer's
+weights before they come: they are drawn layer by layer, each is quantized before the next.
 
 The module is handed to vLLM as `--worker-extension-cls`, which is how every worker process comes
 to import it and to know the format. It is imported in engine processes only.
@@ -22,6 +24,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from workspace.bench.models import DUMMY_FORMAT, DUMMY_SEED
+from workspace.bench.releases import loaded_layer
 
 LOGIT_STD = 3.0
 """Standard deviation of the logits, in nats."""
@@ -37,9 +40,12 @@ class ScaledDummyLoader(DummyModelLoader):
     """Builds the model as vLLM's dummy loader does and fills it with `fill`."""
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
-        for name, weight in model.named_parameters():
-            if torch.is_floating_point(weight):
-                fill(name, weight.data)
+        names = {name for name, _ in model.named_parameters()}  # a tied weight has one
+        for prefix, layer in model.named_modules():
+            with loaded_layer(layer):
+                for name, weight in layer.named_parameters(prefix, recurse=False):
+                    if name in names and torch.is_floating_point(weight):
+                        fill(name, weight.data)
 
 
 def fill(name: str, weight: torch.Tensor) -> None:

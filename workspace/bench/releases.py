@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between releases of vLLM for a benchmark; all of it is here."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def random_lengths(tree: Path, input_len: int, output_len: int) -> list[str]:
@@ -13,3 +21,26 @@ def random_lengths(tree: Path, input_len: int, output_len: int) -> list[str]:
     source = (tree / "vllm" / "benchmarks" / "throughput.py").read_text()
     prefix = "--random-" if "random_input_len" in source else "--"
     return [f"{prefix}input-len", str(input_len), f"{prefix}output-len", str(output_len)]
+
+
+@contextmanager
+def loaded_layer(layer: torch.nn.Module) -> Iterator[None]:
+    """A layer of a model in an engine, while its weights are written in place.
+
+    Where the layer is quantized as it is loaded, its weights are on the meta device: they get
+    memory at the beginning, and are quantized at the end. 0.13.0 gives all weights memory at once.
+    """
+    try:
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+        from vllm.model_executor.model_loader.reload.meta import materialize_layer
+    except ImportError:
+        yield
+        return
+    info = get_layerwise_info(layer)
+    if not info.can_load():  # not quantized, or from a checkpoint that is
+        yield
+        return
+    materialize_layer(layer, info)
+    yield
+    layer.quant_method.process_weights_after_loading(layer)
+    info.reset()
