@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small results and records as the bench makes them, for the tests of its parts."""
 
+import functools
+import os
 from pathlib import Path
 
+from workspace.bench import engine_run
 from workspace.bench.engine_run import Generation, Result, Round, Step
 from workspace.bench.models import Model
 from workspace.bench.plan import Device, Plan
 from workspace.bench.tiny_model import CONFIG, SEED
+from workspace.paths import KERNELS
+from workspace.release import tree
+
+packages = functools.cache(engine_run._packages)
 
 
 def plan(**changes: object) -> Plan:
@@ -58,5 +65,12 @@ def result(
         kernels_source_hash="0" * 64,
         environment={"vllm": "0.25.1+cpu", "torch": "2.11.0"},
         vllm_folder="vllm",
+        vllm_files="0" * 64,
+        modules={
+            "vllm": str(tree() / "vllm" / "__init__.py"),
+            "custom_kernels": str(KERNELS / "custom_kernels" / "__init__.py"),
+            "os": os.__file__,
+        },
+        packages=packages(),
         dtype="bfloat16",
     )

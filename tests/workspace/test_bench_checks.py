@@ -2,6 +2,7 @@
 """The proofs: each passes on a sound result and catches its planted fault."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workspace.bench_samples import generation, plan, result
-from workspace.bench import checks
+from workspace.bench import checks, engine_run, provenance
 from workspace.bench.engine_run import Generation, Result, Step
+from workspace.release import tree
 
 TOLERANCE = checks.Tolerance(largest=0.5, mean=0.06)
 VOCAB = 256
@@ -164,7 +166,18 @@ def test_both_sides_must_get_the_same_prompts() -> None:
     assert checks.same_prompts(result(), other) != []
 
 
-def test_sources_must_not_change_during_the_run() -> None:
+def test_sources_must_not_change_during_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("1")
+    before = engine_run._files(tmp_path)
+    assert engine_run._files(tmp_path) == before
+    (tmp_path / "a.py").write_text("22")
+    newer = result().model_copy(update={"vllm_files": engine_run._files(tmp_path)})
+    older = result().model_copy(update={"vllm_files": before})
+    assert checks.same_files([older, older]) == []
+    assert checks.same_files([older, newer]) != []
+    other_tree = newer.model_copy(update={"vllm_folder": "/trees/pristine/vllm"})
+    assert checks.same_files([older, other_tree]) == []
+
     edited = result().model_copy(update={"kernels_source_hash": "1" * 64})
     assert checks.same_kernels([result(), result()]) == []
     assert checks.same_kernels([result(), edited]) != []
@@ -219,11 +232,40 @@ def test_a_lossy_variant_may_be_anywhere_but_not_nowhere() -> None:
     assert not checks.distance([generation()], [bad], VOCAB).passed
 
 
-def test_a_tree_of_its_own_is_the_one_that_ran() -> None:
-    ran = result().model_copy(update={"vllm_folder": "/trees/pristine/vllm"})
-    assert checks.tree("pristine", ran, Path("/trees/pristine")) == []
-    assert checks.tree("stock", ran, None) == []
-    assert "not from" in checks.tree("pristine", ran, Path("/trees/other"))[0]
+def test_what_was_imported_is_the_tree_the_kernels_and_the_environment() -> None:
+    ran = result()
+    expected = provenance.expected("cpu", frozenset({"torch", "os", *ran.modules}))
+    assert checks.imports("stock", ran, tree(), expected) == []
+    (failure,) = checks.imports("pristine", ran, Path("/trees/pristine"), expected)
+    assert f"ran vllm from {tree() / 'vllm'}, not from /trees/pristine" in failure
+
+    for module, says in (
+        ({"vllm": "/elsewhere/vllm/__init__.py"}, "ran vllm from /elsewhere/vllm, not from"),
+        ({"custom_kernels": "/elsewhere/custom_kernels/__init__.py"}, "ran custom_kernels from"),
+        ({"torch": "/elsewhere/torch/__init__.py"}, "imported torch from /elsewhere/torch"),
+        ({"os": "/elsewhere/os.py"}, "imported os from /elsewhere/os.py"),
+    ):
+        changed = ran.model_copy(update={"modules": ran.modules | module})
+        (failure,) = checks.imports("stock", changed, tree(), expected)
+        assert says in failure
+    # What the environment does not have is the user's to bring.
+    mine = ran.model_copy(update={"modules": ran.modules | {"mine": "/elsewhere/mine.py"}})
+    assert checks.imports("stock", mine, tree(), expected) == []
+
+
+def test_packages_are_at_their_locked_versions() -> None:
+    expected = replace(
+        provenance.expected("cpu", frozenset()), versions={"torch": "2.11.0", "triton": "3.6.0"}
+    )
+    ran = result().model_copy(update={"packages": {"torch": "2.11.0", "triton": "3.6.0"}})
+    assert checks.imports("stock", ran, tree(), expected) == []
+    for packages, says in (
+        ({"torch": "2.10.0", "triton": "3.6.0"}, "torch 2.10.0 (locked: 2.11.0)"),
+        ({"torch": "2.11.0"}, "triton missing (locked: 3.6.0)"),
+    ):
+        changed = ran.model_copy(update={"packages": packages})
+        (failure,) = checks.imports("stock", changed, tree(), expected)
+        assert says in failure
 
 
 def test_stock_must_not_launch_anything_of_ours() -> None:

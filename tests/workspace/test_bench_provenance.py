@@ -5,7 +5,11 @@ import hashlib
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from workspace import release
 from workspace.bench import provenance
+from workspace.errors import WorkspaceError
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -14,22 +18,39 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 def test_commit_and_dirtiness_are_those_of_the_tree(tmp_path: Path) -> None:
-    assert provenance.git_state(tmp_path / "nowhere") is None
     git(tmp_path, "init", "-q")
-    assert provenance.git_state(tmp_path) is None  # nothing committed yet
+    with pytest.raises(WorkspaceError):
+        provenance.git_state(tmp_path)  # nothing committed yet
     (tmp_path / "a.py").write_text("1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "first")
     clean = provenance.git_state(tmp_path)
-    assert clean is not None
     assert len(clean.commit) == 40
     assert not clean.dirty
     (tmp_path / "a.py").write_text("2")
     assert provenance.git_state(tmp_path) == clean.model_copy(update={"dirty": True})
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(WorkspaceError, match="not a git repository"):
+        provenance.git_state(tmp_path / "inner")  # does not pass for the tree around it
 
 
-def test_vllm_from_a_wheel_does_not_pass_for_the_checkout() -> None:
-    assert provenance.fork_state(Path(provenance.__file__).parent) is None
+def test_sources_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, unknown = provenance.collect("0" * 64, {}, load_before=0.1)
+    assert unknown == []
+    assert known.fork == provenance.fork_state()
+
+    (tmp_path / "vllm").mkdir()
+    git(tmp_path, "init", "-q")  # a clone of somebody's at the place of the fork
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "tree", lambda: tmp_path)
+    found, unknown = provenance.collect("0" * 64, {}, load_before=0.1)
+    assert (found.workspace, found.fork) == (None, None)
+    workspace, fork = unknown
+    assert workspace.startswith("the commit of the workspace cannot be read: git rev-parse")
+    assert "the fork" in fork
+    assert "this workspace did not make it" in fork
 
 
 def test_every_lock_is_hashed(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from tests.workspace.conftest import Checkout, clean_environment, copy_files_of_this_checkout
 from workspace.bench import record
+from workspace.paths import ROOT
 from workspace.pins import load
 
 DEFAULT = load().vllm.default
@@ -21,9 +23,10 @@ SMALL = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1
 
 @pytest.fixture
 def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
-    """What git has of this checkout, edits included; nothing is set up in it. Downloads come from
-    the user's caches."""
+    """A clone of this checkout, edits included; nothing is set up in it. Downloads come from the
+    user's caches."""
     root = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
     copy_files_of_this_checkout(root)
     yield Checkout(root, clean_environment())
     shutil.rmtree(root)  # its environment takes gigabytes where the cache is on another disk

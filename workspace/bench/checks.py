@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict
 
 from workspace.bench.engine_run import Generation, Result, Step
 from workspace.bench.plan import Plan
+from workspace.bench.provenance import Expected
+from workspace.words import some
 
 REAL_TOKENIZER_SLACK = 0.01
 """Share by which prompts may miss the length asked for when a real tokenizer makes them.
@@ -170,6 +172,13 @@ def same_kernels(results: Sequence[Result]) -> list[str]:
     return [] if len(found) <= 1 else ["the kernels' sources changed during the run; run again"]
 
 
+def same_files(results: Sequence[Result]) -> list[str]:
+    """vLLM's files were not edited between the first and the last process that ran them."""
+    found = {(r.vllm_folder, r.vllm_files) for r in results}
+    same = len(found) == len({folder for folder, _ in found})
+    return [] if same else ["vLLM's sources changed during the run; run again"]
+
+
 def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:
     """The custom kernel ran in every worker process, or, for stock, in none.
 
@@ -227,11 +236,32 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern)}
 
 
-def tree(variant: str, result: Result, python_path: Path | None) -> list[str]:
-    """A variant with a vLLM tree of its own was run from it."""
-    if python_path is None or Path(result.vllm_folder).is_relative_to(python_path):
-        return []
-    return [f"{variant}: ran vLLM from {result.vllm_folder}, not from {python_path}"]
+def imports(variant: str, result: Result, tree: Path, expected: Expected) -> list[str]:
+    """The process ran vLLM from `tree`, our kernels, and the environment's packages as locked."""
+    failures = []
+    for name, folder in (("vllm", tree), ("custom_kernels", expected.kernels)):
+        found = Path(result.modules.get(name, "nowhere")).resolve()
+        if not found.is_relative_to(folder.resolve() / name):
+            failures.append(f"{variant}: ran {name} from {found.parent}, not from {folder}")
+    others = [
+        f"{name} from {file}"
+        for name, file in sorted(result.modules.items())
+        if name in expected.modules - {"vllm", "custom_kernels"}
+        and not any(Path(file).resolve().is_relative_to(path) for path in expected.paths)
+    ]
+    if others:
+        failures.append(
+            f"{variant}: imported {some(others)} in place of the environment's; is PYTHONPATH "
+            "set, or something in the user's site-packages?"
+        )
+    wrong = [
+        f"{name} {result.packages.get(name, 'missing')} (locked: {version})"
+        for name, version in sorted(expected.versions.items())
+        if result.packages.get(name) != version
+    ]
+    if wrong:
+        failures.append(f"{variant}: packages are not as locked: {some(wrong)}; run make dev")
+    return failures
 
 
 def sum_launches(result: Result) -> dict[str, int]:

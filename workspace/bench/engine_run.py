@@ -11,6 +11,7 @@ counted. Rounds before the engine is warm are not part of the result (see `_warm
 the same engine generates greedily for the comparison of outputs.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -19,10 +20,11 @@ import signal
 import sys
 import threading
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
+from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict
 
 from workspace.bench.models import DUMMY_FORMAT
@@ -92,6 +94,12 @@ class Result(BaseModel):
     kernels_source_hash: str
     environment: dict[str, str]
     vllm_folder: str
+    vllm_files: str
+    """A hash over the names, sizes and times of vLLM's Python files when the process began."""
+    modules: dict[str, str]
+    """Modules at the top level that were imported, and the file of each."""
+    packages: dict[str, str]
+    """Every distribution that the process sees, and its version."""
     dtype: str
     """What the engine computes in; it need not be the configuration's dtype."""
     warm_up: list[Round]
@@ -105,6 +113,8 @@ def main() -> None:
     say("importing vLLM")
     import vllm
 
+    vllm_folder = Path(vllm.__file__).parent
+    vllm_files = _files(vllm_folder)
     if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
         importlib.import_module("workspace.bench.dummy_weights")
     engine = KeptEngine(vllm.LLM)
@@ -136,7 +146,10 @@ def main() -> None:
         kernels_source_hash=build.source_hash(),
         environment=_environment(),
         dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        vllm_folder=str(Path(vllm.__file__).parent),
+        vllm_folder=str(vllm_folder),
+        vllm_files=vllm_files,
+        modules=_modules(),
+        packages=_packages(),
     )
     write_file(job.folder / "result.json", result.model_dump_json().encode())
     say("stopping")
@@ -251,6 +264,25 @@ def _generate(job: Job, engine: KeptEngine) -> list[Generation]:
         ]
         generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
     return generations
+
+
+def _files(folder: Path) -> str:
+    stats = ((str(path), path.stat()) for path in sorted(folder.rglob("*.py")))
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _modules() -> dict[str, str]:
+    # The engine's other processes are made from this one, with its module path.
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    return {k: file for k, file in files.items() if file and "." not in k and k != "__main__"}
+
+
+def _packages() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in distributions():  # in the order of the module path: the first counts
+        found.setdefault(canonicalize_name(one.metadata["Name"]), one.version)
+    return found
 
 
 def _environment() -> dict[str, str]:

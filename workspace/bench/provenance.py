@@ -2,14 +2,23 @@
 """From which sources, on what machine: what a record needs to be repeated."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from workspace.paths import LOCKS, ROOT
+from workspace import fork_tree, release
+from workspace.bootstrap import lock_files
+from workspace.errors import WorkspaceError
+from workspace.lock import locked
+from workspace.paths import KERNELS, LOCKS, ROOT
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """The flags by which vLLM and oneDNN choose their CPU code."""
@@ -42,22 +51,70 @@ class Provenance(BaseModel):
     """Processes that were running or waiting in the minute before the run, not ours."""
 
 
-def git_state(folder: Path) -> GitState | None:
-    """The state of the git tree that holds `folder`; None where there is none."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    status = _git(folder, "status", "--porcelain")
-    if commit is None or status is None:
-        return None
-    return GitState(commit=commit, dirty=bool(status))
+@dataclass(frozen=True)
+class Expected:
+    """What an engine of this environment imports where nothing goes before the environment.
+
+    `paths` is where the environment's Python looks, `modules` what it finds there of those asked
+    for, `versions` the locked version of each package.
+    """
+
+    paths: list[Path]
+    modules: set[str]
+    versions: dict[str, str]
+    kernels: Path = KERNELS
 
 
-def fork_state(vllm_folder: Path) -> GitState | None:
-    """The state of the tree vLLM was imported from; None for one that is not in git (a wheel)."""
-    top = _git(vllm_folder, "rev-parse", "--show-toplevel")
-    # A wheel in an environment inside this checkout would otherwise pass for the checkout.
-    if top is None or Path(top).resolve() == ROOT:
-        return None
-    return git_state(vllm_folder)
+@cache
+def expected(device: str, modules: frozenset[str]) -> Expected:
+    """Ask the environment's Python, kept apart from PYTHONPATH and the user's own packages.
+
+    Args:
+        device: "cpu" or "cuda", which the environment was made for.
+        modules: names of modules at the top level that are of interest.
+    """
+    code = (
+        "import json, sys; from importlib.util import find_spec\n"
+        "names = json.load(sys.stdin)\n"
+        "found = [name for name in names if name in sys.modules or find_spec(name)]\n"
+        "print(json.dumps([sys.path, found]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        input=json.dumps(sorted(modules)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    paths, found = json.loads(done.stdout.splitlines()[-1])
+    version = release.selected()
+    if release.environment("system", version) == Path(sys.prefix):
+        versions = {}  # the host's own packages, whatever they are
+    else:
+        versions = {n: entry.version for n, entry in locked(lock_files(version, device)).items()}
+    return Expected([Path(path).resolve() for path in paths], set(found), versions)
+
+
+def git_state(folder: Path) -> GitState:
+    """The state of the git tree at `folder`.
+
+    Raises:
+        WorkspaceError: there is none, or git cannot read it.
+    """
+    commit = fork_tree.git("rev-parse", "HEAD", tree=folder).strip()
+    return GitState(commit=commit, dirty=bool(fork_tree.uncommitted(folder)))
+
+
+def fork_state() -> GitState:
+    """The state of the selected release's tree.
+
+    Raises:
+        WorkspaceError: there is none, or it is not one that this workspace made.
+    """
+    found = fork_tree.state()
+    if found is None:
+        raise WorkspaceError(f"{release.tree()} is not there; run: make dev")
+    return GitState(commit=found.head, dirty=bool(found.uncommitted))
 
 
 def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:
@@ -67,12 +124,22 @@ def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:
 
 
 def collect(
-    vllm_folder: Path, kernels: str, environment: dict[str, str], load_before: float
-) -> Provenance:
-    """Everything about this run that the engine's process did not already say."""
+    kernels: str, environment: dict[str, str], load_before: float
+) -> tuple[Provenance, list[str]]:
+    """Everything about this run that the engine's process did not already say, and which sources
+    could not be read."""
+    unknown: list[str] = []
+
+    def read(name: str, state: Callable[[], GitState]) -> GitState | None:
+        try:
+            return state()
+        except WorkspaceError as error:
+            unknown.append(f"the commit of the {name} cannot be read: {error}")
+            return None
+
     return Provenance(
-        workspace=git_state(ROOT),
-        fork=fork_state(vllm_folder),
+        workspace=read("workspace", lambda: git_state(ROOT)),
+        fork=read("fork", fork_state),
         locks=lock_hashes(),
         kernels=kernels,
         environment=environment,
@@ -81,7 +148,7 @@ def collect(
         cores=len(os.sched_getaffinity(0)),
         load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-    )
+    ), unknown
 
 
 def cpu_name() -> str:
@@ -97,12 +164,3 @@ def _cpu_flags() -> list[str]:
         if line.startswith("flags"):
             return [flag for flag in CPU_FLAGS if flag in line.split()]
     return []
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -44,6 +44,7 @@ from workspace.bench.plan import (
 from workspace.bench.variants import (
     Variant,
     arguments,
+    check_surroundings,
     command_line,
     common_settings,
     environment,
@@ -53,6 +54,7 @@ from workspace.bench.variants import (
 from workspace.errors import WorkspaceError
 from workspace.files import remove_partial
 from workspace.paths import RESULTS, STATE
+from workspace.release import tree
 
 LOCK = STATE / "bench.lock"
 RUNS = STATE / "bench"
@@ -102,6 +104,7 @@ def run(options: BenchOptions) -> None:
         device = detect_device()
         check_backend(options.backend, device)
         check_quantization(options.quantization)
+        check_surroundings()
         remove_partial(models.MODELS)
         report.say("resolving the model …")
         made = plan(options, device, models.resolve(options.model, device.kind))
@@ -195,14 +198,17 @@ def _make_record(
     """Check every proof and put everything down."""
     baseline, candidate = ([ran for ran in done if ran.variant is side] for side in sides)
     failures = checks.same_versions([ran.result for ran in done])
+    failures += checks.same_files([ran.result for ran in done])
     failures += checks.same_kernels([ran.result for ran in done if ran.variant.launches])
+    modules = frozenset(name for ran in done for name in ran.result.modules)
+    expected = provenance.expected(plan.device.kind, modules)
     for ran in done:
         where = f"{ran.variant.name} (process {ran.order})"
         failures += checks.tokens(plan, where, ran.result)
         failures += checks.launches(plan, where, ran.result, ran.variant.launches)
         if ran.variant.launches and (plan.layers or plan.quantization):
             failures += checks.layers(plan.layers or "*", where, ran.result)
-        failures += checks.tree(where, ran.result, ran.variant.python_path)
+        failures += checks.imports(where, ran.result, ran.variant.python_path or tree(), expected)
     for old, new in zip(baseline, candidate, strict=True):
         failures += checks.same_prompts(old.result, new.result)
 
@@ -229,6 +235,11 @@ def _make_record(
     if plan.quantization and len(candidate) > 1:
         repeated = agreement(candidate[0], candidate[1])
         failures += [f"{sides[1].name} against itself: {one}" for one in repeated.failures]
+
+    sources, unknown = provenance.collect(
+        candidate[0].result.kernels_source_hash, first.environment, load
+    )
+    failures += unknown
 
     gpu = first.environment.get("device")
     cpu = plan.device.kind == "cpu"
@@ -264,12 +275,7 @@ def _make_record(
         agreement=worst,
         baseline_with_itself=with_itself,
         candidate_with_itself=repeated,
-        provenance=provenance.collect(
-            Path(candidate[0].result.vllm_folder),
-            candidate[0].result.kernels_source_hash,
-            first.environment,
-            load,
-        ),
+        provenance=sources,
     )
 
 
