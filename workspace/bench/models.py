@@ -37,7 +37,7 @@ CONFIG = (
     *("attention_bias", "tie_word_embeddings"),
 )
 """What the bench asks of a configuration. Files may use other names: GPT-2's has n_embd."""
-TOKENIZERS = ("tokenizer*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
