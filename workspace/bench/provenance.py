@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from workspace import fork_tree, release
 from workspace.bootstrap import lock_files
 from workspace.errors import WorkspaceError
-from workspace.lock import locked
 from workspace.paths import KERNELS, LOCKS, ROOT
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -73,6 +72,8 @@ def expected(device: str, modules: frozenset[str]) -> Expected:
         device: "cpu" or "cuda", which the environment was made for.
         modules: names of modules at the top level that are of interest.
     """
+    from workspace.lock import locked  # and with it all that talks to a package index
+
     code = (
         "import json, sys; from importlib.util import find_spec\n"
         "names = json.load(sys.stdin)\n"
