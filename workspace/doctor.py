@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def bundled_packages() -> Check | None:
     origin = f"bundle {manifest['identity']}"
     wrong = [name for name, version in brought.items() if _installed(name) != version]
     if wrong:
-        remedy = f"rm {Path(sys.prefix) / 'workspace.json'} && ENV=system make dev"
+        stamp = shlex.quote(str(Path(sys.prefix) / "workspace.json"))
+        remedy = f"rm {stamp} && ENV=system make dev"
         return Check("packages", "problem", f"not as {origin} brought: {some(wrong)}", remedy)
     gone = [name for name, version in own.items() if version is None]
     if gone:
@@ -140,11 +142,13 @@ def conda_packages() -> Check:
     ]
     second = sorted(name for name in found if SECOND_LIBRARY.match(name))
     if wrong:
-        remedy = f"rm -r {prefix} && make dev ENV=conda"
+        remedy = f"rm -r {shlex.quote(str(prefix))} && make dev ENV=conda"
         return Check("conda", "problem", f"differ from pins.toml: {', '.join(wrong)}", remedy)
     if second:
         text = f"{', '.join(second)} beside the same library of pip's torch"
-        return Check("conda", "problem", text, f"conda remove -p {prefix} {' '.join(second)}")
+        return Check(
+            "conda", "problem", text, shlex.join(["conda", "remove", "-p", str(prefix), *second])
+        )
     if str(prefix / "lib") in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
         text = f"{prefix.name}/lib is on LD_LIBRARY_PATH and goes before what packages bring"
         return Check("conda", "problem", text, "unset LD_LIBRARY_PATH")

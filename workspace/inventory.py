@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,9 +182,10 @@ def main(arguments: list) -> None:
         return
     with open(arguments[0], "w") as file:
         file.write(text)
+    name = shlex.quote(os.path.basename(arguments[0]).replace("$", "$$"))  # a $ is make's, too
     sys.stderr.write(
         f"wrote {os.path.abspath(arguments[0])}: of {sys.executable}; take it to a machine with a "
-        f"network, and there: make bundle TARGET={os.path.basename(arguments[0])}\n"
+        f"network, and there: make bundle TARGET={name}\n"
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def _place(source: Path, manifest: dict, version: str, place: Path) -> None:
 
 def _require_same_checkout(work: Path, source: Path) -> None:
     """Raise unless this checkout's files are the bundle's. They are not touched."""
-    theirs, beside = work / unbundle.OWN, f"python3 {source}/unbundle.py <another folder>"
+    theirs = work / unbundle.OWN
+    beside = f"python3 {shlex.quote(str(source / 'unbundle.py'))} <another folder>"
     wanted = git("rev-parse", f"{unbundle.WORKTREE}^{{tree}}", tree=theirs).strip()
     if not (ROOT / ".git").exists():
         raise WorkspaceError(

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Things and numbers of them, in messages. Standard library only."""
+"""Things and numbers of them, and commands to copy, in messages. Standard library only."""
+
+from __future__ import annotations
+
+import shlex
 
 
 def plural(count: int, word: str) -> str:
@@ -12,3 +16,19 @@ def some(names: list[str]) -> str:
     """The first three, and how many more."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "4 min", for reading: as exact as an estimate is."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def make_command(verb: str, **variables: object) -> str:
+    """`make VERB NAME=value …` as it is typed into a shell; a variable that is None is left out."""
+    words = [
+        # make expands what a shell hands it: a $ is written twice.
+        f"{name}={shlex.quote(str(value).replace('$', '$$'))}"
+        for name, value in variables.items()
+        if value is not None
+    ]
+    return " ".join(["make", verb, *words])

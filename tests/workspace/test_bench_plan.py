@@ -3,6 +3,7 @@
 
 import os
 import shlex
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,28 @@ def test_missing_engine_or_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch)
         detect_device()
 
 
-def test_folder_is_repeated_by_its_path() -> None:
-    local = replace(MODEL, folder=Path("/made"), name="c", path_asked_for=Path("/a b/c"))
-    assert 'MODEL="/a b/c"' in repeat_command(sample(model=local))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "mein Modell ü",
+        "it's",
+        "a$b",
+        "$HOME",
+        "$(x)",
+        "(1)",
+        'a "b"',
+        "a\\b",
+        "#1;&*?[~",
+        " l\n",
+    ],
+)
+def test_folder_is_repeated_through_the_shell_and_make(name: str, tmp_path: Path) -> None:
+    """What make hands to the bench is the folder, letter for letter."""
+    (tmp_path / "Makefile").write_text('bench:\n\t@printf \'%s\\0%s\' "$$MODEL" "$$LAYERS"\n')
+    folder = Path("/models") / name
+    local = replace(MODEL, folder=Path("/made"), name="c", path_asked_for=folder)
+    line = repeat_command(sample(model=local, layers=f"*.{name}"))
+    assert shlex.split(line)[:2] == ["make", "bench"]
+    seen = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, check=True).stdout
+    assert seen.decode().split("\0") == [str(folder), f"*.{name}"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `make bench` can be told, and what it takes when it is not told."""
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +14,11 @@ from workspace.bench.provenance import cpu_name
 from workspace.errors import WorkspaceError
 from workspace.pins import load
 from workspace.release import selected
+from workspace.words import make_command
 
 Metric = Literal["throughput", "latency"]
+Sizes = dict[str, int]
+"""Defaults: input_len, output_len, num_prompts, rounds."""
 
 
 class BenchOptions(BaseModel):
@@ -103,10 +105,10 @@ class Plan:
         return self.num_prompts * self.input_len, self.num_prompts * self.output_len
 
 
-# Small enough on two cores for a run of all variants in under four minutes. On a GPU rounds of
+# On the CPU what a small model gets; workspace.bench.workload has smaller ones. On a GPU rounds of
 # two seconds (512 requests) and of 0.4 s were seen to scatter by 20 and 40 % on an H100, so
 # throughput takes more requests and latency more rounds.
-DEFAULTS: dict[tuple[str, Metric], dict[str, int]] = {
+DEFAULTS: dict[tuple[str, Metric], Sizes] = {
     ("cpu", "throughput"): {"input_len": 64, "output_len": 64, "num_prompts": 64, "rounds": 5},
     ("cpu", "latency"): {"input_len": 32, "output_len": 32, "num_prompts": 1, "rounds": 5},
     ("cuda", "throughput"): {
@@ -139,15 +141,15 @@ def detect_device() -> Device:
     return Device("cuda", len(names), names[0])
 
 
-def plan(options: BenchOptions, device: Device, model: Model) -> Plan:
-    """Fill in the defaults and check what depends on device and model.
+def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | None = None) -> Plan:
+    """Fill in the defaults, or these `sizes`, and check what depends on device and model.
 
     Raises:
         WorkspaceError: more tensor-parallel workers than the device has, or than the model can
             be split into; or more tokens than the model takes.
     """
     metric: Metric = options.metric or "throughput"
-    sizes = DEFAULTS[device.kind, metric]
+    sizes = sizes or DEFAULTS[device.kind, metric]
     input_len = options.input_len or min(sizes["input_len"], max(1, model.max_length // 2))
     output_len = options.output_len or min(sizes["output_len"], max(1, model.max_length // 4))
     tp = options.tp or 1
@@ -247,28 +249,23 @@ def check_memory(plan: Plan) -> None:
 def repeat_command(plan: Plan) -> str:
     """The `make` line that runs the same benchmark again, every default written out."""
     default = load().vllm.default
-    values = {
-        "MODEL": plan.model.path_asked_for or plan.model.name,
-        "METRIC": plan.metric,
-        "INPUT_LEN": plan.input_len,
-        "OUTPUT_LEN": plan.output_len,
-        "NUM_PROMPTS": plan.num_prompts,
-        "BACKEND": plan.backend,
-        "LAYERS": plan.layers,
-        "QUANTIZATION": plan.quantization,
-        "REPEATS": plan.repeats,
-        "ROUNDS": plan.rounds,
-        "TP": plan.tp,
-        "EAGER": int(plan.eager),
-        "BASELINE": plan.baseline if plan.baseline != "stock" else None,
-        "VLLM_VERSION": selected() if selected() != default else None,
-    }
-    return "make bench " + " ".join(f"{k}={_quoted(v)}" for k, v in values.items() if v is not None)
-
-
-def _quoted(value: object) -> str:
-    text = str(value)
-    return json.dumps(text) if set(text) & set(" *?[") else text
+    return make_command(
+        "bench",
+        MODEL=plan.model.path_asked_for or plan.model.name,
+        METRIC=plan.metric,
+        INPUT_LEN=plan.input_len,
+        OUTPUT_LEN=plan.output_len,
+        NUM_PROMPTS=plan.num_prompts,
+        BACKEND=plan.backend,
+        LAYERS=plan.layers,
+        QUANTIZATION=plan.quantization,
+        REPEATS=plan.repeats,
+        ROUNDS=plan.rounds,
+        TP=plan.tp,
+        EAGER=int(plan.eager),
+        BASELINE=plan.baseline if plan.baseline != "stock" else None,
+        VLLM_VERSION=selected() if selected() != default else None,
+    )
 
 
 def _one_line(error: ValidationError) -> str:
