@@ -15,7 +15,7 @@ import pytest
 
 from tests.workspace.conftest import still_running
 from workspace import bench
-from workspace.bench import record, runner
+from workspace.bench import record, report, runner, workload
 from workspace.bench.plan import BenchOptions
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
@@ -50,18 +50,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_stock_and_custom_run_and_the_record_proves_itself(
-    here: Path, capfd: pytest.CaptureFixture[str]
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.run(BenchOptions(input_len=16, output_len=8, num_prompts=4, repeats=1, rounds=1))
+    monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
+    monkeypatch.setattr(report, "LOG_SECONDS", 1.0)
+    bench.run(BenchOptions(input_len=16, output_len=8, num_prompts=4, repeats=1))
     (path,) = (here / "results").glob("*.json")
     made = record.read(path)
     assert made.valid
     stock, custom = made.variants
     for variant in made.variants:
         (process,) = variant.processes
-        (done,) = process.rounds
-        assert (done.prompt_tokens, done.output_tokens) == (4 * 16, 4 * 8)
-        if made.settings.metric == "throughput":
+        assert len(process.rounds) == made.settings.rounds == 3
+        for done in process.rounds:
+            assert (done.prompt_tokens, done.output_tokens) == (4 * 16, 4 * 8)
             assert done.reported_tokens == 4 * 24
     assert stock.launches == {}
     assert sum(custom.launches.values()) > 0
@@ -72,7 +74,11 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     assert len(made.provenance.kernels) == 64
     assert path.with_suffix(".png").stat().st_size > 10_000
     printed = capfd.readouterr().out
-    for words in ("random weights", "only the ratio", "greedy tokens match", "make bench MODEL="):
+    for words in ("random weights", "only the ratio", "greedy tokens match", "make bench MODEL=",
+                  "workload: INPUT_LEN=16 OUTPUT_LEN=8 NUM_PROMPTS=4 REPEATS=1 ROUNDS=5 ",
+                  "time:     about ", "1/2 stock: importing vLLM, about ",
+                  "1/2 stock: starting the engine, about ", "2/2 custom: done in ",
+                  "3 rounds of 5 because time is short", " ROUNDS=3 "):  # fmt: skip
         assert words in printed
     assert not list((here / "runs").iterdir())
 

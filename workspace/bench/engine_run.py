@@ -14,15 +14,17 @@ the same engine generates greedily for the comparison of outputs.
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from packaging.utils import canonicalize_name
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +32,16 @@ from pydantic import BaseModel, ConfigDict
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Metric
 from workspace.files import write_file
+
+Stage = Literal[
+    "importing vLLM",
+    "starting the engine",
+    "warming up",
+    "round",
+    "comparing outputs",
+    "stopping",
+]
+"""What a process does, in this order."""
 
 WARM_ROUNDS = (2, 8)
 """At least and at most so many rounds warm up."""
@@ -41,18 +53,34 @@ class Job(BaseModel):
     """What the process is to do.
 
     `arguments` go to `vllm bench METRIC`; `--seed` and `--output-json` are added per round.
-    `prompts` are texts or token ids for the comparison of outputs.
+    `prompts` are texts or token ids for the comparison of outputs. Where `seconds` are given, no
+    further round begins that would end later than so long after the start of the process, but
+    `fewest_rounds` are measured all the same.
     """
 
     metric: Metric
     arguments: list[str]
     rounds: int
+    fewest_rounds: int = 1
+    seconds: float | None = None
     seed: int
     prompts: list[str] | list[list[int]]
     new_tokens: int
     top: int
     launches: Path
     folder: Path
+
+
+class Event(BaseModel):
+    """A step begins: its stage and, of rounds, the number and how many there are at most."""
+
+    stage: Stage
+    number: int = 0
+    of: int = 0
+
+    def __str__(self) -> str:
+        number = f" {self.number}" if self.number else ""
+        return f"{self.stage}{number}{f' of {self.of}' if self.of else ''}"
 
 
 class Round(BaseModel):
@@ -105,8 +133,16 @@ class Result(BaseModel):
     warm_up: list[Round]
 
 
+class Say(Protocol):
+    """Tells the parent process that a step begins."""
+
+    def __call__(self, stage: Stage, number: int = 0, of: int = 0) -> None: ...
+
+
 def main() -> None:
+    begin = time.monotonic()
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
+    deadline = math.inf if job.seconds is None else begin + job.seconds
     _die_with_parent()
     say = _events(job.folder / "events.jsonl")
 
@@ -117,20 +153,21 @@ def main() -> None:
     vllm_files = _files(vllm_folder)
     if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
         importlib.import_module("workspace.bench.dummy_weights")
-    engine = KeptEngine(vllm.LLM)
+    engine = KeptEngine(vllm.LLM, lambda: say("warming up", 1))
     vllm.LLM = engine
 
     say("starting the engine")
     begin = time.perf_counter()
     first = _bench(job, engine, job.seed)
     start_s = time.perf_counter() - begin
-    warm_up = _warm_up(job, engine, first, say)
-    rounds = []
-    for index in range(1, job.rounds + 1):
-        say(f"round {index} of {job.rounds}")
-        rounds.append(_bench(job, engine, job.seed + index))
 
-    say("generating for the comparison")
+    def bench(seed: int) -> Round:
+        return _bench(job, engine, seed)
+
+    warm_up = _warm_up(job, bench, first, say, deadline)
+    rounds = _rounds(job, bench, say, deadline)
+
+    say("comparing outputs")
     generations = _generate(job, engine)
 
     # Imported in the stock variant too: that it could have run the kernels is part of the proof.
@@ -158,12 +195,13 @@ def main() -> None:
 class KeptEngine:
     """Stands in for the class `vllm.LLM`: builds one engine, gives the same one ever after.
 
-    Its `generate` counts tokens. It also folds token ids into the vocabulary, because vLLM's
-    latency benchmark draws ids below 10000 whatever the model.
+    `built` is called once it is there. Its `generate` counts tokens. It also folds token ids into
+    the vocabulary, because vLLM's latency benchmark draws ids below 10000 whatever the model.
     """
 
-    def __init__(self, llm_class: Any) -> None:
+    def __init__(self, llm_class: Any, built: Callable[[], None] = lambda: None) -> None:
         self._class = llm_class
+        self._built = built
         self._llm: Any = None
         self.prompt_tokens = 0
         self.output_tokens = 0
@@ -192,6 +230,7 @@ class KeptEngine:
                 return outputs
 
             self._llm.generate = generate
+            self._built()
         return self._llm
 
     @property
@@ -232,15 +271,39 @@ def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
     )
 
 
-def _warm_up(job: Job, engine: KeptEngine, first: Round, say: Any) -> list[Round]:
-    """Rounds until they stop getting faster: code is still compiled after the first of them."""
+def _warm_up(
+    job: Job, bench: Callable[[int], Round], first: Round, say: Say, deadline: float
+) -> list[Round]:
+    """Rounds until they stop getting faster: code is still compiled after the first of them.
+
+    More than the fewest only where the rounds to measure still end before the deadline.
+    """
     done = [first]
     fewest, most = WARM_ROUNDS
     while len(done) < most:
-        say(f"warming up, round {len(done) + 1}")
-        done.append(_bench(job, engine, job.seed + 1000 + len(done)))
+        say("warming up", len(done) + 1)
+        done.append(bench(job.seed + 1000 + len(done)))
         if len(done) >= fewest and done[-1].elapsed_s * WARM_GAIN >= done[-2].elapsed_s:
             break
+        if time.monotonic() + (1 + job.rounds) * done[-1].elapsed_s > deadline:
+            break
+    return done
+
+
+def _rounds(job: Job, bench: Callable[[int], Round], say: Say, deadline: float) -> list[Round]:
+    """The measured rounds: as many as asked for, or as end before the deadline.
+
+    How many there are is settled by the clock alone, never by what the rounds show.
+    """
+    done: list[Round] = []
+    slowest = 0.0
+    for number in range(1, job.rounds + 1):
+        begin = time.monotonic()
+        if number > job.fewest_rounds and begin + slowest > deadline:
+            break
+        say("round", number, job.rounds)
+        done.append(bench(job.seed + number))
+        slowest = max(slowest, time.monotonic() - begin)
     return done
 
 
@@ -303,12 +366,12 @@ def _environment() -> dict[str, str]:
     return found
 
 
-def _events(path: Path) -> Any:
+def _events(path: Path) -> Say:
     """A function that appends a step to the events file, where the parent process reads it."""
 
-    def say(step: str) -> None:
+    def say(stage: Stage, number: int = 0, of: int = 0) -> None:
         with path.open("a") as file:
-            file.write(json.dumps({"time": time.time(), "step": step}) + "\n")
+            file.write(Event(stage=stage, number=number, of=of).model_dump_json() + "\n")
 
     return say
 

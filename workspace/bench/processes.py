@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one engine process: start it, follow its steps, end it with all its children."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from workspace.bench.engine_log import explain
-from workspace.bench.engine_run import Job, Result
+from workspace.bench.engine_run import Event, Job, Result
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
@@ -23,13 +22,14 @@ def run(
     job: Job,
     environment: dict[str, str],
     log: Path,
-    on_step: Callable[[str], None],
+    on_step: Callable[[Event | None], None],
     name: str,
 ) -> Result:
     """Run the job of variant `name` in a process of its own and return its result.
 
     The process leads a session of its own, so that it and its workers can be ended together,
-    which happens whatever this call ends with.
+    which happens whatever this call ends with. `on_step` is called for each step that begins and,
+    with None, several times a second in between.
 
     Raises:
         WorkspaceError: the process failed; the line that says why, and where its log is.
@@ -60,7 +60,9 @@ def run(
     return Result.model_validate_json(result.read_text())
 
 
-def _follow(process: subprocess.Popen[bytes], events: Path, on_step: Callable[[str], None]) -> None:
+def _follow(
+    process: subprocess.Popen[bytes], events: Path, on_step: Callable[[Event | None], None]
+) -> None:
     seen = 0
     while True:
         ended = process.poll() is not None
@@ -68,10 +70,11 @@ def _follow(process: subprocess.Popen[bytes], events: Path, on_step: Callable[[s
             lines = events.read_text().splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]
             for line in whole[seen:]:
-                on_step(json.loads(line)["step"])
+                on_step(Event.model_validate_json(line))
             seen = len(whole)
         if ended:
             return
+        on_step(None)
         time.sleep(POLL_SECONDS)
 
 

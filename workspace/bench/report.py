@@ -2,7 +2,7 @@
 """What the user sees: live progress while it runs, a table at the end."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,60 +13,114 @@ from rich.table import Table
 
 from workspace.bench import layers
 from workspace.bench.checks import Agreement
+from workspace.bench.engine_run import Event
+from workspace.bench.plan import BenchOptions, Plan
 from workspace.bench.record import Record, VariantRecord
+from workspace.bench.time_left import TimeLeft
 from workspace.paths import ROOT
-from workspace.words import plural
+from workspace.words import duration, plural
 
 console = Console(highlight=False, soft_wrap=True)
 
 COLOURS = {"faster": "green", "slower": "red", "same": "cyan", "ambiguous": "yellow"}
 
 
+LOG_SECONDS = 25.0
+"""A log gets a line at least so often while an engine is at work."""
+
+
 def say(text: str) -> None:
     console.print(escape(text))
 
 
-class Live:
-    """Progress of a run: which process, which step, for how long.
+def announce(plan: Plan, options: BenchOptions, seconds: float | None) -> None:
+    """What is measured, how long it takes (None: nobody can tell yet) and what changes it."""
+    names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
+    given = [name.upper() for name in names if getattr(options, name)]
+    values = " ".join(f"{name.upper()}={getattr(plan, name)}" for name in names)
+    whose = "given" if len(given) == len(names) else "chosen for this model and machine"
+    if given and len(given) < len(names):
+        whose = f"{', '.join(given)} given, the others {whose}"
+    say(f"workload: {values} ({whose}; set any of them to change it)")
+    processes = plural(2 * plan.repeats, "process")
+    if seconds is None:
+        say(f"time:     the first of {processes} will tell")
+    else:
+        say(f"time:     about {duration(seconds)} for {processes}")
 
-    On a terminal one line that changes; elsewhere one line for each process that has ended.
+
+class Live:
+    """Progress of a run: which process, which step, how long it still takes.
+
+    On a terminal one line that changes; elsewhere a line for each process that has ended, and
+    one every `LOG_SECONDS`.
     """
 
-    def __init__(self, processes: int, bar: Progress | None) -> None:
-        self._processes = processes
+    def __init__(self, variants: Sequence[str], bar: Progress | None, clock: TimeLeft) -> None:
+        self.clock = clock
+        self._variants = variants
         self._bar = bar
         self._task: TaskID | None = None
-        self._title = ""
-        self._begin = 0.0
+        self._number = 0
+        self._step = ""
+        self._begin = self._said = time.monotonic()
 
-    def start(self, number: int, variant: str) -> None:
-        self._title = f"{number}/{self._processes} {variant}"
+    def start(self) -> None:
+        """The next process starts."""
+        self._number += 1
         self._begin = time.monotonic()
+        self.clock.start(self._begin)
+        self._step = "starting"
         if self._bar is not None:
-            self._task = self._bar.add_task(self._title, total=None)
+            self._task = self._bar.add_task(self._line(self._begin), total=None)
 
-    def step(self, text: str) -> None:
+    def step(self, event: Event | None) -> None:
+        """A step begins, or (None) time has passed."""
+        now = time.monotonic()
+        if event is not None:
+            self.clock.step(event, now)
+            self._step = str(event)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"{self._title}: {text}")
+            self._bar.update(self._task, description=self._line(now))
+        elif now - self._said >= LOG_SECONDS:
+            self._print(self._line(now), now)
 
-    def end(self) -> None:
-        text = f"{self._title}: done in {time.monotonic() - self._begin:.0f} s"
+    def end(self, rounds: int) -> None:
+        """The process has ended; from now on so many rounds are measured."""
+        now = time.monotonic()
+        self.clock.end(now)
+        self._step = f"done in {now - self._begin:.0f} s"
+        if rounds < self.clock.rounds:
+            self._step += f", {rounds} rounds of {self.clock.rounds} because time is short"
+        self.clock.rounds = rounds
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task)
-            self._bar.console.print(f"  {text}")
-        else:
-            console.print(f"  {text}")
+        self._print(self._line(now), now)
+
+    def _line(self, now: float) -> str:
+        text = (
+            f"{self._number}/{len(self._variants)} {self._variants[self._number - 1]}: {self._step}"
+        )
+        left = self.clock.left(now)
+        if left is None:
+            return f"{text}, the first process will tell how long it takes"
+        return f"{text}, about {duration(left)} left" if left > 0 else text
+
+    def _print(self, line: str, now: float) -> None:
+        console.print(f"  {line}")
+        self._said = now
 
 
 @contextmanager
-def progress(processes: int) -> Iterator[Live]:
-    """Show progress over so many processes."""
-    if not console.is_terminal:
-        yield Live(processes, None)
+def progress(variants: Sequence[str], clock: TimeLeft) -> Iterator[Live]:
+    """Show progress over processes of these variants."""
+    # A log may be told to take colours (FORCE_COLOR); it still cannot redraw a line.
+    if not (console.is_interactive and console.file.isatty()):
+        yield Live(variants, None, clock)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        yield Live(processes, bar)
+        yield Live(variants, bar, clock)
 
 
 def show(record: Record, path: Path, picture: Path) -> None:

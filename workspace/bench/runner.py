@@ -8,9 +8,10 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -25,12 +26,14 @@ from workspace.bench import (
     models,
     pristine,
     processes,
+    prompts,
     provenance,
     record,
     report,
+    workload,
 )
 from workspace.bench.compare import compare
-from workspace.bench.engine_run import Job, Result
+from workspace.bench.engine_run import Job, Result, Stage
 from workspace.bench.plan import (
     BenchOptions,
     Plan,
@@ -38,9 +41,9 @@ from workspace.bench.plan import (
     check_memory,
     check_quantization,
     detect_device,
-    plan,
     repeat_command,
 )
+from workspace.bench.time_left import TimeLeft
 from workspace.bench.variants import (
     Variant,
     arguments,
@@ -48,7 +51,6 @@ from workspace.bench.variants import (
     command_line,
     common_settings,
     environment,
-    max_model_len,
     stock_and_custom,
 )
 from workspace.errors import WorkspaceError
@@ -64,23 +66,6 @@ SEED = 1
 """Seed of the first warm-up; round k uses SEED + k in every process of both variants."""
 BUSY = 0.2
 """Share of the processors that others may use before it is worth a word."""
-NEW_TOKENS = 24
-TOP = 8
-"""Greedy tokens per prompt, and how many log-probabilities of each step are compared."""
-
-PROMPTS = [
-    "The fastest way to multiply two matrices is",
-    "A warp on a GPU has thirty-two threads because",
-    "In the morning the harbour was quiet, and then",
-    "def transpose(matrix):",
-    "Water boils at a lower temperature on a mountain, since",
-    "The three primary colours are",
-    "Once the train had left the station,",
-    "To sort a list in place, one can",
-]
-"""What models with real weights continue; others get fixed token ids."""
-PROMPT_LENGTHS = (1, 2, 3, 5, 8, 13, 17, 32)
-"""Lengths of the prompts made of token ids; odd ones on purpose."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +92,11 @@ def run(options: BenchOptions) -> None:
         check_surroundings()
         remove_partial(models.MODELS)
         report.say("resolving the model …")
-        made = plan(options, device, models.resolve(options.model, device.kind))
+        model = models.resolve(options.model, device.kind)
+        report.say(f"{model.name}: {model.weights_label}, from: {model.source}")
+        made, expected = workload.fit(options, device, model)
         check_memory(made)
-        report.say(f"{made.model.name}: {made.model.weights_label}, from: {made.model.source}")
+        report.announce(made, options, workload.total(made, expected))
 
         started, load = datetime.now(UTC), os.getloadavg()[0]
         busy = psutil.cpu_percent(interval=0.5) / 100
@@ -117,7 +104,9 @@ def run(options: BenchOptions) -> None:
             report.say(f"others use {busy:.0%} of this machine: expect scattered figures")
         run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(made.model.name)}-{made.metric}"
         sides = pristine.sides(made) if made.baseline == "pristine" else stock_and_custom(made)
-        done = _run_all(made, sides, run_id)
+        limited = made.device.kind == "cpu" and options.rounds is None
+        limit = workload.LIMIT_SECONDS if limited else None
+        made, done = _run_all(made, sides, run_id, expected, limit)
 
         result = _make_record(made, sides, done, run_id, started, load)
         path, picture = RESULTS / f"{run_id}.json", RESULTS / f"{run_id}.png"
@@ -134,11 +123,26 @@ def run(options: BenchOptions) -> None:
             )
 
 
-def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ran]:
+def _run_all(
+    plan: Plan,
+    sides: tuple[Variant, Variant],
+    run_id: str,
+    expected: Mapping[Stage, float],
+    limit: float | None,
+) -> tuple[Plan, list[Ran]]:
     """Every process, one after the other, in the order A B, B A, A B, …
 
     Turning each pair around cancels a drift of the machine (heat, another load) to first order.
+
+    Args:
+        expected: seconds of each stage of a process, as far as they can be told.
+        limit: seconds for all processes. Where they do not suffice, fewer rounds are measured, in
+            all processes the same ones, but never fewer than a verdict needs.
+
+    Returns:
+        The plan with as many rounds as were measured, and the processes.
     """
+    end = None if limit is None else time.monotonic() + limit
     for left in RUNS.glob("*"):  # by a run that was killed; we hold the lock
         shutil.rmtree(left, ignore_errors=True)
     order = [
@@ -146,23 +150,30 @@ def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ra
         for pair in range(plan.repeats)
         for side in (sides if pair % 2 == 0 else sides[::-1])
     ]
-    done = []
-    with report.progress(len(order)) as progress:
+    done: list[Ran] = []
+    names = [variant.name for _, variant in order]
+    with report.progress(names, TimeLeft(expected, plan.rounds, names)) as progress:
         for number, (pair, variant) in enumerate(order, 1):
             name = f"{number}-{variant.name}"
             folder = RUNS / run_id / name
+            seconds = None
+            if end is not None:
+                share = (end - time.monotonic()) / (len(order) - len(done))
+                seconds = share - progress.clock.of_stage(variant.name, "comparing outputs")
             job = Job(
                 metric=plan.metric,
                 arguments=arguments(plan, variant),
                 rounds=plan.rounds,
+                fewest_rounds=workload.fewest_rounds(plan),
+                seconds=seconds,
                 seed=SEED,
-                prompts=_prompts(plan),
-                new_tokens=min(NEW_TOKENS, max(1, max_model_len(plan) - max(PROMPT_LENGTHS))),
-                top=TOP,
+                prompts=prompts.prompts(plan, SEED),
+                new_tokens=prompts.new_tokens(plan),
+                top=prompts.TOP,
                 launches=folder / "launches",
                 folder=folder,
             )
-            progress.start(number, variant.name)
+            progress.start()
             result = processes.run(
                 job,
                 environment(plan, variant, job.launches),
@@ -170,11 +181,15 @@ def _run_all(plan: Plan, sides: tuple[Variant, Variant], run_id: str) -> list[Ra
                 progress.step,
                 variant.name,
             )
-            progress.end()
+            plan = replace(plan, rounds=min(plan.rounds, len(result.rounds)))
+            progress.end(plan.rounds)
             if variant.launches and plan.layers:
                 _stop_if_no_layer_matches(plan.layers, result)
             done.append(Ran(number, pair, variant, result))
-    return done
+    # Round k ran the same prompts in every process: what is compared are the rounds that all have.
+    for ran in done:
+        del ran.result.rounds[plan.rounds :]
+    return plan, done
 
 
 def _stop_if_no_layer_matches(patterns: str, result: Result) -> None:
@@ -341,17 +356,6 @@ def _figures(plan: Plan, result: Result) -> list[float]:
     if plan.metric == "latency":
         return [done.elapsed_s for done in result.rounds]
     return [(done.prompt_tokens + done.output_tokens) / done.elapsed_s for done in result.rounds]
-
-
-def _prompts(plan: Plan) -> list[str] | list[list[int]]:
-    if plan.model.weights == "real":
-        return PROMPTS
-    import numpy as np
-
-    ids = np.random.default_rng(SEED)
-    longest = max(1, max_model_len(plan) - 1)
-    lengths = [min(length, longest) for length in PROMPT_LENGTHS]
-    return [ids.integers(0, plan.model.vocab_size, size=n).tolist() for n in lengths]
 
 
 def _slug(name: str) -> str:

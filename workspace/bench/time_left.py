@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a run still takes: by the estimate at first, then by what it has measured itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from workspace.bench.engine_run import WARM_ROUNDS, Event, Stage
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class TimeLeft:
+    """Follows the steps of all processes of a run, one process after the other.
+
+    Args:
+        expected: seconds by stage, of one round where a stage has rounds; may be empty.
+        rounds: measured rounds of a process.
+        order: the variants of the processes.
+
+    All times are seconds of any one clock.
+    """
+
+    def __init__(self, expected: Mapping[Stage, float], rounds: int, order: Sequence[str]) -> None:
+        self.rounds = rounds
+        self._latest = dict(expected)
+        self._measured: dict[tuple[str, Stage], float] = {}
+        self._order = list(order)
+        self._now = Event(stage=STAGES[0])
+        self._since = 0.0
+
+    def start(self, time: float) -> None:
+        """The next process starts, and with it its first step."""
+        self._now, self._since = Event(stage=STAGES[0]), time
+
+    def step(self, event: Event, time: float) -> None:
+        """A step begins, and the one before it ends."""
+        if event != self._now:
+            self._ended(time)
+            self._now, self._since = event, time
+
+    def end(self, time: float) -> None:
+        """The process has ended."""
+        self._ended(time)
+        del self._order[0]
+        self.start(time)
+
+    def left(self, time: float) -> float | None:
+        """Seconds until all processes have ended; None as long as nobody can tell."""
+        gone = time - self._since
+        total = 0.0
+        for place, variant in enumerate(self._order):
+            for stage in STAGES if place else STAGES[STAGES.index(self._now.stage) :]:
+                seconds = self._seconds(variant, stage)
+                repeats = self._repeats(stage)
+                if place == 0 and stage == self._now.stage:
+                    repeats = max(0, repeats - self._now.number) if self._now.number else 0
+                    # A step may take longer than it did before; this one has begun already.
+                    seconds = None if seconds is None else max(seconds, gone)
+                    total += (seconds or 0.0) - gone
+                if seconds is None:
+                    return None
+                total += repeats * seconds
+        return total
+
+    def of_stage(self, variant: str, stage: Stage) -> float:
+        """Seconds of this stage in a process of this variant, as far as is known."""
+        return self._seconds(variant, stage) or 0.0
+
+    def _ended(self, time: float) -> None:
+        stage = self._now.stage
+        self._latest[stage] = self._measured[self._order[0], stage] = time - self._since
+
+    def _repeats(self, stage: Stage) -> int:
+        return {"warming up": WARM_ROUNDS[0], "round": self.rounds}.get(stage, 1)
+
+    def _seconds(self, variant: str, stage: Stage) -> float | None:
+        return self._measured.get((variant, stage), self._latest.get(stage))
