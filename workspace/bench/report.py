@@ -182,8 +182,10 @@ def table(record: Record) -> Table:
 
 
 def number(value: float, unit: str) -> str:
-    """A figure for reading: 12,345 tokens/s or 0.1234 s."""
-    return f"{value:,.0f}" if unit == "tokens/s" else f"{value:.4f}"
+    """A figure for reading: 12,345 or 1.23 tokens/s, 0.1234 s."""
+    if unit != "tokens/s":
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def launched(variant: VariantRecord) -> str:
