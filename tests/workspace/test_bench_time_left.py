@@ -4,7 +4,9 @@
 import io
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -103,9 +105,19 @@ def test_a_terminal_shows_round_and_time_left_live(
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(its, "w") as terminal:
         monkeypatch.setattr(report, "console", Console(file=terminal, highlight=False, width=100))
+        read = bytearray()
+
+        def drain() -> None:
+            with suppress(OSError):  # the end of a terminal is an error
+                while data := os.read(ours, 4096):
+                    read.extend(data)
+
+        reader = threading.Thread(target=drain)
+        reader.start()
         follow(tmp_path, 0.5)
-        shown = os.read(ours, 100_000).decode()
+    reader.join()
     os.close(ours)
+    shown = read.decode()
     assert "1/2 stock: round 2 of 3, about " in shown
     assert "\x1b[2K" in shown  # the line is drawn again in its place
     assert "1/2 stock: done in " in shown

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.bench_samples import plan as sample
-from workspace.bench import models, prompts, workload
-from workspace.bench.engine_run import Event, Job, Round, Stage, _rounds, _warm_up
+from tests.workspace.bench_samples import result
+from workspace.bench import models, prompts, runner, workload
+from workspace.bench.engine_run import Event, Job, Result, Round, Stage, _rounds, _warm_up
 from workspace.bench.plan import DEFAULTS, BenchOptions, Device, Metric
+from workspace.bench.variants import stock_and_custom
 from workspace.bench.workload import FITTED_SECONDS, SMALLER, Speed, fit, measure, total
 
 CPU = Device("cpu", 2, "a CPU")
@@ -144,3 +146,29 @@ def test_warming_up_leaves_time_for_the_rounds() -> None:
     for deadline, rounds in ((math.inf, 8), (0.0, 2)):
         engine = Engine()
         assert len(_warm_up(job(), engine.round, engine.round(1), engine.say, deadline)) == rounds
+
+
+def test_where_time_is_short_all_processes_count_the_same_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With processes that manage 5, 4, 3 and 5 rounds in their share of the time."""
+    asked: list[Job] = []
+
+    def run(job: Job, *_: object) -> Result:
+        asked.append(job)
+        manages = min(job.rounds, (5, 4, 3, 5)[len(asked) - 1])
+        return result(tuple(range(1, manages + 1)))
+
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
+    monkeypatch.setattr(runner.processes, "run", run)
+    made = sample(rounds=5)
+    changed, done = runner._run_all(made, stock_and_custom(made), "run", {}, limit=400.0)
+    assert changed == replace(made, rounds=3)
+    assert [[r.elapsed_s for r in ran.result.rounds] for ran in done] == [[1, 2, 3]] * 4
+    assert [job.rounds for job in asked] == [5, 5, 4, 3]
+    assert all(job.fewest_rounds == 3 for job in asked)
+    shares = [job.seconds for job in asked]
+    assert shares == pytest.approx([100, 400 / 3, 200, 400], abs=10)
+    asked.clear()
+    runner._run_all(made, stock_and_custom(made), "run", {}, limit=None)
+    assert [job.seconds for job in asked] == [None] * 4
