@@ -173,7 +173,7 @@ def test_missing_engine_or_gpu_says_what_to_run(monkeypatch: pytest.MonkeyPatch)
     "name",
     [
         "plain",
-        "mein Modell ü",
+        "eine Größe ü",
         "it's",
         "a$b",
         "$HOME",
