@@ -101,7 +101,8 @@ def run(options: BenchOptions) -> None:
         started, load = datetime.now(UTC), os.getloadavg()[0]
         busy = psutil.cpu_percent(interval=0.5) / 100
         if busy > BUSY:
-            report.say(f"others use {busy:.0%} of this machine: expect scattered figures")
+            others = f"others use {busy:.0%} of this machine"
+            report.say(f"{others}: expect scattered figures and a longer run")
         run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(made.model.name)}-{made.metric}"
         sides = pristine.sides(made) if made.baseline == "pristine" else stock_and_custom(made)
         limited = made.device.kind == "cpu" and options.rounds is None
