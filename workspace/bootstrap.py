@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from workspace import conda, index, release  # noqa: E402
+from workspace import conda, git, index, release  # noqa: E402
 from workspace.errors import WorkspaceError  # noqa: E402
 from workspace.files import write_file  # noqa: E402
 from workspace.paths import MACHINE, PINS, STATE, cache_folder, lock_path  # noqa: E402
@@ -48,6 +48,13 @@ ON_THE_HOST = {
 }
 """Verbs that work on containers → their module. They need Docker's client and no environment."""
 LOCK_VARIABLE = "WORKSPACE_LOCK_FD"
+UNWANTED = (
+    # Every start of vLLM would compile thousands of modules anew: 20 s on 2 cores.
+    "PYTHONDONTWRITEBYTECODE",
+    "PYTHONSAFEPATH",  # `python -m workspace` finds the package in the current folder
+    "TAR_OPTIONS",
+)
+"""Variables of the user's under which what we start would fail or do something else."""
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
     "another index, and run the same command again"
@@ -466,6 +473,9 @@ def _any_environment(mode: str, verb: str) -> Path | None:
 
 def main(arguments: list[str]) -> int:
     """Set up the environment and become the verb."""
+    git.forget_surroundings()
+    for name in UNWANTED:
+        os.environ.pop(name, None)
     verb = arguments[0] if arguments else "help"
     mode = os.environ.get("ENV") or "uv"
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on the system's Python
@@ -521,8 +531,9 @@ def main(arguments: list[str]) -> int:
     os.environ.pop(release.ASKED, None)
     # Tools that start other tools (pre-commit, torch's inductor, ninja) find the pinned ones.
     os.environ["PATH"] = os.pathsep.join([str(interpreter.parent), os.environ.get("PATH", "")])
-    # Where this is set, every start of vLLM compiles thousands of modules anew: 20 s on 2 cores.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if mode == "conda":
+        # conda's Python is no venv: the user's own site-packages would go before the locked ones.
+        os.environ["PYTHONNOUSERSITE"] = "1"
     # `-m` finds the package in the current folder, so nothing is put on PYTHONPATH: there, our
     # folder `kernels/` could pass for the package of that name in every process.
     os.chdir(ROOT)

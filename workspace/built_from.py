@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace.fork import upstream_tag
-from workspace.fork_tree import git
+from workspace.git import git
 
 INPUTS = ("CMakeLists.txt", "cmake", "csrc", "tools/build_deepgemm_C.py")
 """What upstream's cmake build reads of the tree. What cmake generates there, git ignores."""

@@ -13,7 +13,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workspace import built_from, conda, install, patch_queue
+from workspace import built_from, conda, git, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
@@ -381,8 +380,7 @@ def tools() -> Check:
     missing = [name for name in ("git", "g++") if shutil.which(name) is None]
     if missing:
         return Check("tools", "problem", f"missing: {', '.join(missing)}", "install them")
-    version = subprocess.run(["git", "--version"], capture_output=True, text=True, check=False)
-    return Check("tools", "ok", f"{version.stdout.strip()}, g++")
+    return Check("tools", "ok", f"{git.version().strip()}, g++")
 
 
 def checks(mode: str) -> list[Check]:

@@ -16,7 +16,8 @@ from workspace import patch_queue, release
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import new_folder, remove_partial
-from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, git, shown, state
+from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, shown, state
+from workspace.git import git
 from workspace.patch_queue import identity
 from workspace.paths import PATCHES
 from workspace.pins import Release, load

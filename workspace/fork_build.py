@@ -27,7 +27,8 @@ from workspace import build_log, built_from, cuda_home, install, upstream_source
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
-from workspace.fork_tree import git, shown
+from workspace.fork_tree import shown
+from workspace.git import git
 from workspace.inventory import headers
 from workspace.paths import STATE
 from workspace.pins import Device, load

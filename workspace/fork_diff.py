@@ -7,14 +7,15 @@ Uncommitted edits and new files are part of it. Standard library only.
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from workspace import fork_tree, release
+from workspace import release
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import APPLIED, git, shown, state
+from workspace.fork_tree import APPLIED, shown, state
+from workspace.git import git
+from workspace.git import run as run_git
 from workspace.words import plural
 
 
@@ -31,7 +32,8 @@ def run(*, own: bool, stat: bool) -> int:
         raise WorkspaceError(f"{shown(release.tree())} is not there; run: make dev")
     tree = release.tree(found.version)
     base = APPLIED if own else f"upstream/{found.version}"
-    command = ["diff", "--find-renames", "--stat" if stat else "--binary", base, "--"]
+    plain = ("--find-renames", "--no-ext-diff", "--no-textconv")
+    command = ["diff", *plain, "--stat" if stat else "--binary", base, "--"]
     with tempfile.TemporaryDirectory() as work:
         # An index of our own, in which new files are known: the user's says what they staged.
         index = Path(work) / "index"
@@ -39,11 +41,8 @@ def run(*, own: bool, stat: bool) -> int:
         env = {"GIT_INDEX_FILE": str(index)}
         git("add", "--intent-to-add", "--all", ".", tree=tree, env=env)
         names = git("diff", "--name-only", "-z", base, "--", tree=tree, env=env).split("\0")[:-1]
-        pager = ["--paginate"] if sys.stdout.isatty() else ["--no-pager"]
-        result = subprocess.run(
-            [*fork_tree.command(tree), *pager, *command],
-            cwd=tree, env=fork_tree.environment(tree) | env, check=False,
-        )  # fmt: skip
+        pager = "--paginate" if sys.stdout.isatty() else "--no-pager"
+        result = run_git(pager, *command, tree=tree, env=env, shown=True)
     what = f"vLLM {found.version}" + (" with the patches applied" if own else " as released")
     count = plural(len(names), "file") if names else "nothing"
     print(f"· different from {what}: {count}", file=sys.stderr)

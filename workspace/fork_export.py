@@ -15,7 +15,8 @@ from workspace import fork, patch_queue, release
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import remove_partial, write_file
-from workspace.fork_tree import APPLIED, ForkState, git, require_no_operation, shown, state
+from workspace.fork_tree import APPLIED, ForkState, require_no_operation, shown, state
+from workspace.git import git
 from workspace.paths import PATCHES
 from workspace.words import plural
 

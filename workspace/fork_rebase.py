@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,9 @@ from workspace.bootstrap import LOCK_VARIABLE, say
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch
 from workspace.files import PARTIAL
-from workspace.fork_tree import git, git_bytes, require_no_operation, shown, state
+from workspace.fork_tree import require_no_operation, shown, state
+from workspace.git import committer, git, git_bytes
+from workspace.git import run as run_git
 from workspace.patch_queue import short
 from workspace.pins import Artifact, load
 from workspace.rebase_state import Rebase, conflicts, in_git
@@ -207,21 +208,16 @@ def _git_rebase(tree: Path, *arguments: str, editor: str = "true") -> None:
         WorkspaceError: it did not even begin.
     """
     descriptor = os.environ.get(LOCK_VARIABLE)
-    person = {"GIT_SEQUENCE_EDITOR": editor, "GIT_EDITOR": "true"}
-    if not git("config", "user.email", tree=tree, check=False).strip():
-        # Authors stay; somebody has to be the committer.
-        person |= {"GIT_COMMITTER_NAME": "vllm-kernels", "GIT_COMMITTER_EMAIL": "rebase@invalid"}
-    result = subprocess.run(
-        [*fork_tree.command(tree), "rebase", *arguments],
-        cwd=tree,
-        env=fork_tree.environment(tree) | person,
-        capture_output=True,
-        text=True,
-        pass_fds=[int(descriptor)] if descriptor else [],
-        check=False,
+    editors = {"GIT_SEQUENCE_EDITOR": editor, "GIT_EDITOR": "true"}
+    result = run_git(
+        "rebase",
+        *arguments,
+        tree=tree,
+        env=editors | committer(tree),  # authors stay
+        pass_fds=(int(descriptor),) if descriptor else (),
     )
     if result.returncode and not in_git(tree):
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise WorkspaceError(f"git rebase in {shown(tree)}: {reason}")
 
 

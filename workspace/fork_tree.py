@@ -10,81 +10,17 @@ Standard library only: `make clean` asks here when there is no environment.
 
 from __future__ import annotations
 
-import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from workspace import release
 from workspace.errors import WorkspaceError
+from workspace.git import git
 from workspace.paths import ROOT
 
 APPLIED = "refs/workspace/applied"
 PATCHES_KEY = "workspace.patches"
 VERSION_KEY = "workspace.version"
-
-
-def git(
-    *arguments: str,
-    tree: Path,
-    env: dict[str, str] | None = None,
-    stdin: bytes | None = None,
-    check: bool = True,
-) -> str:
-    """Run git in `tree`, apart from the user's hooks, templates and signing.
-
-    Raises:
-        WorkspaceError: git is missing or failed; the message ends with git's own last line.
-    """
-    output = git_bytes(*arguments, tree=tree, env=env, stdin=stdin, check=check)
-    return output.decode(errors="surrogateescape")
-
-
-def git_bytes(
-    *arguments: str,
-    tree: Path,
-    env: dict[str, str] | None = None,
-    stdin: bytes | None = None,
-    check: bool = True,
-) -> bytes:
-    """`git`, for output that is not text."""
-    try:
-        result = subprocess.run(
-            [*command(tree), *arguments],
-            cwd=tree,
-            env=environment(tree) | (env or {}),
-            input=stdin,
-            capture_output=True,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        if error.filename != "git":
-            raise
-        raise WorkspaceError("git is missing; install it, e.g. apt-get install git") from None
-    if check and result.returncode:
-        complaint = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        verb = next(word for word in arguments if word[0] != "-" and "=" not in word)
-        raise WorkspaceError(f"git {verb} in {tree}: {complaint[-1]}")
-    return result.stdout if not result.returncode else b""
-
-
-def command(tree: Path) -> list[str]:
-    """git, apart from the user's hooks, templates and signing."""
-    return [
-        "git",
-        "-c", "core.hooksPath=/dev/null",
-        "-c", "core.autocrlf=false",
-        "-c", "commit.gpgSign=false",
-        "-c", "tag.gpgSign=false",
-        "-c", "gc.auto=0",
-        "-c", f"safe.directory={tree.resolve()}",
-    ]  # fmt: skip
-
-
-def environment(tree: Path) -> dict[str, str]:
-    """A git hook or a rebase around us sets variables that would redirect us to its repository."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return clean | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent), "LC_ALL": "C"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +43,8 @@ class ForkState:
 
 def uncommitted(tree: Path) -> list[str]:
     """What is not committed in a tree, as git's status has it."""
-    status = git("status", "--porcelain=v1", "-z", "--untracked-files=all", tree=tree)
+    options = ("--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
+    status = git("status", *options, tree=tree)
     return [entry for entry in status.split("\0") if entry]
 
 

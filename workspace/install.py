@@ -28,7 +28,7 @@ from workspace import bootstrap, built_from
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork import GENERATED, upstream_tag
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.inventory import headers, libnuma
 from workspace.paths import KERNELS, ROOT
 from workspace.pins import Artifact, Device, load

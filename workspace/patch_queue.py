@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git, git_bytes, shown
+from workspace.fork_tree import shown
+from workspace.git import git, git_bytes
 from workspace.paths import PATCHES, ROOT
 
 ZEROS = "0" * 40
@@ -34,9 +35,6 @@ ESCAPED = re.compile(rb"^>(>*(?:---$|diff -|From ))", re.MULTILINE)
 HUNK = re.compile(rb"^(@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@).*$", re.MULTILINE)
 """In a diff only a hunk's first line begins with @@: lines of a file have a sign before them."""
 FULL_INDEX = re.compile(rb"^index [0-9a-f]{40}\.\.[0-9a-f]{40}", re.MULTILINE)
-ORDER = ("-c", "diff.orderFile=/dev/null")
-NEUTRAL = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
-"""A user's settings (whitespace, prefixes, attributes) must not change what is in a patch."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +98,12 @@ def commits(tree: Path, base: str, tip: str) -> list[str]:
 def read_commit(tree: Path, commit: str) -> Patch:
     form = "%an%x00%ae%x00%ad%x00%B"
     options = ["--encoding=UTF-8", "--date=rfc2822", f"--format={form}", "-s"]
-    text = git_bytes(*ORDER, "show", *options, commit, tree=tree, env=NEUTRAL)
+    text = git_bytes("show", *options, commit, tree=tree)
     author, email, date, message = text.split(b"\0", 3)
     diff = git_bytes(
-        *ORDER, "-c", "core.quotePath=true",
         "diff-tree", "-r", "-p", "-U0", "--root", "--no-commit-id", "--full-index", "--binary",
         "-M", "-l2000", "--diff-algorithm=myers", "--inter-hunk-context=0", "--no-color",
-        "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", commit,
-        tree=tree, env=NEUTRAL,
+        "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", commit, tree=tree,
     )  # fmt: skip
     return Patch(
         author.decode(errors="surrogateescape"),
@@ -176,7 +172,7 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
         WorkspaceError: names the patch, the file and the hunk that do not apply.
     """
     with tempfile.TemporaryDirectory() as work:
-        index = NEUTRAL | {"GIT_INDEX_FILE": str(Path(work) / "index")}
+        index = {"GIT_INDEX_FILE": str(Path(work) / "index")}
         git("read-tree", base, tree=tree, env=index)
         tip = commit_id(tree, base)
         for name, patch in patches:
@@ -192,7 +188,7 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
             written = git("write-tree", tree=tree, env=index).strip()
             tip = git(
                 "commit-tree", written, "-p", tip,
-                tree=tree, env=NEUTRAL | identity(patch.author, patch.email, patch.date),
+                tree=tree, env=identity(patch.author, patch.email, patch.date),
                 stdin=patch.message,
             ).strip()  # fmt: skip
         return tip
@@ -232,8 +228,7 @@ def _apply(tree: Path, diff: bytes, index: dict[str, str], work: Path) -> None:
             raise WorkspaceError(
                 f"{where.get(name, name)} is {is_now}, the patch was made for {blob[:12]}"
             )
-    apply = ["apply", "--cached", "--unidiff-zero", "--whitespace=nowarn"]
-    git("-c", "apply.ignoreWhitespace=no", *apply, tree=tree, env=index, stdin=diff)
+    git("apply", "--cached", "--unidiff-zero", tree=tree, env=index, stdin=diff)
 
 
 def _sections(diff: bytes) -> Iterator[bytes]:
@@ -272,7 +267,7 @@ def _preimages(
             detail = where.get(named[1], named[1])
             raise WorkspaceError(f"{detail} is not the file that the patch was made for") from None
         raise
-    return _blobs(tree, [], NEUTRAL | {"GIT_INDEX_FILE": str(place)})
+    return _blobs(tree, [], {"GIT_INDEX_FILE": str(place)})
 
 
 def _blobs(tree: Path, names: list[str], index: dict[str, str]) -> dict[str, str]:

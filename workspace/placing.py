@@ -25,7 +25,8 @@ from workspace import release, repository, unbundle
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import PARTIAL, remove_partial
-from workspace.fork_tree import git, shown, state
+from workspace.fork_tree import shown, state
+from workspace.git import git
 from workspace.paths import FORK, HEADERS, ROOT, STATE, cache_folder
 from workspace.words import plural, some
 

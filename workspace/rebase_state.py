@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workspace import release
 from workspace.files import write_file
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.paths import STATE
 
 PLACE = STATE / "rebase.json"

@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git, require_no_operation
+from workspace.fork_tree import require_no_operation
+from workspace.git import git
 from workspace.unbundle import WORKTREE
 
 FIXED = {

@@ -166,12 +166,24 @@ def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> No
 # --- a tree ---------------------------------------------------------------------------------------
 
 
+NO_HOME = {
+    "HOME": os.devnull,
+    "XDG_CONFIG_HOME": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_GRAFT_FILE": f"{os.devnull}/none",
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+}
+"""As in workspace/git.py, which is not there yet."""
+
+
 def git(*arguments: str, cwd: Path) -> str:
     """Git, apart from the user's settings and from any repository around."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    environment |= {"GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent), "LC_ALL": "C"}
-    safe = ("-c", f"safe.directory={cwd.resolve()}", "-c", "core.autocrlf=false")
-    command = ["git", *safe, "-c", "core.hooksPath=/dev/null", "-c", "gc.auto=0", *arguments]
+    environment |= NO_HOME | {"GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent)}
+    command = ["git", "-c", f"safe.directory={cwd.resolve()}", "-c", "gc.auto=0", *arguments]
     try:
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, check=False

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,8 @@ from pathlib import Path
 
 from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
+from workspace.git import as_user, git
+from workspace.paths import ROOT
 from workspace.pins import Device
 
 TIMEOUT = 8
@@ -64,35 +65,13 @@ class Source:
     def fetched(self, base: Path) -> bool:
         """Whether an earlier build left it, at this tag, under the folder where cmake puts it."""
         folder = base / f"{self.name.lower()}-src"
-        return (folder / ".git").exists() and len(
-            set(_git("rev-parse", "HEAD", f"{self.tag}^{{commit}}", cwd=folder).split())
-        ) == 1  # fmt: skip
+        if not (folder / ".git").exists():
+            return False
+        ends = git("rev-parse", "HEAD", f"{self.tag}^{{commit}}", tree=folder, check=False)
+        return len(set(ends.split())) == 1
 
     def reachable(self) -> bool:
-        return bool(_git("ls-remote", self.repository, "HEAD"))
-
-
-def _git(*arguments: str, cwd: Path | None = None) -> str:
-    """git as the user has it set up, but never asking; empty where it fails."""
-    silent = {
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ASKPASS": "true",
-        "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
-    }
-    try:
-        result = subprocess.run(
-            ["git", *arguments],
-            cwd=cwd,
-            env={**os.environ, **silent},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return ""
-    return result.stdout if result.returncode == 0 else ""
+        return bool(as_user("ls-remote", self.repository, "HEAD", tree=ROOT, timeout=TIMEOUT))
 
 
 def _applies(conditions: list[tuple[str, bool]], machine: str) -> bool:

@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shlex
 import subprocess
@@ -412,7 +413,7 @@ def results_folder() -> Path:
 def _provenance(device: Any, plan: Plan) -> dict[str, Any]:
     import torch
 
-    commit = _output(["git", "-C", str(build.PACKAGE), "rev-parse", "HEAD"])
+    commit = _git("rev-parse", "HEAD")
     properties = torch.cuda.get_device_properties(device)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -477,16 +478,32 @@ def _driver(device: Any) -> str | None:
 
 
 def _dirty() -> bool | None:
-    status = _output(
-        ["git", "-C", str(build.PACKAGE), "status", "--porcelain", "--", str(build.PACKAGE)]
-    )
+    status = _git("status", "--porcelain", "--untracked-files=all", "--", str(build.PACKAGE))
     return None if status is None else bool(status)
 
 
-def _output(command: list[str]) -> str | None:
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout: no setting of the user's changes it, nor does a hook around
+    us that names another repository. None where the package is installed without its checkout."""
+    root = build.checkout()
+    if root is None:
+        return None
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    apart = {
+        "HOME": os.devnull, "XDG_CONFIG_HOME": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_CEILING_DIRECTORIES": str(root.parent),
+    }  # fmt: skip
+    command = ["git", "-c", f"safe.directory={root}", "-c", "core.excludesFile=/dev/null"]
+    return _output([*command, "-C", str(root), *arguments], kept | apart)
+
+
+def _output(command: list[str], environment: dict[str, str] | None = None) -> str | None:
     """What a command prints, None where it cannot be had."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

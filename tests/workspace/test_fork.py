@@ -17,7 +17,8 @@ from workspace import release as releases_module
 from workspace.bench import variants
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch
-from workspace.fork_tree import APPLIED, git
+from workspace.fork_tree import APPLIED
+from workspace.git import git
 from workspace.pins import Release, load
 from workspace.release import link
 from workspace.release import tree as release_tree

@@ -27,7 +27,7 @@ from tests.workspace.conftest import BINARIES, UNREACHABLE, Checkout, still_runn
 from tests.workspace.test_dev import mounted
 from workspace import build_log, fork_build, upstream_sources
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.paths import ROOT
 from workspace.pins import Device, load
 from workspace.release import selected, tree

@@ -14,7 +14,7 @@ import pytest
 from tests.workspace.conftest import wheel_bytes
 from workspace import bootstrap, install
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.paths import ROOT
 from workspace.release import tree
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from workspace import patch_queue
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.patch_queue import Patch, identity
 
 AUTHOR = ("Ada Q. Öhm, Jr.", "ada@example.invalid", "Mon, 23 Nov 2026 09:00:00 +0530")

@@ -15,7 +15,7 @@ from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
 from workspace.errors import WorkspaceError
 from workspace.fork import upstream_tag
-from workspace.fork_tree import git, git_bytes
+from workspace.git import git, git_bytes
 from workspace.paths import STATE
 from workspace.pins import load
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from workspace import fork_tree, release
 from workspace.bootstrap import lock_files
 from workspace.errors import WorkspaceError
+from workspace.git import git
 from workspace.paths import KERNELS, LOCKS, ROOT
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -102,7 +103,7 @@ def git_state(folder: Path) -> GitState:
     Raises:
         WorkspaceError: there is none, or git cannot read it.
     """
-    commit = fork_tree.git("rev-parse", "HEAD", tree=folder).strip()
+    commit = git("rev-parse", "HEAD", tree=folder).strip()
     return GitState(commit=commit, dirty=bool(fork_tree.uncommitted(folder)))
 
 

@@ -33,15 +33,8 @@ from workspace.bundle.packages import Choice
 from workspace.errors import WorkspaceError
 from workspace.fetch import fetch, listing, sha256
 from workspace.files import new_folder, remove_partial, write_file
-from workspace.fork_tree import (
-    APPLIED,
-    PATCHES_KEY,
-    VERSION_KEY,
-    ForkState,
-    git,
-    shown,
-    uncommitted,
-)
+from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, shown, uncommitted
+from workspace.git import git
 from workspace.lock import Entry, locked
 from workspace.paths import LOCKS, ROOT, lock_path
 from workspace.pins import Artifact, Uv, load

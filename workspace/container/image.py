@@ -23,7 +23,7 @@ from workspace.container.docker import architecture, docker, inspect, show
 from workspace.container.docker import labels as labels_of
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
-from workspace.fork_tree import git
+from workspace.git import git
 from workspace.paths import ROOT, STATE
 
 DOCKERFILE = ROOT / ".devcontainer" / "Dockerfile"

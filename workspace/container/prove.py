@@ -18,7 +18,7 @@ from pathlib import Path
 
 from workspace.container.restore import PLACE, RECORD, files_as_they_are
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import git
+from workspace.git import git
 
 IMPORT = """
 import json, time

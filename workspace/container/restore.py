@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from workspace.errors import WorkspaceError
-from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY, git, git_bytes
+from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY
+from workspace.git import git, git_bytes
 
 PLACE = Path("/workspaces/vllm-kernels")
 RECORD = Path("/opt/vllm-kernels/snapshot")
