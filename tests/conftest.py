@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from workspace import git
 from workspace.container import docker
 from workspace.errors import WorkspaceError
 
@@ -54,6 +55,23 @@ def _engine_missing() -> str | None:
     return None if os.geteuid() == 0 else "debootstrap needs root"
 
 
+def pytest_configure() -> None:
+    """The git that tests call themselves heeds neither a hook around us nor anybody's settings."""
+    git.forget_surroundings()
+    os.environ |= {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_CONFIG_COUNT": "3",
+        "GIT_CONFIG_KEY_0": "core.attributesFile",
+        "GIT_CONFIG_VALUE_0": os.devnull,
+        "GIT_CONFIG_KEY_1": "core.excludesFile",
+        "GIT_CONFIG_VALUE_1": os.devnull,
+        "GIT_CONFIG_KEY_2": "safe.directory",  # a CI may check out as somebody else
+        "GIT_CONFIG_VALUE_2": "*",
+    }
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what the machine cannot run, with the reason."""
     checks = (("gpu", _gpu_missing), ("nvcc", _nvcc_missing), ("container", _engine_missing))
@@ -62,13 +80,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reason = missing() if marked else None
         for item in marked if reason else []:
             item.add_marker(pytest.mark.skip(reason=f"needs {NEEDED[mark]}: {reason}"))
-
-
-@pytest.fixture(autouse=True)
-def _no_git_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run under a git hook, tests must not talk to the repository of that hook."""
-    names = subprocess.run(
-        ["git", "rev-parse", "--local-env-vars"], capture_output=True, text=True, check=True
-    )
-    for name in names.stdout.split():
-        monkeypatch.delenv(name, raising=False)

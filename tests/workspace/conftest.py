@@ -85,6 +85,7 @@ FetchContent_MakeAvailable(numbers)
         'extern "C" int third() { return kernel == nullptr ? 0 : 3; }\n'
     ),
     "rust/lib.rs": "fn main() {}\n",
+    "tools/start.bat": "@echo off\r\nrem\ttwo \r\n",
 }
 BINARIES = {
     "vllm/_C.abi3.so": b"\x7fELF not really" * 5000,
@@ -309,7 +310,7 @@ def clean_environment() -> dict[str, str]:
         ASKED,
         SELECTED,
     )
-    kept = {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("GIT_")}
+    kept = {k: v for k, v in os.environ.items() if k not in drop}
     return kept | {"DEVICE": "cpu", "PYTHON": BASE_PYTHON}
 
 
@@ -335,6 +336,91 @@ def ready_checkout(_ready: Checkout) -> Iterator[Checkout]:
     _ready.git("clean", "-qfd")
     result = _ready.make("dev", "FORCE=1")
     assert result.returncode == 0, result.stdout
+
+
+NASTY = {
+    "core": ["autocrlf = true", "eol = crlf", "safecrlf = true", "quotePath = false",
+             "attributesFile = {}/attributes", "excludesFile = {}/ignore", "hooksPath = {}/hooks",
+             "fsmonitor = {}/fails", "pager = {}/fails", "editor = {}/fails", "abbrev = 40",
+             "commentChar = %", "ignoreCase = true", "whitespace = cr-at-eol"],
+    "commit": ["gpgSign = true", "template = {}/fails", "cleanup = scissors"],
+    "tag": ["gpgSign = true", "sort = -refname"],
+    "gpg": ["program = {}/fails"],
+    "i18n": ["commitEncoding = latin1", "logOutputEncoding = latin1"],
+    "init": ["templateDir = {}/template", "defaultObjectFormat = sha256", "defaultBranch = odd"],
+    "diff": ["external = {}/fails", "noprefix = true", "mnemonicPrefix = true", "context = 9",
+             "interHunkContext = 5", "renames = false", "algorithm = patience", "relative = true",
+             "orderFile = {}/ignore", "suppressBlankEmpty = true", "ignoreSubmodules = all"],
+    'diff "nasty"': ["textconv = {}/fails", "command = {}/fails"],
+    'filter "nasty"': ["clean = tr a-z b-za", "smudge = tr b-za a-z", "required = true"],
+    "status": ["showUntrackedFiles = no", "short = true", "branch = true", "renames = copies"],
+    "log": ["showSignature = true", "date = iso", "decorate = full", "showRoot = false"],
+    "format": ["pretty = oneline"],
+    "color": ["ui = always", "diff = always"],
+    "column": ["ui = always"],
+    "apply": ["whitespace = error-all", "ignoreWhitespace = change"],
+    "merge": ["conflictStyle = diff3", "renormalize = true", "renames = false"],
+    "rebase": ["missingCommitsCheck = error", "autoSquash = true", "updateRefs = true",
+               "instructionFormat = %B", "autoStash = true"],
+    "rerere": ["enabled = true"],
+    "submodule": ["recurse = true"],
+    "protocol": ["allow = never"],
+    "safe": ["bareRepository = explicit"],
+    "workspace": ["version = 9.9.9", "patches = none"],
+}  # fmt: skip
+"""Settings by which git answers, writes or looks otherwise, or does not work at all."""
+
+
+def nasty_settings(folder: Path) -> dict[str, str]:
+    """The variables of a user, and of a hook around, whose git settings would break everything;
+    what they name is in `folder`."""
+    home, other = folder / "home", folder / "other"
+    for place in (home / ".config/git", home / "hooks", home / "template/hooks", other):
+        place.mkdir(parents=True)
+    sections = (f"[{name}]\n\t" + "\n\t".join(lines) for name, lines in NASTY.items())
+    text = "\n".join(sections).replace("{}", str(home))
+    (home / "nasty").write_text(text)
+    person = "\n[user]\n\tname = Jo Doe\n\temail = jo@example.invalid\n"
+    (home / ".gitconfig").write_text(text + person)
+    attributes = "* text=auto eol=crlf ident filter=nasty diff=nasty whitespace\n*.bat text\n"
+    for name in ("attributes", ".config/git/attributes"):
+        (home / name).write_text(attributes)
+    for name in ("ignore", ".config/git/ignore"):
+        (home / name).write_text("*\n")
+    (home / "fails").write_text("#!/bin/sh\nexit 1\n")
+    (home / "fails").chmod(0o755)
+    for name in (
+        "pre-commit",
+        "commit-msg",
+        "post-checkout",
+        "pre-rebase",
+        "reference-transaction",
+    ):
+        for hooks in ("hooks", "template/hooks"):
+            shutil.copy(home / "fails", home / hooks / name)
+    plain = {name: os.environ[name] for name in ("PATH",)} | {"HOME": str(folder)}
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another repository"]):
+        identity = ["-c", "user.name=U", "-c", "user.email=u@example.invalid"]
+        subprocess.run(["git", *identity, *words], cwd=other, env=plain, check=True)
+    return {
+        "HOME": str(home),
+        "GIT_CONFIG_SYSTEM": str(home / "nasty"),
+        "GIT_CONFIG_GLOBAL": str(home / ".gitconfig"),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "core.abbrev",
+        "GIT_CONFIG_VALUE_0": "39",
+        "GIT_DIR": str(other / ".git"),
+        "GIT_WORK_TREE": str(other),
+        "GIT_INDEX_FILE": str(other / ".git/index"),
+        "GIT_OBJECT_DIRECTORY": str(other / ".git/objects"),
+        "GIT_PREFIX": "vllm/",
+        "GIT_DEFAULT_HASH": "sha256",
+        "GIT_EXTERNAL_DIFF": str(home / "fails"),
+        "GIT_DIFF_OPTS": "--unified=9",
+        "GIT_LITERAL_PATHSPECS": "1",
+        "GIT_COMMITTER_DATE": "2001-01-01T00:00:00Z",
+        "GIT_TEMPLATE_DIR": str(home / "template"),
+    }
 
 
 def still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:

@@ -20,7 +20,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import SOURCES, Checkout, copy_checkout, sdist_bytes
+from tests.workspace.conftest import (
+    SOURCES,
+    Checkout,
+    blob,
+    copy_checkout,
+    nasty_settings,
+    sdist_bytes,
+)
 from workspace.pins import load
 
 OLD = load().vllm.default
@@ -92,8 +99,8 @@ def status(fork: Checkout) -> dict:
     return json.loads(result.stdout)
 
 
-def succeed(fork: Checkout, *arguments: str) -> str:
-    result = fork.make(*arguments)
+def succeed(fork: Checkout, *arguments: str, **env: str) -> str:
+    result = fork.make(*arguments, **env)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -158,12 +165,16 @@ def test_status_needs_no_environment_and_is_quick(fork: Checkout) -> None:
     assert min(times) < 0.9
 
 
-def test_diff_shows_commits_edits_and_new_files_and_can_be_applied(fork: Checkout) -> None:
+def test_diff_shows_commits_edits_and_new_files_and_can_be_applied(
+    fork: Checkout, tmp_path: Path
+) -> None:
+    """Whatever the user's own git is set up to show."""
     commit(fork, "vllm/mine.py", "mine = 1\n", "Mine")
     (fork.src / "vllm/kept.py").write_text("edited = True\n")
     (fork.src / "vllm/fresh.py").write_text("fresh = True\n")
     command = ["make", "--no-print-directory", "fork-diff"]
-    result = subprocess.run(command, cwd=fork.root, env=fork.env, capture_output=True, check=True)
+    env = fork.env | nasty_settings(tmp_path)
+    result = subprocess.run(command, cwd=fork.root, env=env, capture_output=True, check=True)
     assert f"different from vLLM {OLD} as released: 4 files" in result.stderr.decode()
     fork.git("add", "--all")
     wanted = fork.git("write-tree")
@@ -185,19 +196,24 @@ def test_diff_leaves_the_users_index_alone(fork: Checkout) -> None:
 # --- export ---------------------------------------------------------------------------------
 
 
-def test_export_then_apply_gives_the_same_tree(fork: Checkout) -> None:
+def test_export_then_apply_gives_the_same_tree(fork: Checkout, tmp_path: Path) -> None:
+    """Whatever git settings the user has, and under a hook of another repository."""
+    nasty = nasty_settings(tmp_path)
     commit(fork, "vllm/kept.py", "mine = True\n", "First\n\nWith a body.")
     (fork.src / "vllm/binary.bin").write_bytes(bytes(range(256)))
     (fork.src / "vllm/__init__.py").rename(fork.src / "vllm/a name.py")
     (fork.src / "setup.py").chmod(0o755)
     commit(fork, "vllm/ünï.py", "x = 1\n", "Second")
     described = fork.git("log", "--format=%T %an %ae %aD %B")
-    succeed(fork, "fork-export")
+    succeed(fork, "fork-export", **nasty)
     files = sorted(path.name for path in (fork.root / "vllm-fork/patches" / OLD).iterdir())
     assert files == ["0001-add-a-line.patch", "0002-first.patch", "0003-second.patch"]
-    assert status(fork)["own_commits"] == []
+    assert "already" in succeed(fork, "fork-export")  # byte for byte what it is without them
+    (fork.src / "vllm/fresh.py").write_text("ignored = 'by the user only'\n")
+    found = json.loads(succeed(fork, "fork-status", "JSON=1", **nasty))
+    assert (found["own_commits"], found["uncommitted"]) == ([], ["?? vllm/fresh.py"])
     shutil.rmtree(fork.root / "vllm-fork/releases")
-    succeed(fork, "dev")
+    succeed(fork, "dev", **nasty)
     assert fork.git("log", "--format=%T %an %ae %aD %B") == described
     assert fork.git("status", "--porcelain") == ""
 
@@ -350,12 +366,16 @@ def test_a_tree_that_is_not_there_costs_no_environment(fork: Checkout) -> None:
 # --- rebase ---------------------------------------------------------------------------------
 
 
-def test_rebase_carries_the_commits_and_keeps_the_old_release(fork: Checkout) -> None:
-    mine = commit(fork, "vllm/mine.py", "mine = 1\n", "Mine\n\nBody.")
-    said = succeed(fork, "fork-rebase", f"VERSION={NEW}")
+def test_rebase_carries_the_commits_and_keeps_the_old_release(
+    fork: Checkout, tmp_path: Path
+) -> None:
+    mine = commit(fork, "vllm/mine.py", "mine = 1\r\n", "Mine\n\nBödy.")
+    said = succeed(fork, "fork-rebase", f"VERSION={NEW}", **nasty_settings(tmp_path))
     assert f"vllm-fork/src shows vLLM {NEW} now, with 2 commits" in said
     assert envs(fork) == "zeroth = 0\nfirst = 1\nadded = True\nsecond = 2\nthird = 3\nfourth = 4\n"
-    assert fork.git("log", "-1", "--format=%an %B") == "U Mine\n\nBody."
+    # Of the user's settings only who they are.
+    assert fork.git("log", "-1", "--format=%an, %cn %B") == "U, Jo Doe Mine\n\nBödy."
+    assert fork.git("rev-parse", "HEAD:vllm/mine.py") == blob("mine = 1\r\n")
     assert fork.git("symbolic-ref", "--short", "HEAD") == "main"
     assert fork.git("status", "--porcelain") == ""
     found = status(fork)

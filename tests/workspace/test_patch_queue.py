@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.workspace.conftest import blob, nasty_settings
 from workspace import patch_queue
 from workspace.errors import WorkspaceError
 from workspace.git import git
@@ -253,26 +253,24 @@ def test_git_applies_what_we_write(tree: Path) -> None:
     assert git("write-tree", tree=tree) == after
 
 
-@pytest.mark.parametrize(
-    "setting",
-    ["diff.noprefix=true", "diff.mnemonicPrefix=true", "diff.context=9", "core.quotePath=false",
-     "apply.whitespace=fix", "apply.ignoreWhitespace=change", "diff.algorithm=patience",
-     "diff.renames=false", "diff.interHunkContext=5", "color.ui=always", "core.autocrlf=true",
-     "i18n.logOutputEncoding=latin1", "log.showSignature=true", "diff.orderFile=order"],
-)  # fmt: skip
 def test_the_users_settings_change_nothing(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+    tree: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither those of the user, the system or a hook around us, nor those in the tree's own
+    configuration."""
     (tree / "csrc/crlf.cuh").write_bytes(b"one\r\nnew \r\n\tthree  \n")
     (tree / "vllm/über/naïve.py").write_text("größe = 2   \n")
     (tree / "empty").rename(tree / "vllm/none")
     commit(tree, "Größer\n".encode())
     before = round_trip(tree)
-    name, value = setting.split("=")
-    subprocess.run(["git", "config", name, value], cwd=tree, check=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "home").mkdir()
-    subprocess.run(["git", "config", "--global", name, value], check=True)
+    folder = tmp_path_factory.mktemp("nasty")
+    for name, value in nasty_settings(folder).items():
+        monkeypatch.setenv(name, value)
+    assert round_trip(tree) == before
+    (tree / "new.bat").write_bytes(b"rem\r\n")
+    git("add", "--all", ".", tree=tree)
+    assert git("ls-files", "-s", "new.bat", tree=tree).split()[1] == blob("rem\r\n")
+    git("config", "include.path", str(folder / "home/nasty"), tree=tree)
     assert round_trip(tree) == before
 
 
