@@ -1,5 +1,6 @@
 # The verbs of the workspace; `make help` lists them. What they do is in workspace/.
-WORKSPACE := python3 workspace/bootstrap.py
+# -E: what PYTHONPATH brings is for the engine, and must not break what judges it.
+WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
 .PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import sys
 
 from workspace import imports, release
@@ -11,6 +12,13 @@ except WorkspaceError as error:
         sys.exit(f"error: {error}")
     imports.set_python_path_aside()  # the doctor's own packages must not come from there
 
-from workspace.cli import main  # its packages are checked by now
+try:
+    from workspace.cli import main
+except ModuleNotFoundError as error:
+    if os.environ.get("ENV") == "system":
+        remedy = "give the PYTHON= that has it, or unpack a bundle made for this machine"
+    else:
+        remedy = f"rm {sys.prefix}/workspace.json && make dev"
+    sys.exit(f"error: {sys.prefix} lacks the package {error.name}; {remedy}")
 
 main()

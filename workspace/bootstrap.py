@@ -55,6 +55,13 @@ UNWANTED = (
     "TAR_OPTIONS",
 )
 """Variables of the user's under which what we start would fail or do something else."""
+OWN_PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+HOSTS_PACKAGES = (
+    "import site; user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []; "
+    "print(*user, *site.getsitepackages(), sep='\\n')"
+)
+"""All folders in which a Python looks for packages, in its order: its user's own, too, and on
+Debian those of the distribution's packages. The inventory counts what is in any of them."""
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
     "another index, and run the same command again"
@@ -336,10 +343,9 @@ def _system_environment(prefix: Path, python: str, pins: dict, bundled: list[Pat
     """
     say(f"using the packages of {python}; nothing is installed into it")
     run([python, "-m", "venv", "--without-pip", "--clear", str(prefix)], quiet=True)
-    query = "import sysconfig; p = sysconfig.get_paths(); print(p['purelib']); print(p['platlib'])"
-    host = run([python, "-c", query], quiet=True).split()
-    own = run([str(prefix / "bin" / "python"), "-c", query], quiet=True).split()[0]
-    lines = [f"import site; site.addsitedir({folder!r})" for folder in dict.fromkeys(host)]
+    own = run([str(prefix / "bin" / "python"), "-c", OWN_PACKAGES], quiet=True).splitlines()[0]
+    host = run([python, "-c", HOSTS_PACKAGES], quiet=True).splitlines()
+    lines = [f"import site; site.addsitedir({folder!r})" for folder in host]
     (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
     for requirements in bundled:
         say(f"installing the bundle's packages into {prefix.name}")

@@ -29,6 +29,7 @@ from workspace import built_from, conda, git, install, patch_queue
 from workspace.bootstrap import device, lock_files
 from workspace.errors import WorkspaceError
 from workspace.fork_tree import state
+from workspace.imports import Imports, look
 from workspace.inventory import headers, libnuma
 from workspace.lock import locked
 from workspace.paths import ROOT
@@ -72,14 +73,19 @@ def python() -> Check:
     return Check("Python", "ok", f"{version}, {Path(sys.prefix).name}")
 
 
-def packages(mode: str) -> Check:
+def packages(mode: str, seen: Imports) -> Check:
+    """What an engine would import, and whether its versions are the locked ones."""
+    if others := [one for one in seen.hidden if one.module != "vllm"]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return Check("packages", "problem", f"{others[0]}{more}", others[0].remedy)
     if mode == "system":
         text = "the host's own (ENV=system), not compared with the lock"
         return bundled_packages() or Check("packages", "note", text)
     wanted = locked(lock_files(selected(), device()))
-    wrong = [name for name, entry in wanted.items() if _installed(name) != entry.version]
+    there = seen.versions
+    wrong = [name for name, entry in wanted.items() if there.get(name) != entry.version]
     if wrong:
-        names = ", ".join(f"{name} {_installed(name) or 'missing'}" for name in sorted(wrong)[:4])
+        names = ", ".join(f"{name} {there.get(name, 'missing')}" for name in sorted(wrong)[:4])
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         return Check(
             "packages", "problem",
@@ -242,12 +248,12 @@ def gpu(release: Release) -> Check:
     return Check("GPU", "ok", text)
 
 
-def libraries(release: Release) -> Iterator[Check]:
+def libraries(release: Release, seen: Imports) -> Iterator[Check]:
     """torch, triton and cupy at the pinned versions."""
     for name, wanted in (
         ("torch", release.torch), ("triton", release.triton), (release.cupy_package, release.cupy)
     ):  # fmt: skip
-        found = _installed(name)
+        found = seen.versions.get(name)
         good = found is not None and found.split("+")[0] == wanted
         yield Check(
             name.split("-")[0],
@@ -274,7 +280,10 @@ def cpu_library(there: set[str]) -> str:
     return "_C_AVX2.abi3.so"
 
 
-def vllm() -> Check:
+def vllm(seen: Imports) -> Check:
+    for one in seen.hidden:
+        if one.module == "vllm":
+            return Check("vLLM", "problem", f"not from our fork: {one}", one.remedy)
     version = _installed("vllm")
     if version is None:
         return Check("vLLM", "problem", "not installed", "make dev")
@@ -385,16 +394,16 @@ def tools() -> Check:
 
 def checks(mode: str) -> list[Check]:
     """Every check; one that breaks is itself a problem, not the end of the others."""
-    release = load().release()
+    release, seen = load().release(), look(tree())
     steps: dict[str, Callable[[], Check | Iterator[Check]]] = {
         "Python": python,
-        "packages": lambda: packages(mode),
+        "packages": lambda: packages(mode, seen),
         **({"conda": conda_packages} if mode == "conda" else {}),
         "tools": tools,
         "CUDA": lambda: tool_chain(release, mode),
         "GPU": lambda: gpu(release),
-        "libraries": lambda: libraries(release),
-        "vLLM": vllm,
+        "libraries": lambda: libraries(release, seen),
+        "vLLM": lambda: vllm(seen),
         "fork": fork_state,
         "binaries": binaries,
         "kernels": kernels,

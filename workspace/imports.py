@@ -7,13 +7,15 @@ site-packages and the folder in which Python starts; a .pth file, a sitecustomiz
 editable install can do the same. All of it is left as it is (a plugin of the user's may come that
 way) as long as it hides nothing of ours.
 
-Standard library only: `python -m workspace` asks here before it imports any package.
+Standard library only, and little of it: `python -m workspace` asks here before it imports anything
+that a user's file could hide.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
-import json
 import os
 import re
 import site
@@ -85,7 +87,7 @@ def look(vllm: Path, environment: Mapping[str, str] | None = None) -> Imports:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise WorkspaceError(f"Python does not start as the engine's would: {reason}")
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = ast.literal_eval(done.stdout.splitlines()[-1])
     return Imports(
         files=told["files"],
         versions=told["versions"],
@@ -234,12 +236,11 @@ def main() -> None:
     for name in ("vllm", "custom_kernels"):
         if places := _places(name):
             files[name] = str(places[0] / "__init__.py")
-    told = {
-        "files": files,
-        "versions": _versions(),
-        "hidden": [asdict(one) for one in hidden(Path(sys.argv[1]))],
-    }
-    print(json.dumps(told))
+    versions = {}
+    with contextlib.suppress(Exception):  # where a module of Python's own is hidden
+        versions = _versions()
+    found = [asdict(one) for one in hidden(Path(sys.argv[1]))]
+    print({"files": files, "versions": versions, "hidden": found})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import Checkout
-from workspace import inventory, unbundle
+from tests.workspace.conftest import BASE_PYTHON, Checkout
+from workspace import bootstrap, inventory, unbundle
 from workspace.bundle import host
 from workspace.errors import WorkspaceError
 
@@ -103,3 +103,29 @@ def test_headers_are_seen_where_a_compiler_would_see_them(
     assert inventory.headers() is None
     (tmp_path / "Python.h").touch()
     assert inventory.headers() == str(tmp_path)
+
+
+def test_what_the_inventory_counts_is_what_set_up_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packages in the user's own folder, say, and in a distribution's."""
+    monkeypatch.setenv("PYTHONUSERBASE", str(tmp_path / "user"))
+    monkeypatch.delenv("PYTHONNOUSERSITE", raising=False)
+    query = (
+        "import site, json, inventory; print(json.dumps([site.USER_SITE, inventory.packages()]))"
+    )
+
+    def packages(python: str) -> tuple[str, dict[str, dict]]:
+        command = [python, "-c", query]
+        folder = Path(inventory.__file__).parent
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return json.loads(said.stdout)
+
+    user_site, _ = packages(BASE_PYTHON)
+    installed = Path(user_site) / "torch-2.11.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    bootstrap._system_environment(tmp_path / "overlay", BASE_PYTHON, {}, [])
+    counted = packages(BASE_PYTHON)[1]
+    assert counted["torch"]["version"] == "2.11.0"
+    assert packages(str(tmp_path / "overlay/bin/python"))[1] == counted
