@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from workspace import conda, git, index, release  # noqa: E402
-from workspace.errors import WorkspaceError  # noqa: E402
+from workspace.errors import WorkspaceError, told_in_one_line  # noqa: E402
 from workspace.files import write_file  # noqa: E402
 from workspace.paths import MACHINE, PINS, STATE, cache_folder, lock_path  # noqa: E402
 
@@ -547,12 +547,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line(STATE):
         sys.exit(main(sys.argv[1:]))
-    except WorkspaceError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        sys.exit(f"error: {reason}: {error.filename or STATE}; mend that and run the command again")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from workspace.bootstrap import LOCK_VARIABLE, device, say
-from workspace.errors import WorkspaceError
+from workspace.errors import WorkspaceError, told_in_one_line
 from workspace.paths import KERNELS, ROOT
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -28,6 +28,12 @@ def option(variable: str, help_text: str) -> Any:
 
 
 Text = str | None
+
+
+def run_tool(command: list[str]) -> int:
+    """Run a program in the checkout; its exit status, of one that a signal ended as in a shell."""
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    return status if status >= 0 else 128 - status
 
 
 def fork_and_engine(*, renew: bool = False) -> None:
@@ -207,7 +213,7 @@ def bench_kernels(
     for flag, value in (("--backend", backend), ("--dtype", dtype), ("--seconds", seconds)):
         command += [flag, value] if value else []
     command += ["--tune"] if tune == "1" else []
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    raise typer.Exit(run_tool(command))
 
 
 @app.command()
@@ -221,7 +227,7 @@ def inspect(
     command = [sys.executable, "-m", "custom_kernels.inspection", *_words(k)]
     command += ["--arch", arch] if arch else []
     command += ["--json"] if json else []
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    raise typer.Exit(run_tool(command))
 
 
 @app.command("new-kernel")
@@ -271,7 +277,7 @@ def compare(
         raise WorkspaceError("name two records: make compare A=before.json B=after.json")
     install.install_kernels()
     command = [sys.executable, "-m", "custom_kernels.compare", a, b]
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    raise typer.Exit(run_tool(command))
 
 
 @app.command()
@@ -295,7 +301,7 @@ def profile(
     }  # fmt: skip
     for flag, value in given.items():
         command += [flag, value] if value else []
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    raise typer.Exit(run_tool(command))
 
 
 def _operations() -> list[str]:
@@ -343,7 +349,7 @@ def run_tests(
     else:  # tests compile what they load, where it is not there yet
         install_package()
     command = [sys.executable, "-m", "pytest", "-q", *selection(k)]
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = run_tool(command)
     if status == 5:
         raise WorkspaceError(f"no test matches K={k}")
     raise typer.Exit(status)
@@ -386,7 +392,7 @@ def lint() -> None:
     """Run every pre-commit hook over all files."""
     install_package()
     command = [sys.executable, "-m", "pre_commit", "run", "--all-files"]
-    raise typer.Exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+    raise typer.Exit(run_tool(command))
 
 
 @app.command()
@@ -401,14 +407,10 @@ def lock(
 
 
 def main() -> None:
-    try:
-        app(standalone_mode=True)
-    except WorkspaceError as error:
-        sys.exit(f"error: {error}")
-    except SystemExit as end:
-        if end.code == 130:  # Typer's answer to Ctrl-C
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(f"error: {error.strerror or error}{where}; mend that and run the command again")
+    with told_in_one_line():
+        try:
+            app(standalone_mode=True)
+        except SystemExit as end:
+            if end.code == 130:  # Typer's answer to Ctrl-C
+                print("interrupted; run the same command again to go on", file=sys.stderr)
+            raise

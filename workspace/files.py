@@ -61,7 +61,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
+        # A closed pipe is not about the folder: nobody reads what we print.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise WorkspaceError(_cannot_write(path, error)) from error
         raise
 

@@ -16,6 +16,7 @@ import importlib.util
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -510,4 +511,5 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> st
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
     sys.exit(main())

@@ -17,6 +17,7 @@ answers it. Tolerances are those of the cases.
 import argparse
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -261,5 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
     # Under its own name, so that it is one module with the one that others import.
     sys.exit(import_module("custom_kernels.checking").main())

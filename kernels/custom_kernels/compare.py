@@ -13,6 +13,7 @@ ratio is custom / stock. Needs neither torch nor a GPU. Exits with 1 if a file c
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -305,4 +306,5 @@ def _coloured(word: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
     sys.exit(main())

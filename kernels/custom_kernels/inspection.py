@@ -28,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -837,5 +838,6 @@ def _why_nothing(operation: str, backend: str, wanted: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
     # Under its own name, so that a backend's Specialization is the one known here.
     sys.exit(importlib.import_module("custom_kernels.inspection").main())

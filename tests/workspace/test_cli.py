@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from workspace import cli
-from workspace.errors import WorkspaceError
+from workspace.errors import CLOSED_PIPE, WorkspaceError, told_in_one_line
+from workspace.files import new_folder
 from workspace.paths import ROOT
 
 
@@ -55,3 +59,42 @@ def test_the_operations_are_known_before_anything_is_installed() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+RECORD = "benchmarks/kernels/gemm-h200.json"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["workspace/bootstrap.py", "fork-status"],
+        ["workspace/bootstrap.py", "fork-diff"],
+        ["-m", "workspace", "compare", "--help"],
+        ["-m", "workspace", "inspect", "--json"],
+        ["-m", "custom_kernels.compare", RECORD, RECORD],
+    ],
+    ids=lambda words: words[-1] if words[-1] != RECORD else "compare",
+)
+def test_a_reader_that_leaves_ends_a_verb_without_a_word(command: list[str]) -> None:
+    """As in `make fork-status | head -3`."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    env = os.environ | {"K": "gemm.reference"}  # has no kernels, so nothing is compiled
+    process = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT, env=env, stdout=writes, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(writes)
+    assert [line for line in process.stderr.splitlines() if not line.startswith("· ")] == []
+    assert process.returncode in (1, CLOSED_PIPE, -signal.SIGPIPE)  # 1 is Typer's
+
+
+def test_another_pipe_that_breaks_is_told() -> None:
+    with pytest.raises(SystemExit, match=r"^error: it: Broken pipe"), told_in_one_line():
+        raise BrokenPipeError("it: Broken pipe")
+
+
+def test_a_closed_pipe_is_not_blamed_on_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), new_folder(tmp_path / "new"):
+        raise BrokenPipeError
+    assert list(tmp_path.iterdir()) == []
