@@ -28,7 +28,7 @@ from workspace.bootstrap import say
 from workspace.errors import WorkspaceError
 from workspace.files import write_file
 from workspace.fork_tree import shown
-from workspace.git import git
+from workspace.git import fetching, git
 from workspace.inventory import headers
 from workspace.paths import STATE
 from workspace.pins import Device, load
@@ -217,6 +217,7 @@ def prepare(device: Device, archs: str | None) -> Build:
         cache[f"CMAKE_{language}_COMPILER_LAUNCHER"] = str(launcher)
     environment = {
         **os.environ,
+        **fetching(),
         **local,
         "CUDA_HOME": str(home),
         "PATH": os.pathsep.join([f"{home}/bin", os.environ["PATH"]]),

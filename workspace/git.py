@@ -9,8 +9,8 @@ the tree is stored; what would change an answer is overruled by SETTINGS.
 A file that only the user's own ignore file names is therefore uncommitted work here. It is in the
 tree: it must not get lost with it, nor may a record call that tree clean.
 
-The user's own settings are asked for in two cases only: who commits (`committer`), and whether a
-server can be reached (`as_user`). The git they run in a tree themselves stays as they set it up.
+The user's own settings are asked for where they commit (`committer`) and where something is fetched
+(`as_user`, `fetching`). The git they run in a tree themselves stays as they set it up.
 
 Standard library only: `make clean` needs git when there is no environment.
 """
@@ -156,6 +156,17 @@ def as_user(*arguments: str, tree: Path, timeout: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return result.stdout.decode(errors="surrogateescape") if result.returncode == 0 else ""
+
+
+def fetching() -> dict[str, str]:
+    """Variables for a program that fetches with the user's git, whose proxies and rewrites count:
+    what it fetches arrives as it is in the repository."""
+    first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
+    found = {"GIT_CONFIG_COUNT": str(first + len(SETTINGS)), "GIT_ATTR_NOSYSTEM": "1"}
+    for number, setting in enumerate(SETTINGS, first):
+        name, value = setting.split("=", 1)
+        found |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return found
 
 
 def committer(tree: Path) -> dict[str, str]:

@@ -49,11 +49,10 @@ def snapshot(tree: Path, bare: Path) -> str:
     (bare / "info").mkdir(exist_ok=True)
     (bare / "objects" / "info").mkdir(exist_ok=True)
     (bare / "objects" / "info" / "alternates").write_text(f"{common / 'objects'}\n")
-    for name, source in (
-        ("info/exclude", common),
-        ("shallow", common),
-        ("index", _folder(tree, "--git-dir")),
-    ):
+    own = _folder(tree, "--git-dir")
+    # With the setting core.splitIndex of the user's, the index is in two files.
+    shared = [(path.name, own) for path in own.glob("sharedindex.*")]
+    for name, source in (("info/exclude", common), ("shallow", common), ("index", own), *shared):
         if (source / name).exists():
             shutil.copy(source / name, bare / name)
     place = {"GIT_DIR": str(bare), "GIT_WORK_TREE": str(tree)}

@@ -224,7 +224,10 @@ def test_a_variable_that_points_nowhere_is_one_error(
 
 
 def test_a_source_within_reach_is_fetched_once(fresh: Checkout, tmp_path: Path) -> None:
-    """A repository that git is told to take instead; then it is gone, and nothing is missing."""
+    """A repository that git is told to take instead; then it is gone, and nothing is missing.
+
+    The user's git settings change no file of it, nor does a hook around us.
+    """
     checkout = fresh
     repository = tmp_path / "numbers.git"
     repository.mkdir()
@@ -232,7 +235,15 @@ def test_a_source_within_reach_is_fetched_once(fresh: Checkout, tmp_path: Path) 
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", "one"]):
         identity = ["-c", "user.name=U", "-c", "user.email=u@example.invalid"]
         subprocess.run(["git", *identity, *words], cwd=repository, check=True)
+    nasty = tmp_path / "attributes"
+    nasty.write_text("* filter=nasty\n")
+    (tmp_path / "gitconfig").write_text(
+        f"[core]\n\tattributesFile = {nasty}\n\thooksPath = {tmp_path}\n"
+        '[filter "nasty"]\n\tsmudge = false\n\trequired = true\n'
+    )
     rewritten = {
+        "GIT_CONFIG_GLOBAL": str(tmp_path / "gitconfig"),
+        "GIT_DIR": str(tmp_path),
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
         "GIT_CONFIG_VALUE_0": UNREACHABLE,

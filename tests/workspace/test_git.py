@@ -12,7 +12,7 @@ import pytest
 from custom_kernels import bench as kernel_bench
 
 from tests.workspace.conftest import nasty_settings
-from workspace import git, unbundle
+from workspace import git, repository, unbundle
 from workspace.bench import pristine, provenance
 from workspace.paths import KERNELS, ROOT
 
@@ -77,6 +77,14 @@ def test_the_pristine_release_is_unpacked_as_it_was(tree: Path, tmp_path: Path) 
     made = pristine.make_tree(tree, tmp_path / "pristine")
     assert (made / "vllm" / "__init__.py").read_bytes() == b"one = 1\r\n"
     assert sorted(path.name for path in (made / "vllm").iterdir()) == ["_C.so", "__init__.py"]
+
+
+def test_a_tree_whose_index_is_split_can_be_packed(tree: Path, tmp_path: Path) -> None:
+    git.git("update-index", "--split-index", tree=tree)
+    (tree / "vllm" / "mine.py").write_text("x = 1\n")
+    made = repository.snapshot(tree, tmp_path / "bare")
+    names = git.git("ls-tree", "-r", "--name-only", made, tree=tmp_path / "bare").split()
+    assert names == [".gitignore", "vllm/__init__.py", "vllm/mine.py"]
 
 
 def test_the_users_own_git_in_a_tree_stays_theirs(tree: Path) -> None:
