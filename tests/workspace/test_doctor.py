@@ -12,6 +12,7 @@ import pytest
 from custom_kernels import build
 
 from workspace import doctor, install
+from workspace.imports import Imports, look
 from workspace.paths import LOCKS, ROOT
 from workspace.pins import load
 from workspace.release import selected, tree
@@ -20,6 +21,11 @@ VERSION = selected()
 needs_dev = pytest.mark.skipif(
     not (Path(sys.prefix) / f"workspace-{VERSION}.json").exists(), reason="run make dev first"
 )
+
+
+@pytest.fixture(scope="module")
+def seen() -> Imports:
+    return look(tree())
 
 
 def row(rows: list[doctor.Check], name: str) -> doctor.Check:
@@ -63,11 +69,13 @@ def test_the_library_for_this_cpu_is_the_one_that_vllm_loads(
 
 
 @needs_dev
-def test_a_cpu_that_cannot_run_the_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_cannot_run_the_engine_is_named(
+    monkeypatch: pytest.MonkeyPatch, seen: Imports
+) -> None:
     if platform.machine() != "x86_64" or doctor.device() != "cpu":
         pytest.skip("of x86_64 CPUs, where vLLM runs on the CPU")
     monkeypatch.setattr(doctor, "cpu_flags", lambda: {"sse4_2"})
-    check = doctor.vllm()
+    check = doctor.vllm(seen)
     assert check.status == "problem"
     assert "AVX2" in check.detail
 
@@ -101,12 +109,14 @@ def test_a_mixed_tool_chain_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     assert next(iter(doctor.tool_chain(release, "system"))).status == "note"
 
 
-def test_a_package_off_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_off_the_lock_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: Imports
+) -> None:
     changed = tmp_path / "lock.txt"
     text = (LOCKS / f"vllm-{VERSION}.txt").read_text()
     changed.write_text(text.replace(f"triton=={load().release().triton}", "triton==0.0.1"))
     monkeypatch.setattr(doctor, "lock_files", lambda _pins, _device: [changed])
-    check = doctor.packages("uv")
+    check = doctor.packages("uv", seen)
     assert check.status == "problem"
     assert "triton" in check.detail
 
@@ -117,11 +127,11 @@ def test_a_package_off_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     [({}, "binaries missing"), ({"device": "cuda", "files": {}}, "not cpu")],
 )
 def test_wrong_binaries_are_a_problem(
-    monkeypatch: pytest.MonkeyPatch, manifest: dict[str, object], says: str
+    monkeypatch: pytest.MonkeyPatch, seen: Imports, manifest: dict[str, object], says: str
 ) -> None:
     monkeypatch.setattr(install, "read_manifest", lambda: manifest)
     monkeypatch.setattr(doctor, "device", lambda: "cpu")
-    check = doctor.vllm()
+    check = doctor.vllm(seen)
     assert (check.status, check.remedy) == ("problem", "make dev")
     assert says in check.detail
 
@@ -137,7 +147,7 @@ def test_an_uncommitted_edit_is_counted() -> None:
 
 
 def test_a_check_that_breaks_is_a_problem_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> doctor.Check:
+    def broken(_seen: Imports) -> doctor.Check:
         raise RuntimeError("as if the driver had gone")
 
     monkeypatch.setattr(doctor, "vllm", broken)
