@@ -61,9 +61,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_record_names_the_trees_own_commit_and_every_file_that_is_not_in_it(tree: Path) -> None:
     commit = (tree / ".git/refs/tags/upstream/1.0").read_text().strip()
-    assert provenance.fork_state(tree / "vllm") == provenance.GitState(commit=commit, dirty=False)
+    assert provenance.git_state(tree) == provenance.GitState(commit=commit, dirty=False)
     (tree / "vllm" / "mine.cu").write_text("ignored by the user's own settings only\n")
-    assert provenance.fork_state(tree / "vllm") == provenance.GitState(commit=commit, dirty=True)
+    assert provenance.git_state(tree) == provenance.GitState(commit=commit, dirty=True)
 
 
 def test_a_kernel_record_names_this_checkouts_commit(tree: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_kernel_record_names_this_checkouts_commit(tree: Path) -> None:
 
 def test_the_pristine_release_is_unpacked_as_it_was(tree: Path, tmp_path: Path) -> None:
     (tree / "vllm" / "mine.py").write_text("ignored by the user's own settings only\n")
-    made = pristine.make_tree(tree, tmp_path / "pristine")
+    made = pristine.make_tree(tree, tmp_path / "pristine", "upstream/1.0", pinned="")
     assert (made / "vllm" / "__init__.py").read_bytes() == b"one = 1\r\n"
     assert sorted(path.name for path in (made / "vllm").iterdir()) == ["_C.so", "__init__.py"]
 
