@@ -24,6 +24,8 @@ from pypi_simple import (
 )
 from pypi_simple.errors import UnparsableFilenameError, UnsupportedRepoVersionError
 from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase, HTTPBasicAuth
+from requests.utils import get_auth_from_url, get_netrc_auth
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -70,13 +72,34 @@ def listing(project: str) -> list[Listed]:
     ]
 
 
+class _Credentials(AuthBase):
+    """The index's user and password, wherever it links to a file of its own host; for another host
+    those that its address or .netrc has, as pip does it."""
+
+    def __init__(self) -> None:
+        self.known = index.credentials()
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        assert request.url
+        place = index.origin(request.url)
+        own = self.known.get(place) if place else None
+        user, password = own or get_auth_from_url(request.url)
+        netrc = None if password else get_netrc_auth(request.url)
+        if netrc and user in ("", netrc[0]):
+            user, password = netrc
+        if not (user or password):
+            return request
+        return HTTPBasicAuth(user.encode(), password.encode())(request)
+
+
 def _client() -> PyPISimple:
     session = requests.Session()
+    session.auth = _Credentials()
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
     # requests takes REQUESTS_CA_BUNDLE before this; of pip's and uv's settings it knows nothing.
     session.verify = index.certificate() or True
-    return PyPISimple(index.index_url() or PYPI_SIMPLE_ENDPOINT, session=session)
+    return PyPISimple(index.address() or PYPI_SIMPLE_ENDPOINT, session=session)
 
 
 def _progress() -> Progress:
@@ -141,8 +164,8 @@ def _clear_errors(project: str, what: str, otherwise: str = "") -> Iterator[None
         ValueError,
     ) as error:
         raise WorkspaceError(
-            f"the address set as package index does not answer like one ({error}); check "
-            "UV_DEFAULT_INDEX or pip's index-url"
+            f"the address set as package index does not answer like one ({index.hide(str(error))}); "
+            "check UV_DEFAULT_INDEX or pip's index-url"
         ) from None
 
 

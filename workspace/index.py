@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+
+from workspace.errors import WorkspaceError
 
 SYSTEM_CONFIG = Path("/etc/pip.conf")
 UV_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_CONFIG_FILE")
+HIDDEN = "****"
+Origin = tuple[str, str, int | None]
 
 
 def _pip_config_files() -> list[Path]:
@@ -48,13 +54,92 @@ def _pip_setting(name: str) -> str:
     return ""
 
 
-def index_url() -> str | None:
-    """The index to ask, or None where the user set none (the tools' own default)."""
+def _named(text: str) -> tuple[str, str]:
+    """Name and address of an index: uv allows `name=address`, and an address may have a `=`."""
+    found = re.match(r"([\w.-]+)=", text)
+    return (found[1], text[found.end() :]) if found else ("", text)
+
+
+def _main_index() -> tuple[str, str]:
     for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"):
         if os.environ.get(variable):
-            # uv allows name=address.
-            return os.environ[variable].split("=", 1)[-1]
-    return _pip_setting("index-url").strip() or None
+            return _named(os.environ[variable])
+    return "", _pip_setting("index-url").strip()
+
+
+def index_url() -> str | None:
+    """The index to ask as the user wrote it, which may be with a password, or None where the user
+    set none (the tools' own default)."""
+    return _main_index()[1] or None
+
+
+def _parts(url: str) -> SplitResult | None:
+    """The parts of an address, None where it is none: mostly a password that is not encoded."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
+def address() -> str | None:
+    """The index to ask, without user and password."""
+    require_readable()
+    parts = urlsplit(index_url() or "")
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) or None
+
+
+def require_readable() -> None:
+    """Raise where what is set as an index is no address: a tool would show it with its password."""
+    if any(_parts(url) is None for _, url in _all_indexes()):
+        raise WorkspaceError(
+            "the address set as package index cannot be read; check UV_DEFAULT_INDEX or pip's "
+            "index-url: characters such as / # ? @ in a password are written as %2F %23 %3F %40"
+        )
+
+
+def origin(url: str) -> Origin | None:
+    """Scheme, host and port: what a password is for."""
+    parts = _parts(url)
+    if parts is None:
+        return None
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return parts.scheme, parts.hostname or "", port
+
+
+def credentials() -> dict[Origin, tuple[str, str]]:
+    """Origin of an index → user and password (empty where it has none), from its address or from
+    the variables that uv reads for an index with a name."""
+    found = {}
+    for name, url in _all_indexes():
+        parts, place = _parts(url), origin(url)
+        if parts is None or place is None:
+            continue
+        variable = "UV_INDEX_" + re.sub(r"\W", "_", name).upper()
+        user = unquote(parts.username or "") or os.environ.get(f"{variable}_USERNAME", "")
+        password = unquote(parts.password or "") or os.environ.get(f"{variable}_PASSWORD", "")
+        if user or password:
+            found[place] = (user, password)
+    return found
+
+
+def _all_indexes() -> list[tuple[str, str]]:
+    further = [*os.environ.get("UV_INDEX", "").split(), *_extra_indexes()]
+    return [_main_index(), *map(_named, further)]
+
+
+def hide(text: str) -> str:
+    """A message of a tool without the users and passwords of the indexes that it asked."""
+    secrets = [password for _, password in credentials().values()]
+    for _, url in _all_indexes():
+        # Not by the rules of addresses: a password with a / in it is none to them.
+        userinfo = url.partition("://")[2].rpartition("@")[0]
+        text = text.replace(f"{userinfo}@", f"{HIDDEN}@") if userinfo else text
+        secrets.append(userinfo.partition(":")[2])
+    for secret in filter(lambda one: len(one) > 3, secrets):
+        text = text.replace(secret, HIDDEN)
+    return text
 
 
 def certificate() -> str | None:
@@ -84,7 +169,12 @@ def container_settings() -> dict[str, str]:
 
 
 def uv_environment() -> dict[str, str]:
-    """Variables that make uv use pip's index, for a user who configured pip only."""
+    """Variables that make uv use pip's index, for a user who configured pip only.
+
+    Raises:
+        WorkspaceError: what is set as an index is no address.
+    """
+    require_readable()
     if any(os.environ.get(variable) for variable in UV_VARIABLES):
         return {}
     settings: dict[str, str] = {}

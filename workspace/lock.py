@@ -108,7 +108,7 @@ def resolve(pins: Pins, lines: list[str], *, start: str | None) -> str:
             command, env=environment, capture_output=True, text=True, check=False
         )
         if result.returncode:
-            raise WorkspaceError(f"the pins do not resolve: {_because(result.stderr)}")
+            raise WorkspaceError(f"the pins do not resolve: {index.hide(_because(result.stderr))}")
         return output.read_text()
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import http.server
 import os
@@ -12,6 +14,8 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 
@@ -29,12 +33,25 @@ class Index(http.server.BaseHTTPRequestHandler):
 
     misbehave = ""
     requests: list[str]
+    login = ""
+    """What it asks for as user and password."""
+    logins: list[str]
+    """What it was told."""
+    files = ""
+    """Scheme and host of its links to files."""
 
     def do_GET(self) -> None:
         type(self).requests.append(self.path)
-        if self.path == "/simple/thing/":
+        told = self.headers.get("Authorization", "").removeprefix("Basic ")
+        type(self).logins.append(base64.b64decode(told).decode())
+        if self.logins[-1] != self.login and self.login:
+            self.send_error(401)
+        elif self.misbehave == "no index":
+            self._answer(b"%PDF-1.4", "application/pdf")
+        elif self.path == "/simple/thing/":
             name = "other-1.0.tar.gz" if self.misbehave == "absent" else FILE.filename
-            self._answer(f'<a href="/files/{name}">{name}</a>'.encode(), "text/html")
+            link = f'<a href="{self.files}/files/{name}">{name}</a>'
+            self._answer(link.encode(), "text/html")
         elif self.path.startswith("/files/"):
             if self.misbehave == "truncated":
                 self._answer(CONTENT[:5000], "application/octet-stream", length=len(CONTENT))
@@ -58,19 +75,29 @@ class Index(http.server.BaseHTTPRequestHandler):
         """Keep the tests' output clean."""
 
 
+@contextlib.contextmanager
+def serve() -> Iterator[tuple[type[Index], str]]:
+    """An index on loopback, and its scheme and host."""
+    empty: dict[str, Any] = {"requests": [], "logins": []}
+    handler = type("Handler", (Index,), empty)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield handler, f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Index]]:
-    handler = type("Handler", (Index,), {"requests": [], "misbehave": ""})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}/simple/")
-    monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve() as (handler, place):
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"{place}/simple/")
+        monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield handler
 
 
 @pytest.fixture
@@ -89,12 +116,12 @@ def own_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
-    handler = type("Handler", (Index,), {"requests": [], "misbehave": ""})
+    handler = type("Handler", (Index,), {"requests": [], "logins": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setenv("UV_DEFAULT_INDEX", f"https://127.0.0.1:{server.server_port}/simple/")
     yield certificate
@@ -177,3 +204,79 @@ def test_what_a_killed_download_left_is_cleared(index: type[Index], tmp_path: Pa
     (folder / "partial-abc").write_bytes(b"half")
     fetch.fetch(FILE)
     assert [path.name for path in folder.iterdir()] == [FILE.filename]
+
+
+USER, PASSWORD = "reader", "pa/s%s@w=rd:ü"
+
+
+@pytest.fixture
+def closed_index(
+    index: type[Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[Index]]:
+    """An index that asks for a password and links to its files by whole addresses."""
+    index.login = f"{USER}:{PASSWORD}"
+    index.files = os.environ["UV_DEFAULT_INDEX"].removesuffix("/simple/")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield index
+
+
+def with_login(address: str, login: str) -> str:
+    return address.replace("://", f"://{login}@")
+
+
+@pytest.mark.parametrize("way", ["address", "named", "netrc", "user and netrc"])
+def test_the_indexs_password_is_used_for_its_page_and_its_files(
+    closed_index: type[Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    address = os.environ["UV_DEFAULT_INDEX"]
+    if way == "address":
+        address = with_login(address, f"{USER}:{quote(PASSWORD, safe='')}")
+    elif way == "named":
+        address = f"our-own={address}"
+        monkeypatch.setenv("UV_INDEX_OUR_OWN_USERNAME", USER)
+        monkeypatch.setenv("UV_INDEX_OUR_OWN_PASSWORD", PASSWORD)
+    else:
+        text = f"machine 127.0.0.1 login {USER} password {PASSWORD}\n"
+        (tmp_path / "netrc").write_text(text, encoding="utf-8")
+    if way == "user and netrc":
+        address = with_login(address, USER)
+    monkeypatch.setenv("UV_DEFAULT_INDEX", address)
+    assert fetch.fetch(FILE).read_bytes() == CONTENT
+    assert closed_index.logins == [closed_index.login] * 2
+
+
+def test_another_host_is_not_told_the_indexs_password(
+    closed_index: type[Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = with_login(os.environ["UV_DEFAULT_INDEX"], f"{USER}:{quote(PASSWORD, safe='')}")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", address)
+    with serve() as (files, place):
+        closed_index.files = place
+        assert fetch.fetch(FILE).read_bytes() == CONTENT
+        assert files.logins == [""]
+
+
+@pytest.mark.parametrize(
+    ("fault", "login", "says"),
+    [
+        ("no index", f"{USER}:{quote(PASSWORD, safe='')}", "does not answer like one"),
+        ("absent", f"{USER}:{quote(PASSWORD, safe='')}", "no thing-1.0.tar.gz"),
+        ("", f"{USER}:wrong-one", "answered 401"),
+        ("", f"{USER}:wrong/one", "cannot be read; .* written as %2F"),
+        ("", f"{USER}:wrong[one", "cannot be read"),
+    ],
+)
+def test_no_message_shows_the_indexs_password(
+    closed_index: type[Index],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    login: str,
+    says: str,
+) -> None:
+    closed_index.misbehave = fault
+    monkeypatch.setenv("UV_DEFAULT_INDEX", with_login(os.environ["UV_DEFAULT_INDEX"], login))
+    with pytest.raises(WorkspaceError, match=says) as error:
+        fetch.fetch(FILE)
+    message = str(error.value)
+    told = (USER, PASSWORD, quote(PASSWORD, safe=""), login.partition(":")[2])
+    assert not [secret for secret in told if secret in message]

@@ -54,3 +54,19 @@ def test_uvs_own_settings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_broken_configuration_file_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "pip.conf").write_text("not = an [ini file\n[global\n")
     assert index.index_url() is None
+
+
+def test_what_a_tool_says_is_shown_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:un/encoded@127.0.0.1:8/simple")
+    monkeypatch.setenv("UV_INDEX", "more=http://token-of-mine@127.0.0.1:9/simple?a=b")
+    monkeypatch.setenv("UV_INDEX_MORE_PASSWORD", "elsewhere")
+    for secret in ("me:un/encoded", "un/encoded", "token-of-mine", "elsewhere"):
+        told = index.hide(f"error: http://{secret}@127.0.0.1:8/simple does not answer")
+        assert secret not in told
+        assert "127.0.0.1:8/simple does not answer" in told
+
+
+def test_an_address_may_hold_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:a=b@127.0.0.1:8/simple?c=d")
+    assert index.address() == "http://127.0.0.1:8/simple?c=d"
+    assert index.credentials() == {("http", "127.0.0.1", 8): ("me", "a=b")}

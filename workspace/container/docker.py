@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from workspace import index
 from workspace.errors import WorkspaceError
 
 KILLED = 128 + 9
@@ -124,14 +125,15 @@ def show(
             last.append(line)
             print(brief(line), end="", file=sys.stderr, flush=True)
     if process.returncode:
+        told = index.hide("".join(last))
         if brief is not str:
-            print("".join(f"{line.rstrip()[:200]}\n" for line in last), file=sys.stderr)
+            print("".join(f"{line[:200]}\n" for line in told.splitlines()), file=sys.stderr)
         if process.returncode == KILLED:
             raise WorkspaceError(
                 f"{failure}: it was killed: the container or the engine was stopped, or memory ran "
                 "out; run the same command again"
             )
-        raise WorkspaceError(_explain("".join(last), failure))
+        raise WorkspaceError(_explain(told, failure))
 
 
 def inspect(kind: str, name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def lay_out_context(version: str) -> list[Path]:
     for name, content in contents.items():
         write_file(CONTEXT / name, content)
     settings = index.container_settings()
-    lines = [f"export {name}='{value}'\n" for name, value in settings.items()]
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in settings.items()]
     write_file(INDEX, "".join(lines).encode(), mode=0o600)
     pip = {"PIP_INDEX_URL": "index-url", "PIP_EXTRA_INDEX_URL": "extra-index-url"}
     lines = [f"{key} = {settings[name]}\n" for name, key in pip.items() if name in settings]
