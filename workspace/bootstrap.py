@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from workspace import conda, git, index, release  # noqa: E402
+from workspace import conda, git, index, plain_path, release  # noqa: E402
 from workspace.errors import WorkspaceError, told_in_one_line  # noqa: E402
 from workspace.files import write_file  # noqa: E402
 from workspace.paths import MACHINE, PINS, STATE, cache_folder, lock_path  # noqa: E402
@@ -101,7 +101,9 @@ def run(
     )
     if result.returncode:
         complaint = [line for line in (result.stderr or "").splitlines() if line.strip()]
-        reason = complaint[-1].strip() if complaint else f"exit status {result.returncode}"
+        reason = (
+            index.hide(complaint[-1].strip()) if complaint else f"exit status {result.returncode}"
+        )
         what = failure or f"{' '.join(command[:4])} … failed"
         raise WorkspaceError(f"{what}: {reason}" if complaint or not failure else what)
     return result.stdout or ""
@@ -345,7 +347,8 @@ def _system_environment(prefix: Path, python: str, pins: dict, bundled: list[Pat
     run([python, "-m", "venv", "--without-pip", "--clear", str(prefix)], quiet=True)
     own = run([str(prefix / "bin" / "python"), "-c", OWN_PACKAGES], quiet=True).splitlines()[0]
     host = run([python, "-c", HOSTS_PACKAGES], quiet=True).splitlines()
-    lines = [f"import site; site.addsitedir({folder!r})" for folder in host]
+    # Escaped: which encoding such a file is read in depends on Python and locale.
+    lines = [f"import site; site.addsitedir({folder!a})" for folder in host]
     (Path(own) / "host.pth").write_text("\n".join(lines) + "\n")
     for requirements in bundled:
         say(f"installing the bundle's packages into {prefix.name}")
@@ -484,6 +487,7 @@ def main(arguments: list[str]) -> int:
         os.environ.pop(name, None)
     verb = arguments[0] if arguments else "help"
     mode = os.environ.get("ENV") or "uv"
+    plain_path.require_usable(ROOT)
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on the system's Python
         # tomllib and the workspace need 3.11; go on in an interpreter that has it.
         python = find_python()
@@ -535,6 +539,10 @@ def main(arguments: list[str]) -> int:
     os.environ["ENV"] = mode
     os.environ[release.SELECTED] = version
     os.environ.pop(release.ASKED, None)
+    # By names that the tools which it starts can take; its own stays in what is installed.
+    folder = interpreter.parents[1]
+    interpreter = plain_path.plain(folder.parent) / folder.name / "bin" / "python"
+    os.environ.update(plain_path.variables())
     # Tools that start other tools (pre-commit, torch's inductor, ninja) find the pinned ones.
     os.environ["PATH"] = os.pathsep.join([str(interpreter.parent), os.environ.get("PATH", "")])
     if mode == "conda":

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from packaging.utils import canonicalize_name
 from rich.console import Console
@@ -107,7 +109,7 @@ def bundled_packages() -> Check | None:
     origin = f"bundle {manifest['identity']}"
     wrong = [name for name, version in brought.items() if _installed(name) != version]
     if wrong:
-        stamp = shlex.quote(str(Path(sys.prefix) / "workspace.json"))
+        stamp = shlex.quote(str(Path(sys.prefix).resolve() / "workspace.json"))
         remedy = f"rm {stamp} && ENV=system make dev"
         return Check("packages", "problem", f"not as {origin} brought: {some(wrong)}", remedy)
     gone = [name for name, version in own.items() if version is None]
@@ -288,10 +290,8 @@ def vllm(seen: Imports) -> Check:
     if version is None:
         return Check("vLLM", "problem", "not installed", "make dev")
     origin = json.loads(metadata.distribution("vllm").read_text("direct_url.json") or "{}")
-    source = str(origin.get("url", "")).removeprefix("file://")
-    place = tree()
-    if Path(source or "/nowhere") != place:
-        where = source or "a released wheel"
+    where, place = origin.get("url") or "a released wheel", tree()
+    if Path(url2pathname(urlsplit(where).path)) != place:
         return Check("vLLM", "problem", f"{version} from {where}, not from our fork", "make dev")
     manifest = install.read_manifest()
     missing = [name for name in manifest.get("files", {}) if not (place / name).exists()]

@@ -30,8 +30,9 @@ from workspace.files import write_file
 from workspace.fork_tree import shown
 from workspace.git import fetching, git
 from workspace.inventory import headers
-from workspace.paths import STATE
+from workspace.paths import MACHINE, STATE
 from workspace.pins import Device, load
+from workspace.plain_path import plain
 from workspace.release import selected, tree
 
 LAUNCHERS = ("sccache", "ccache")
@@ -106,7 +107,8 @@ class Build:
         """Run cmake unless it ran to the end with all of this before."""
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
         given = [f"-D{name}={value}" for name, value in self.cache.items()]
-        arguments = ["-G", "Ninja", "-S", str(self.place), "-B", str(self.folder), *given, *extra]
+        place = plain(self.place.parent) / self.place.name
+        arguments = ["-G", "Ninja", "-S", str(place), "-B", str(self.folder), *given, *extra]
         local = {name: self.environment.get(name) for name in self._variables()}
         files = [self.place / "CMakeLists.txt", *sorted((self.place / "cmake").rglob("*.cmake"))]
         texts = [install.checksum(path) for path in files]
@@ -188,10 +190,11 @@ def prepare(device: Device, archs: str | None) -> Build:
             f"vLLM {version} is compiled with CUDA {release}, and {tools.nvcc} is "
             f"{tools.nvcc_version}; set CUDA_HOME to a toolkit of that release"
         )
-    home = tools.nvcc.parents[1]
+    # cmake hands paths on to nvcc, which cannot take them all.
+    home, work = tools.nvcc.parents[1], plain(STATE)
     if tools.origin != "system":
-        home = cuda_home.view(tools.nvcc, release, tools.cxx)
-    sources = Path(os.environ.get("FETCHCONTENT_BASE_DIR") or STATE / "sources" / version)
+        home = plain(MACHINE) / cuda_home.view(tools.nvcc, release, tools.cxx).name
+    sources = Path(os.environ.get("FETCHCONTENT_BASE_DIR") or work / "sources" / version)
     local = upstream_sources.require(place, device, platform.machine(), sources)
     cache = {
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE") or "Release",
@@ -226,7 +229,7 @@ def prepare(device: Device, archs: str | None) -> Build:
     log = STATE / "logs" / f"fork-build-{version}-{device}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    folder = STATE / "build" / f"{version}-{device}"
+    folder = work / "build" / f"{version}-{device}"
     return Build(place, device, folder, log, cache, environment, wanted, launcher)
 
 

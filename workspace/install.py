@@ -180,9 +180,11 @@ def _installer() -> list[str]:
     """The workspace's uv; for ENV=system, which fetches nothing, the host's uv or pip."""
     own = bootstrap.uv_binary(load().uv.version)
     uv = str(own) if own.exists() else shutil.which("uv")
+    # By the environment's own path, which the installed scripts name: not by a link to it.
+    python = str(Path(sys.prefix).resolve() / "bin" / "python")
     if uv:
-        return [uv, "pip", "install", "-q", "--python", sys.executable]
-    return [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        return [uv, "pip", "install", "-q", "--python", python]
+    return [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
 
 
 def _complaint(stderr: str) -> str:
@@ -201,7 +203,9 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     stamp.unlink(missing_ok=True)
     bootstrap.say(f"installing {folder.relative_to(ROOT)}, editable")
     result = subprocess.run(
-        [*_installer(), "--no-deps", "--no-build-isolation", "-e", str(folder)],
+        # By no path: pip and uv take brackets, # and ; in it for something of their own.
+        [*_installer(), "--no-deps", "--no-build-isolation", "-e", "."],
+        cwd=folder,
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
@@ -238,14 +242,14 @@ def ensure_system_files(device: Device) -> None:
         added = f"{os.pathsep}{bootstrap.distribution_package('openssl', why) / 'usr/bin'}"
         _at_every_start(
             "openssl",
-            f"import os; added = {added!r}; old = os.environ.get('PATH', os.defpath); "
+            f"import os; added = {added!a}; old = os.environ.get('PATH', os.defpath); "
             "added in old or os.environ.update(PATH=old + added)",
         )
     if device == "cpu" and not libnuma():
         why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
         folder = bootstrap.distribution_package("libnuma1", why)
         (library,) = folder.glob("usr/lib/*/libnuma.so.1")
-        _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!r})")
+        _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!a})")
     if device == "cuda" and importlib.util.find_spec("flashinfer") is None:
         _without_flashinfer()
     if headers() is None:
@@ -255,7 +259,7 @@ def ensure_system_files(device: Device) -> None:
         added = os.pathsep.join([str(include / f"python{version}"), str(include)])
         _at_every_start(
             "headers",
-            f"import os; added = {added!r}; old = os.environ.get('CPATH', ''); "
+            f"import os; added = {added!a}; old = os.environ.get('CPATH', ''); "
             "added in old or os.environ.update(CPATH=added + (os.pathsep + old if old else ''))",
         )
 

@@ -36,14 +36,17 @@ HEADERS = STATE / "headers"
 """Headers that a bundle brought, for a host without the package that holds them."""
 
 
-def cache_folder(sha256: str) -> Path:
-    """Where a fetched file with this sha256 is kept, for all checkouts of this user.
-
-    In $WORKSPACE_CACHE, else in vllm-kernels of the user's cache folder.
-    """
+def cache_root() -> Path:
+    """What all checkouts of this user share: $WORKSPACE_CACHE, else vllm-kernels in the user's
+    cache folder."""
     given = os.environ.get("WORKSPACE_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(given) if given else home / "vllm-kernels") / sha256[:16]
+    return Path(given) if given else home / "vllm-kernels"
+
+
+def cache_folder(sha256: str) -> Path:
+    """Where a fetched file with this sha256 is kept."""
+    return cache_root() / sha256[:16]
 
 
 def lock_path(version: str, *, gpu: bool = False) -> Path:

@@ -74,6 +74,14 @@ def test_the_mounts_are_where_the_image_expects_them() -> None:
             assert any(value.startswith(place + "/") for place in places), name
 
 
+def test_a_checkout_that_cannot_be_mounted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "ROOT", Path("/work/it's (1) ü"))
+    assert config.load().mounts[0].startswith("type=bind,source=/work/it's (1) ü,target=/")
+    monkeypatch.setattr(config, "ROOT", Path("/work/one, two"))
+    with pytest.raises(WorkspaceError, match="has a , in its path"):
+        config.load()
+
+
 def test_every_cache_of_a_tool_is_in_a_volume() -> None:
     held = {name for name, value in settings().items() if value.startswith("/cache/")}
     assert held >= {

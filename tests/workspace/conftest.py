@@ -87,6 +87,8 @@ FetchContent_MakeAvailable(numbers)
     "rust/lib.rs": "fn main() {}\n",
     "tools/start.bat": "@echo off\r\nrem\ttwo \r\n",
 }
+ODD = Path("my work (1) ü", "it's here")
+"""Small checkouts lie in a folder with such a name: what fails there fails for a user."""
 BINARIES = {
     "vllm/_C.abi3.so": b"\x7fELF not really" * 5000,
     "vllm/_C_AVX2.abi3.so": b"\x7fELF neither" * 5000,
@@ -221,7 +223,7 @@ def pinned(text: str, path: str, sha256: str) -> str:
 def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if selected() != load().vllm.default:
         pytest.skip("the small checkout has the default release's packages, this environment not")
-    root = tmp_path_factory.mktemp("template") / "checkout"
+    root = tmp_path_factory.mktemp("template") / ODD / "checkout"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "workspace", root / "workspace", ignore=ignore)
     # One kernel is enough to compile, and the small lock lacks what the others link with.
@@ -273,7 +275,7 @@ def copy_files_of_this_checkout(root: Path) -> None:
 
 
 def copy_checkout(template: Path, folder: Path) -> Checkout:
-    root, cache = folder / "checkout", folder / "cache"
+    root, cache = folder / ODD / "vllm kernels", folder / ODD / "cache"
     shutil.copytree(template, root)
     shutil.copytree(template.parent / "cache", cache)
     own_uv = MACHINE / "tools" / f"uv-{load().uv.version}" / "uv"
@@ -284,7 +286,7 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
     # Compiled once for all of them: what is compiled does not depend on the folder.
     places = {
         "WORKSPACE_CACHE": str(cache),
-        "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
+        "CUSTOM_KERNELS_CACHE": str(template.parents[2] / "kernels"),
     }
     return Checkout(root, clean_environment() | places)
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import Checkout, clean_environment, copy_files_of_this_checkout
+from tests.workspace.conftest import (
+    ODD,
+    Checkout,
+    clean_environment,
+    copy_files_of_this_checkout,
+)
 from workspace.bench import record
 from workspace.paths import ROOT
 from workspace.pins import load
@@ -25,7 +30,7 @@ SMALL = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1
 def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
     """A clone of this checkout, edits included; nothing is set up in it. Downloads come from the
     user's caches."""
-    root = tmp_path / "checkout"
+    root = tmp_path / ODD / "vllm kernels"
     subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
     copy_files_of_this_checkout(root)
     yield Checkout(root, clean_environment())

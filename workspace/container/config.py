@@ -60,8 +60,13 @@ def load() -> Config:
 
     Raises:
         WorkspaceError: it is not there, not JSON with comments on lines of their own, or has a
-            variable that only VS Code fills in.
+            variable that only VS Code fills in; or the checkout's path is none for a mount.
     """
+    if found := re.search('[,"]', str(ROOT)):
+        raise WorkspaceError(
+            f"{ROOT} has a {found[0]} in its path, which Docker's mounts cannot hold; move the "
+            "checkout to another folder"
+        )
     document = _documents()
     arguments = list(document["runArgs"])
     return Config(
