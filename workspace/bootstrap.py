@@ -105,7 +105,7 @@ def run(
             index.hide(complaint[-1].strip()) if complaint else f"exit status {result.returncode}"
         )
         what = failure or f"{' '.join(command[:4])} … failed"
-        raise WorkspaceError(f"{what}: {reason}" if complaint or not failure else what)
+        raise WorkspaceError(f"{what}: {index.hide(reason)}" if complaint or not failure else what)
     return result.stdout or ""
 
 

@@ -164,8 +164,8 @@ def _clear_errors(project: str, what: str, otherwise: str = "") -> Iterator[None
         ValueError,
     ) as error:
         raise WorkspaceError(
-            f"the address set as package index does not answer like one ({index.hide(str(error))}); "
-            "check UV_DEFAULT_INDEX or pip's index-url"
+            f"the address set as package index does not answer like one "
+            f"({index.hide(str(error))}); check UV_DEFAULT_INDEX or pip's index-url"
         ) from None
 
 

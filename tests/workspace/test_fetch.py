@@ -212,12 +212,12 @@ USER, PASSWORD = "reader", "pa/s%s@w=rd:ü"
 @pytest.fixture
 def closed_index(
     index: type[Index], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[type[Index]]:
+) -> type[Index]:
     """An index that asks for a password and links to its files by whole addresses."""
     index.login = f"{USER}:{PASSWORD}"
     index.files = os.environ["UV_DEFAULT_INDEX"].removesuffix("/simple/")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    yield index
+    return index
 
 
 def with_login(address: str, login: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import ODD, Checkout
-from workspace import plain_path
 from workspace.errors import WorkspaceError
 from workspace.plain_path import PLAIN, plain, require_usable
 
