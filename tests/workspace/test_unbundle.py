@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from tests.workspace.conftest import BASE_PYTHON, Checkout, copy_checkout
+from tests.workspace.conftest import BASE_PYTHON, ODD, Checkout, copy_checkout
 from workspace import bootstrap, inventory, unbundle
 from workspace.bundle.packages import TOOL_CHAIN
 from workspace.pins import load
@@ -122,7 +122,7 @@ def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     if load().release().binaries.get("cpu", {}).get(os.uname().machine) is None:
         pytest.skip("no CPU binaries for this machine")
     folder = tmp_path_factory.mktemp("bundle")
-    python = host_python(folder / "host")
+    python = host_python(folder / ODD / "host")
     checkout = copy_checkout(_small_template, folder)
     (checkout.root / "mine.txt").write_text("not committed yet\n")
     for command in (["init", "-qb", "main"], ["add", "Makefile", "workspace", ".gitignore"],
@@ -147,21 +147,21 @@ def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def host(packed: Path, tmp_path: Path) -> Host:
     """The machine with a fresh copy of the bundle, and with an empty cache."""
-    origin = packed.parents[2]
-    shutil.copytree(packed, tmp_path / "bundle")
-    kernels = next(iter(origin.parent.glob("template*/kernels")))
+    origin, folder = packed.parents[2], tmp_path / ODD
+    shutil.copytree(packed, folder / "bundle")
+    kernels = next(iter(origin.parents[2].glob("template*/kernels")))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "PIP_", "GIT_"))}
     for name in ("PYTHON", "ENV", "DEVICE", "FROM", "K", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
         env.pop(name, None)
     env |= {
-        "WORKSPACE_CACHE": str(tmp_path / "cache"),
+        "WORKSPACE_CACHE": str(folder / "cache"),
         "CUSTOM_KERNELS_CACHE": str(kernels),
         "UV_DEFAULT_INDEX": CLOSED,
         "PIP_INDEX_URL": CLOSED,
         "PIP_RETRIES": "0",
         "DEVICE": "cpu",
     }
-    return Host(tmp_path, env, origin / "host" / "bin" / "python")
+    return Host(folder, env, origin / "host" / "bin" / "python")
 
 
 def assert_whole(host: Host) -> None:
