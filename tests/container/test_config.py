@@ -74,10 +74,12 @@ def test_the_mounts_are_where_the_image_expects_them() -> None:
             assert any(value.startswith(place + "/") for place in places), name
 
 
-def test_a_checkout_that_cannot_be_mounted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "ROOT", Path("/work/it's (1) ü"))
-    assert config.load().mounts[0].startswith("type=bind,source=/work/it's (1) ü,target=/")
-    monkeypatch.setattr(config, "ROOT", Path("/work/one, two"))
+def test_a_checkout_that_cannot_be_mounted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "ROOT", tmp_path / "it's (1) ü")
+    assert config.load().mounts[0].startswith(f"type=bind,source={tmp_path}/it's (1) ü,target=/")
+    monkeypatch.setattr(config, "ROOT", tmp_path / "one, two")
     with pytest.raises(WorkspaceError, match="has a , in its path"):
         config.load()
 
