@@ -286,7 +286,7 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
     # Compiled once for all of them: what is compiled does not depend on the folder.
     places = {
         "WORKSPACE_CACHE": str(cache),
-        "CUSTOM_KERNELS_CACHE": str(template.parents[2] / "kernels"),
+        "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
     }
     return Checkout(root, clean_environment() | places)
 

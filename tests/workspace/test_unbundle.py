@@ -149,7 +149,7 @@ def host(packed: Path, tmp_path: Path) -> Host:
     """The machine with a fresh copy of the bundle, and with an empty cache."""
     origin, folder = packed.parents[2], tmp_path / ODD
     shutil.copytree(packed, folder / "bundle")
-    kernels = next(iter(origin.parents[2].glob("template*/kernels")))
+    kernels = next(iter(origin.parents[2].glob("template*/*/*/kernels")))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "PIP_", "GIT_"))}
     for name in ("PYTHON", "ENV", "DEVICE", "FROM", "K", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
         env.pop(name, None)
