@@ -19,6 +19,7 @@ import shutil
 import string
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,40 +31,160 @@ from workspace import credentials
 from workspace.credentials import in_configuration, in_environment, in_paths, in_saved, in_tar
 from workspace.errors import WorkspaceError
 
-LETTERS = string.ascii_letters + string.digits
-WEB = LETTERS + "_-"
-# (kind, characters that follow the beginning, how many of them)
-SHAPES = {
-    "hf_": ("Hugging Face token", LETTERS, 34),
-    "ghp_": ("GitHub token", LETTERS, 36),
-    "gho_": ("GitHub token", LETTERS, 36),
-    "ghs_": ("GitHub token", LETTERS, 36),
-    "glpat-": ("GitLab token", WEB, 20),
-    "npm_": ("npm token", LETTERS, 36),
-    "pypi-" + "AgE": ("PyPI token", WEB, 150),
-    "AKIA": ("AWS access key", string.ascii_uppercase + "234567", 16),
-    "ASIA": ("AWS access key", string.ascii_uppercase + "234567", 16),
-    "sk-": ("API key", LETTERS, 48),
-    "sk-proj-": ("API key", WEB, 100),
-    "xoxb-": ("Slack token", string.digits + "-", 40),
-    "AIza": ("Google API key", WEB, 35),
-    "nvapi-": ("NVIDIA API key", WEB, 64),
-    "dckr_pat_": ("Docker Hub token", WEB, 27),
+# Characters of a token, by the letter that stands for them below.
+ALPHABETS = {
+    "L": string.ascii_letters + string.digits,
+    "W": string.ascii_letters + string.digits + "_-",
+    "S": string.ascii_letters + string.digits + "+/",
+    "H": string.digits + "abcdef",
+    "b": string.ascii_lowercase + string.digits,
+    "U": string.ascii_uppercase + string.digits,
+    "B": string.ascii_uppercase + "234567",
+    "A": string.ascii_letters,
+    "D": string.digits,
+}
+UUID = "{H8}-{H4}-4{H3}-{H4}-{H12}"
+# As the owners of the formats write them: {W20} stands for 20 characters of the alphabet W. In two
+# parts what a scanner of this file would take for a token.
+FORMATS = {
+    # models and their hosts
+    "hf_{L34}": "Hugging Face token",
+    "api_org_{L34}": "Hugging Face token",
+    "sk-{L48}": "API key",
+    "sk-proj-{W74}T3BlbkFJ{W74}": "API key",
+    "sk-ant-api03-{W93}AA": "API key",
+    "sk-or-v1-{H64}": "API key",
+    "nvapi-{W64}": "NVIDIA API key",
+    "gsk_{L52}": "Groq API key",
+    "xai-{L80}": "xAI API key",
+    "pplx-{L48}": "Perplexity API key",
+    "r8_{L37}": "Replicate token",
+    "tgp_v1_{W43}": "Together API key",
+    "fw_{L24}": "Fireworks API key",
+    "csk-{b48}": "Cerebras API key",
+    "pcsk_{L6}_{L63}": "Pinecone API key",
+    "lsv2_pt_{H32}_{H10}": "LangSmith API key",
+    "tvly-dev-{L32}": "Tavily API key",
+    "sk_{H48}": "ElevenLabs API key",
+    "rpa_{U42}": "RunPod API key",
+    "jina_{H32}{L28}": "Jina API key",
+    # clouds
+    "AKIA{B16}": "AWS access key",
+    "ASIA{B16}": "AWS access key",
+    "ABSK{S128}": "AWS Bedrock key",
+    "AIza{W35}": "Google API key",
+    "GOCSPX-{W28}": "Google OAuth secret",
+    "ya29.{W120}": "Google OAuth token",
+    "{L3}8Q~{L34}": "Azure client secret",
+    "DefaultEndpointsProtocol=https;AccountName=x;AccountKey={S86}==": "Azure account key",
+    "Endpoint=sb://x.invalid/;SharedAccessKeyName=k;SharedAccessKey={S43}=": "Azure account key",
+    "https://x.invalid/c/b?sv=2022-11-02&sp=r&sig={L43}%3D": "Azure signature",
+    "{L52}JQQJ99{U18}AZDO{L4}": "Azure key",
+    "{L42}+ACR{L6}": "Azure registry password",
+    "LTAI{L20}": "Alibaba access key",
+    "dop_v1_{H64}": "DigitalOcean token",
+    "HRKU-AA{W58}": "Heroku API key",
+    "fo1_{W43}": "Fly.io token",
+    "sbp_{H40}": "Supabase token",
+    "pscale_tkn_{W43}": "PlanetScale password",
+    "dapi{H32}": "Databricks token",
+    "pul-{H40}": "Pulumi token",
+    "{L14}.atlasv1.{L67}": "Terraform token",
+    "hvs.{W95}": "Vault token",
+    "dp.pt.{L43}": "Doppler token",
+    "A3-{U6}-{U11}-{U5}-{U5}-{U5}": "1Password key",
+    "tskey-auth-{L12}-{L32}": "Tailscale key",
+    "sha256~{W43}": "OpenShift token",
+    # code, packages, continuous integration
+    "ghp_{L36}": "GitHub token",
+    "ghs_{L36}": "GitHub token",
+    "github_pat_{L22}_{L59}": "GitHub token",
+    "glpat-{W20}": "GitLab token",
+    "ATBB{L32}": "Bitbucket token",
+    "ATATT3{W186}": "Atlassian token",
+    "npm_{L36}": "npm token",
+    "pypi-AgE{W150}": "PyPI token",
+    "rubygems_{H48}": "RubyGems key",
+    "cio{L32}": "crates.io token",
+    "oy2{b43}": "NuGet key",
+    "dckr_pat_{W27}": "Docker Hub token",
+    "AKCp{L69}": "Artifactory key",
+    "CCIPAT_{L22}_{H40}": "CircleCI token",
+    "bkua_{b40}": "Buildkite token",
+    "sqp_{H40}": "Sonar token",
+    "sgp_{H16}_{H40}": "Sourcegraph token",
+    # payment
+    "sk_live_{L24}": "Stripe key",
+    "rk_test_{L99}": "Stripe key",
+    "whsec_{L32}": "Stripe webhook secret",
+    "sq0csp-{W43}": "Square token",
+    "access_token$production${b16}${H32}": "Braintree token",
+    "rzp_live_{L14}": "Razorpay key",
+    f"access-production-{UUID}": "Plaid token",
+    "shpat_{H32}": "Shopify token",
+    "EZAK{L54}": "EasyPost key",
+    # mail and telephone
+    "SG.{W22}.{W43}": "SendGrid key",
+    "key-{H32}": "Mailgun key",
+    "{H32}-us21": "Mailchimp key",
+    "xkeysib-{H64}-{L16}": "Brevo key",
+    "re_{L8}_{L24}": "Resend key",
+    "SK{H32}": "Twilio key",
+    # chat
+    "xoxb-{D12}-{D12}-{L24}": "Slack token",
+    "xapp-1-{U11}-{D13}-{H64}": "Slack token",
+    "https://hooks.slack.com/services/T{U10}/B{U10}/{L24}": "Slack webhook",
+    "M{L25}.{W6}.{W38}": "Discord token",
+    "https://discord.com/api/webhooks/{D19}/{W68}": "Discord webhook",
+    "{D10}:AA{W33}": "Telegram token",
+    "https://api.telegram.org/bot{D9}:AA{W33}/getMe": "Telegram token",
+    f"https://x.webhook.office.com/webhookb2/{UUID}@{UUID}/IncomingWebhook/{{H32}}/{UUID}": (
+        "Teams webhook"
+    ),
+    f"https://qyapi.weixin.qq.com/cgi-bin/webhook/send?key={UUID}": "WeCom webhook",
+    # monitoring
+    "glsa_{L32}_{H8}": "Grafana token",
+    "NRAK-{U27}": "New Relic key",
+    "dt0c01.{U24}.{U64}": "Dynatrace token",
+    "sntryu_{H64}": "Sentry token",
+    "phx_{L43}": "PostHog key",
+    f"sdk-{UUID}": "LaunchDarkly key",
+    # other services
+    "pat{L14}.{H64}": "Airtable token",
+    "apify_api_{L36}": "Apify token",
+    "CFPAT-{W43}": "Contentful token",
+    "sl.{W135}": "Dropbox token",
+    "EAAM{L180}": "Facebook token",
+    "figd_{W40}": "Figma token",
+    f"pat-eu1-{UUID}": "HubSpot token",
+    "lin_api_{L40}": "Linear key",
+    "ntn_{D11}{L35}": "Notion token",
+    "PMAK-{H24}-{H34}": "Postman key",
+    "tfp_{W59}": "Typeform token",
+    "1000.{H32}.{H32}": "Zoho token",
 }
 KEY = "-----BEGIN {}PRIVATE " + "KEY-----"
 
 
-def token(beginning: str = "hf_", seed: int | None = None) -> str:
-    """A token of the right shape that nobody ever had."""
-    _, characters, length = SHAPES[beginning]
+def drawn(form: str, seed: int | None = None) -> str:
+    """What a form stands for, at random, so that nobody ever had it. Each long part has a letter
+    behind a digit, as nearly all have; a word with a number is what is not taken for a secret."""
     choose = random.Random(secrets.randbits(64) if seed is None else seed)
-    return (
-        beginning
-        + "a1"[: 2 if characters in (LETTERS, WEB) else 0]
-        + "".join(
-            choose.choice(characters) for _ in range(length - 2 * (characters in (LETTERS, WEB)))
-        )
-    )
+
+    def part(found: re.Match[str]) -> str:
+        alphabet, length = ALPHABETS[found[1]], int(found[2])
+        while True:
+            text = "".join(choose.choice(alphabet) for _ in range(length))
+            mixed = found[1] in "AD" or length < 6 or re.search(r"\d[A-Za-z]", text)
+            if mixed and text[0].isalnum() and text[-1].isalnum():
+                return text
+
+    return re.sub(r"\{(\w)(\d+)\}", part, form)
+
+
+def token(beginning: str = "hf_", seed: int | None = None) -> str:
+    """A token of the form that begins so."""
+    return drawn(next(form for form in FORMATS if form.startswith(beginning)), seed)
 
 
 def password() -> str:
@@ -160,12 +281,172 @@ def test_a_password_in_an_address_is_found(name: str) -> None:
     assert found.kind == "password in an address"
 
 
-@pytest.mark.parametrize("beginning", SHAPES)
-def test_a_value_of_a_known_shape_is_found_under_any_name(beginning: str) -> None:
-    value = token(beginning)
-    (found,) = in_environment({"MY_SETTING": f"x={value}"})
-    assert found.kind == SHAPES[beginning][0]
-    assert value[4:] not in repr(found)
+# Where a token may stand in a file that nobody expects it in.
+SURROUNDINGS = {
+    "app/.env": "# mine\nVALUE={}\nNEXT=1\n",
+    "app/plain.env": 'export VALUE="{}"\n',
+    "app/config.json": '{{"service": {{"value": "{}"}}}}',
+    "deploy/values.yaml": "service:\n  value: {} # mine\n",
+    "app/settings.ini": "[service]\nvalue = {}\n",
+    "run/today.log": "2026-11-26 09:00:01 INFO got <{}>, 200\n",
+    "run/get.txt": "GET /v1/x?value={}&page=1 HTTP/1.1\n",
+    "notes": "then I ran `client {}`, and it worked.\n",
+    "src/app.py": "client = Client('{}')\n",
+    "nb/a.ipynb": '{{"source": ["client = Client(\\"{}\\")\\n"]}}',
+    "tail.txt": "{}",
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_token_of_each_kind_is_found_wherever_it_stands(form: str) -> None:
+    seed = secrets.randbits(32)
+    value = drawn(form, seed)
+    files: dict[str, str | bytes] = {
+        name: text.format(value) for name, text in SURROUNDINGS.items()
+    }
+    told = in_tar(layer(files))
+    assert {one.path: one.kind for one in told} == {f"/{name}": FORMATS[form] for name in files}, (
+        f"{form} with seed {seed}"
+    )
+    told += in_environment({"MY_SETTING": f"x={value}"})
+    assert told[-1].kind == FORMATS[form]
+    assert value[4:] not in repr(told)
+
+
+# What only its name tells: where it stands, and how it is drawn there.
+BY_NAME = {
+    "infra/main.tf": 'resource "db" "x" {{\n  password = "{L16}"\n}}\n',
+    "infra/prod.auto.tfvars": 'db_password = "{b12}"\n',
+    "infra/terraform.tfstate": '{{"attributes": {{"master_password": "{L20}", "port": 5432}}}}',
+    "ansible/group_vars/all.yml": "ansible_user: me\nansible_become_pass: {L14}\n",
+    "k8s/secret.yaml": "kind: Secret\nstringData:\n  password: {L16}\n",
+    "docker-compose.yml": "environment:\n  - POSTGRES_PASSWORD={L16}\n",
+    "compose/db.yml": "environment:\n  MYSQL_ROOT_PASSWORD: '{L16}'\n",
+    "Dockerfile": "FROM x\nENV ADMIN_PASSWORD={L16}\n",
+    "src/application.properties": "spring.datasource.password={L16}\n",
+    "src/appsettings.json": '{{"Db": "Server=db;User Id=sa;Password={L16};Encrypt=true"}}',
+    "src/web.config": '<add key="ClientSecret" value="{L32}" />',
+    "m2/settings.xml": "<server><username>me</username><password>{L16}</password></server>",
+    "etc/odbc.ini": "[x]\nDriver=y\nPwd={L16}\n",
+    "access.log": "GET /v1/models?access_token={L32} HTTP/1.1\n",
+    "proxy.log": "> Authorization: Bearer {L40}\n",
+    "jdbc.log": "open jdbc:mysql://db.invalid/x?user=app&password={L16}\n",
+    "db.txt": "postgres://app:{L16}@db.invalid:5432/x\n",
+    "cache.toml": 'url = "redis://:{L16}@cache.invalid:6379/0"\n',
+    "mongo.md": "mongodb+srv://app:{L16}@cluster.invalid/?w=majority\n",
+    "ci/deploy.sh": "curl -u me:{L16} https://x.invalid\n",
+    "ci/push.sh": "docker login r.invalid -u me -p {L16}\n",
+    "ci/job.yml": "script: client --api-key {L32}\n",
+    "twilio.env": "TWILIO_AUTH_TOKEN={H32}\n",
+    "datadog.md": "export DATADOG_API_KEY={H32}\n",
+    "aws.cfg": "aws_secret_access_key = {S40}\n",
+    "heroku.yml": f"HEROKU_API_KEY: {UUID}\n",
+    "src/cohere.py": 'COHERE_API_KEY = "{L40}"\n',
+    "src/openai.py": 'os.environ["AZURE_OPENAI_API_KEY"] = "{H32}"\n',
+    "src/config.js": "const config = {{ clientSecret: '{W40}' }};\n",
+    "nb/b.ipynb": '{{"source": ["wandb_api_key = \\"{H40}\\"\\n"]}}',
+    "src/db.php": "'db' => ['password' => '{L16}'],\n",
+    "systemd/x.service": 'Environment="SERVICE_TOKEN={L24}"\n',
+}
+
+
+@pytest.mark.parametrize("path", BY_NAME)
+def test_what_only_its_name_tells_is_found_in_settings_logs_and_sources(path: str) -> None:
+    seed = secrets.randbits(32)
+    text = drawn(BY_NAME[path], seed).replace("{{", "{").replace("}}", "}")
+    assert list(kinds({path: text})) == [f"/{path}"], f"seed {seed}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{{"auths": {{"r.invalid": {{"auth": "{}"}}}}}}',
+        '.dockerconfigjson: \'{{"auths":{{"r.invalid":{{"username":"me","auth":"{}"}}}}}}\'\n',
+        'json.loads("{{\\"auths\\": {{\\"r.invalid\\": {{\\"auth\\": \\"{}\\"}}}}}}")',
+    ],
+)
+def test_a_login_for_a_registry_is_found_wherever_it_stands(text: str) -> None:
+    login = base64.b64encode(f"me:{password()}".encode()).decode()
+    for path in ("kaniko/config.json", "helm/registry.yaml", "notes.txt", "x.py"):
+        assert kinds({path: text.format(login)}) == {f"/{path}": "registry login"}
+    assert kinds({"kaniko/config.json": text.format("")}) == {}
+
+
+# Near misses: each is what somebody writes where a credential would stand, or looks like one.
+NONE_OF_THEM = {
+    "infra/main.tf": """
+        password = var.db_password
+        password = random_password.db.result
+        token    = data.vault_secret.x.data["token"]
+        api_key  = "${var.api_key}"
+        secret   = "changeme"
+        password = "your-password-123"
+    """,
+    "infra/vars.auto.tfvars": 'password = "changeme"\nregion = "eu-central-1"\n',
+    "deploy/values.yaml": """
+        password: "{{ .Values.password }}"
+        token: ${TOKEN_2}
+        api_key: <your token 1>
+        secretName: app-secret-2
+        existingSecret: db-v2
+        passwordSecretRef: {name: x1, key: y2}
+        tokenizer: Qwen2Tokenizer
+        secret: vault:secret/data/app1#key2
+        image: sha256:{sha256}
+        max_tokens: 8192
+    """,
+    "src/app.py": """
+        token = os.environ["HF_TOKEN"]
+        api_key = os.getenv("OPENAI_API_KEY_2")
+        password = getpass.getpass("Password 1: ")
+        eos_token = "<|reserved_special_token_128|>"
+        pad_token = "[unused99]"
+        entity_token = "entity_mask2_token"
+        secret = settings.client_secret_v2_for_tests
+        fp8_per_token = kFp8DynamicTokenSym
+        headers = {"Authorization": f"Bearer {token}"}
+        url = f"https://{user}:{password}@index.invalid/simple"
+        hf_forward_cross_attention_hidden_states = 1
+        sk_learn_style_estimator_version_1_compat = key_value_cache_v2
+    """,
+    "ci/job.sh": """
+        docker login --username me --password-stdin public.invalid/q9t5s3a7
+        docker run -u 1000:1000 -p 8000:8000 --user 0:0 image
+        export HF_TOKEN=$(cat /run/secrets/token1)
+        mysql -u root -p"$PASSWORD1"
+        curl -H "Authorization: Bearer ${TOKEN1}" https://x.invalid
+    """,
+    "package-lock.json": '{"x": {"integrity": "sha512-{base64}", "resolved": "https://x.invalid/x-1.2.tgz"}}',
+    "requirements.lock": "x==1.2 \\\n    --hash=sha256:{sha256}\n",
+    "tree.txt": "commit {sha1}\nindex {sha1}..{sha1} 100644\n",
+    "ids.json": '{"id": "{uuid}", "revision": "{sha1}", "cache_key": "{sha256}"}',
+    "nb/plot.ipynb": '{"data": {"image/png": "{image}"}}',
+    "model.safetensors": '\x40{"weight_token": {"dtype": "BF16", "data_offsets": [0, 128]}}{bytes}',
+    "docs/usage.md": """
+        postgres://user:password@localhost:5432/db
+        http://user:pass@10.10.1.10:3128
+        curl -u user:password1 https://x.invalid
+        hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx1
+        export OPENAI_API_KEY=sk-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx1
+        wandb login, then copy the API key from https://x.invalid/authorize?ref=models1
+    """,
+}
+
+
+@pytest.mark.parametrize("path", NONE_OF_THEM)
+def test_a_near_miss_is_none(path: str) -> None:
+    choose = random.Random(seed := secrets.randbits(32))
+    text = NONE_OF_THEM[path].encode()
+    for name, value in {
+        "sha1": choose.randbytes(20).hex(),
+        "sha256": choose.randbytes(32).hex(),
+        "uuid": drawn(UUID, seed),
+        "base64": base64.b64encode(choose.randbytes(64)).decode(),
+        "image": base64.b64encode(choose.randbytes(100_000)).decode(),
+    }.items():
+        text = text.replace(f"{{{name}}}".encode(), value.encode())
+    text = text.replace(b"{bytes}", choose.randbytes(4096))
+    assert kinds({path: text}) == {}, f"seed {seed}"
 
 
 def test_keys_and_web_tokens_are_found_under_any_name() -> None:
@@ -176,9 +457,9 @@ def test_keys_and_web_tokens_are_found_under_any_name() -> None:
 around = st.text(alphabet=string.printable, max_size=300)
 
 
-@given(st.sampled_from(sorted(SHAPES)), st.integers(0, 2**32), around, around)
-def test_a_token_is_found_in_any_text(beginning: str, seed: int, before: str, after: str) -> None:
-    content = f"{before} {token(beginning, seed)}\n{after}"
+@given(st.sampled_from(sorted(FORMATS)), st.integers(0, 2**32), around, around)
+def test_a_token_is_found_in_any_text(form: str, seed: int, before: str, after: str) -> None:
+    content = f"{before} {drawn(form, seed)}\n{after}"
     (found,) = in_tar(layer({"notes.txt": content}))
     assert found.path == "/notes.txt"
 
@@ -212,6 +493,19 @@ def test_examples_of_documentation_are_none() -> None:
     git clone https://oauth2:${TOKEN}@code.invalid/x.git
     """
     assert kinds({"README.md": text, "workspaces/x/vllm/docs/usage.md": text}) == {}
+
+
+@pytest.mark.parametrize(
+    "part", ["abcdefgh", "aB", "a1", "a1_", "A= b", "token: ", "login -p ", "x://", "auths", "hf_ "]
+)
+def test_a_long_line_takes_time_in_proportion_to_its_length(part: str) -> None:
+    text = f'"token": "{part * 100_000}'
+    begin = time.process_time()
+    kinds({"x.json": text[:100_000], "x.txt": text[:100_000]})
+    once = time.process_time() - begin
+    kinds({"x.json": text[:400_000], "x.txt": text[:400_000]})
+    # Four times the length: sixteen times the time would be the square of it.
+    assert time.process_time() - begin - once < 10 * once + 1
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -336,7 +630,7 @@ def test_settings_without_one_are_none() -> None:
 
 
 def test_a_private_key_is_found_under_any_name_and_deep_in_a_large_file() -> None:
-    filler = "a line of text\n" * 700_000
+    filler = "a line of text\n" * 350_000
     found = kinds({"opt/deploy": private_key(), "big.log": filler + private_key() + filler})
     assert found == {"/opt/deploy": "private key", "/big.log": "private key"}
 
