@@ -34,6 +34,8 @@ PLACES = (
     "/opt/nvidia/nsight-compute/*/ncu",
     "/usr/local/cuda*/bin/ncu",
 )
+CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
+"""Files that Docker and podman put into every container."""
 TOP_STALLS = 3
 
 _STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio$")
@@ -228,12 +230,32 @@ def run_ncu(ncu: str, report: Path, command: Sequence[str]) -> None:
     )
     output = done.stdout + done.stderr
     if "ERR_NVGPUCTRPERM" in output:
-        raise UsageError(
-            "the driver keeps the hardware counters for root: run as root, or see "
-            "https://developer.nvidia.com/ERR_NVGPUCTRPERM"
-        )
+        raise UsageError(_no_counters(in_container(), os.geteuid() == 0))
     if done.returncode != 0 or not report.is_file():
         raise UsageError(f"ncu failed: {_reason(output)}")
+
+
+def in_container() -> bool:
+    """Whether this runs in a container of Docker or podman."""
+    return any(os.path.exists(mark) for mark in CONTAINER_MARKS)
+
+
+def _no_counters(container: bool, root: bool) -> str:
+    """What lets ncu read the hardware counters, for who asks and where.
+
+    The driver gives them to processes with CAP_SYS_ADMIN only, unless its option says otherwise.
+    root on the host has the capability, root in a container has it where the container was given
+    it, other users have it nowhere.
+    """
+    option = "the driver option NVreg_RestrictProfilingToAdminUsers=0"
+    if container:
+        capability = "give the container the capability (docker's --cap-add=SYS_ADMIN)"
+        capability += "" if root else " and profile as root in it"
+        remedy = f"set {option} on the host, or {capability}; see .devcontainer/README.md"
+    else:
+        remedy = f"set {option}" + ("" if root else ", or profile with sudo")
+        remedy += "; see https://developer.nvidia.com/ERR_NVGPUCTRPERM"
+    return f"the driver keeps the GPU's hardware counters from this process: {remedy}"
 
 
 def _reason(output: str) -> str:

@@ -129,7 +129,7 @@ def test_ncu_is_taken_from_its_variable_path_or_place(
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("echo '==ERROR== ERR_NVGPUCTRPERM: no permission'; exit 1", "run as root"),
+        ("echo '==ERROR== ERR_NVGPUCTRPERM: no permission'; exit 1", "hardware counters from this"),
         ("echo 'error: no backend x' >&2; exit 1", "ncu failed: no backend x"),
         ("echo finished", "ncu failed: finished"),  # no report, whatever the status
     ],
@@ -141,6 +141,29 @@ def test_a_failure_of_ncu_is_one_line(tmp_path: Path, script: str, message: str)
     with pytest.raises(UsageError, match=message) as caught:
         profiling.run_ncu(str(program), tmp_path / "a.ncu-rep", ["true"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("container", [True, False])
+@pytest.mark.parametrize("root", [True, False])
+def test_the_remedy_for_refused_counters_is_one_that_helps_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: bool, root: bool
+) -> None:
+    program = tmp_path / "ncu"
+    program.write_text("#!/bin/sh\necho '==ERROR== ERR_NVGPUCTRPERM'\n")
+    program.chmod(0o755)
+    mark = tmp_path / "containerenv"
+    monkeypatch.setattr(profiling, "CONTAINER_MARKS", (str(mark),))
+    monkeypatch.setattr(profiling.os, "geteuid", lambda: 0 if root else 1000)
+    if container:
+        mark.touch()
+    with pytest.raises(UsageError, match="NVreg_RestrictProfilingToAdminUsers=0") as caught:
+        profiling.run_ncu(str(program), tmp_path / "a.ncu-rep", ["true"])
+    told = str(caught.value)
+    # The option counts for all; a capability only in a container, and there only for root; sudo
+    # only where root has what the user lacks.
+    assert ("--cap-add=SYS_ADMIN" in told and "on the host" in told) is container
+    assert ("profile as root in it" in told) is (container and not root)
+    assert ("sudo" in told) is (not container and not root)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
