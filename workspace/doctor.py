@@ -43,6 +43,7 @@ Status = Literal["ok", "note", "problem"]
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
 REBUILD = "make fork-build"
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+MARKS = {"ok": "✓", "note": "•", "problem": "✗"}
 
 
 @dataclass(frozen=True)
@@ -429,8 +430,12 @@ def run(mode: str, *, as_json: bool) -> int:
     for heading in ("", "what", "state", "remedy"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        mark = {"ok": "✓", "note": "•", "problem": "✗"}[row.status]
-        table.add_row(f"[{COLOURS[row.status]}]{mark}[/]", row.name, escape(row.detail), row.remedy)
+        table.add_row(
+            f"[{COLOURS[row.status]}]{MARKS[row.status]}[/]",
+            row.name,
+            escape(row.detail),
+            row.remedy,
+        )
     console = Console()
     console.print(table)
     console.print("\nready" if usable else "\n[red]not usable yet[/]: see the remedies")

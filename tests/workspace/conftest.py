@@ -28,7 +28,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from workspace import lock
+from workspace import doctor, lock
 from workspace.bootstrap import LOCK_VARIABLE
 from workspace.paths import KERNELS, LOCKS, MACHINE, ROOT
 from workspace.pins import load
@@ -217,6 +217,12 @@ def pinned(text: str, path: str, sha256: str) -> str:
     """pins.toml with the sha256 under a heading replaced."""
     heading = re.escape(f'[vllm.release."{load().vllm.default}".{path}]')
     return re.sub(rf'({heading}\n(?:.+\n)*?sha256 = )"\w+"', rf'\1"{sha256}"', text)
+
+
+@pytest.fixture(scope="session")
+def doctors_rows() -> list[doctor.Check]:
+    """What `make doctor` says of this checkout."""
+    return doctor.checks(os.environ.get("ENV", "uv"))
 
 
 @pytest.fixture(scope="session")

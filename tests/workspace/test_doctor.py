@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -33,8 +32,8 @@ def row(rows: list[doctor.Check], name: str) -> doctor.Check:
 
 
 @needs_dev
-def test_this_checkout_is_usable_and_says_from_where() -> None:
-    rows = doctor.checks(os.environ.get("ENV", "uv"))
+def test_this_checkout_is_usable_and_says_from_where(doctors_rows: list[doctor.Check]) -> None:
+    rows = doctors_rows
     assert [r for r in rows if r.status == "problem"] == []
     assert "editable from vllm-fork/releases/" in row(rows, "vLLM").detail
     assert load().release().cuda.release in row(rows, "CUDA release").detail
@@ -157,6 +156,6 @@ def test_a_check_that_breaks_is_a_problem_not_the_end(monkeypatch: pytest.Monkey
     assert rows[-1].name == "kernels"
 
 
-def test_every_problem_has_a_remedy() -> None:
-    for check in doctor.checks(os.environ.get("ENV", "uv")):
+def test_every_problem_has_a_remedy(doctors_rows: list[doctor.Check]) -> None:
+    for check in doctors_rows:
         assert check.status != "problem" or check.remedy

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -13,9 +16,13 @@ from typing import Any
 import pytest
 import typer
 from custom_kernels.build import PACKAGE
+from rich.console import Console
 
-from workspace.bootstrap import ON_THE_HOST
+from workspace import doctor, fork_status
+from workspace.bench import record, report
+from workspace.bootstrap import ON_THE_HOST, lock_files
 from workspace.cli import app
+from workspace.lock import locked
 from workspace.paths import BENCHMARKS, PATCHES, ROOT
 from workspace.pins import load
 
@@ -170,3 +177,81 @@ def test_the_size_of_the_fork_is_as_said() -> None:
         ]
         assert f"{len(lines)} lines for {version}" in page
         assert len(patches) == 3
+
+
+# --- transcripts: a block that begins with a command, and what the code prints --------------------
+
+TRANSCRIPTS = {
+    command: lines.splitlines()
+    for page in PAGES
+    for command, lines in re.findall(
+        r"^```\n\$ (make [^\n]*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+    )
+}
+
+
+def test_every_transcript_is_compared_here() -> None:
+    assert set(TRANSCRIPTS) == {"make bench", "make doctor", "make fork-status"}
+
+
+def test_the_transcript_of_a_bench_is_what_its_record_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = record.read(BENCHMARKS / "engine" / "tiny-qwen2-throughput-cpu.json")
+    printed = io.StringIO()
+    monkeypatch.setattr(
+        report, "console",
+        Console(file=printed, highlight=False, soft_wrap=True, width=80, color_system=None),
+    )  # fmt: skip
+    path = BENCHMARKS / "results" / f"{shown.run}.json"
+    report.show(shown, path, path.with_suffix(".png"))
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    # What is before it tells how far a run is, and how long that took.
+    assert TRANSCRIPTS["make bench"][-len(lines) :] == lines
+
+
+def without_this_machine(text: str) -> str:
+    """What doctor says of a row, less the versions and numbers of one machine."""
+    text = re.sub(r" \([^()]*\d[^()]*\) [\d.]+$", "", text)  # a distribution's g++
+    return re.sub(r"_C\w*\.abi3|\d+(?:\.\d+)*", "N", text)
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="it is of the default environment")
+def test_the_transcript_of_doctor_has_the_rows_that_doctor_has(
+    doctors_rows: list[doctor.Check],
+) -> None:
+    rows: list[tuple[str, str, str]] = []
+    for line in TRANSCRIPTS["make doctor"][1:-2]:
+        mark, name, state = line[:1], line[3:15].strip(), line[17:].strip()
+        if not name:  # the row before goes on
+            mark, name, before = rows.pop()
+            state = f"{before} {state}"
+        rows.append((mark, name, state))
+    assert [name for _, name, _ in rows] == [row.name for row in doctors_rows]
+    for (mark, name, state), row in zip(rows, doctors_rows, strict=True):
+        if name == "packages" and platform.machine() == "x86_64":
+            count = len(locked(lock_files(load().vllm.default, "cpu")))
+            assert state == f"all {count} at their locked versions"
+        # What is otherwise on this machine (a GPU) or in this checkout (own commits, a build of
+        # vLLM) has other words.
+        elif doctor.MARKS[row.status] == mark and name not in ("GPU", "binaries"):
+            assert without_this_machine(row.detail) == without_this_machine(state)
+
+
+def test_the_transcript_of_fork_status_is_what_it_prints_of_our_patches() -> None:
+    lines = TRANSCRIPTS["make fork-status"]
+    version = load().vllm.default
+    (commit,) = (line.strip() for line in lines if re.match(r" +[0-9a-f]{7} ", line))
+    found = fork_status.Status(
+        release=version,
+        tree=f"vllm-fork/releases/{version}",
+        shown_by_src=True,
+        branch="main",
+        patches=fork_status.queue(version),
+        patches_applied=True,
+        own_commits=[commit],
+        uncommitted=[],
+        rebase=None,
+        other_releases=[],
+    )
+    assert list(fork_status.table(found)) == lines
