@@ -151,7 +151,7 @@ _SHAPES = [
     ("Buildkite token", r"bk[aur]a_[a-z0-9]{40}"),
     ("Sonar token", r"sq[apu]_[a-f0-9]{40}"),
     ("Sourcegraph token", r"sgp_(?:[a-f0-9]{16}_|local_)?[a-f0-9]{40}"),
-    ("Prefect key", r"pn[bu]_[A-Za-z0-9]{36}"),
+    ("Prefect key", r"pn[ub]_[A-Za-z0-9]{36}"),
     ("Infracost key", r"ico-[A-Za-z0-9]{32}"),
     # Payment
     ("Stripe key", r"[rs]k_(?:live|test|prod)_[A-Za-z0-9]{16,}"),
