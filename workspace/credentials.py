@@ -53,7 +53,7 @@ def listed(found: Iterable[Finding], most: int = 8) -> str:
 # --- what a credential looks like ----------------------------------------------------------------
 
 # (kind, how it looks). The formats are public: their owners document them, and rule sets for
-# scanners list them. In each are 16 characters of `_IN_A_RUN` in a row.
+# scanners list them. In each are 20 characters of `_IN_A_RUN` in a row.
 _SHAPES = [
     # Models and their hosts
     ("Hugging Face token", r"hf_[A-Za-z0-9]{30,}"),
@@ -369,7 +369,7 @@ _IN_A_RUN, _IN_A_WORD = (
     bytes(ord("a") if one in _LETTERS + signs else ord(" ") for one in range(256))
     for signs in (b"_-~%+", b"_-~%+./=:|!&?@#$*^")
 )
-_RUN = b"a" * 16
+_RUN = b"a" * 20
 # Letters and digits; or one of those of which some hold no digit.
 _MIXED = re.compile(
     rb"[\W\d_]*(?:[A-Za-z][^\d]*\d|\d[\W\d_]*[A-Za-z])|"
@@ -380,7 +380,7 @@ _BEFORE, _AFTER = 200, 4096
 
 
 def _words(content: bytes) -> Iterator[tuple[int, int]]:
-    """Where a credential may be: words with 16 letters and digits in a row, and some of both.
+    """Where a credential may be: words with 20 letters and digits in a row, and some of both.
 
     Two translations and `find` pass over most of a text ten times as fast as a regular expression
     does that has so many beginnings.
