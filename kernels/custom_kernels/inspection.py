@@ -8,8 +8,8 @@ instructions and the widest access to global memory.
 - CUDA C++: what ``build`` compiled.
 - Triton: the backend's ``specializations()``, compiled as a launch would.
 - CuPy: every ``RawKernel`` that the backend's module holds (by itself, or in a dict, list or
-  tuple), through NVRTC with the options that CuPy adds. CuPy compiles for ``sm_90`` where the
-  others compile for ``sm_90a``, so its kernels have no wgmma.
+  tuple), by CuPy's own code, with the options and headers of a launch. CuPy compiles for ``sm_90``
+  where the others compile for ``sm_90a``, so its kernels have no wgmma.
 
 Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
 ``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
@@ -25,6 +25,7 @@ import ast
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -121,9 +122,10 @@ class InspectionError(RuntimeError):
 
 
 def nvrtc_includes() -> tuple[str, ...]:
-    """Options with which NVRTC finds CUDA's headers, for the ``options`` of a ``cupy.RawKernel``.
+    """Options that name all folders of CUDA's headers, for the ``options`` of a ``cupy.RawKernel``.
 
-    Empty where there are none: CuPy then looks for headers of its own.
+    CuPy itself names the CUDA runtime's folder. The packages of CUDA 12 have one per component, and
+    ``mma.h`` needs two.
     """
     return tuple(f"-I{folder}" for folder in build.include_folders())
 
@@ -248,7 +250,7 @@ def _cuda(operation: str, backend: str, names: Sequence[str]) -> list[Report]:
 
 @dataclass(frozen=True)
 class _Job:
-    """One compilation: a Triton specialization, or a source for NVRTC."""
+    """One compilation: a Triton specialization, or a RawKernel with its label."""
 
     operation: str
     backend: str
@@ -323,7 +325,7 @@ def _run_shared(index: int) -> list[Report] | str:
 
 
 def _run_job(job: _Job) -> list[Report]:
-    run = _triton if isinstance(job.item, Specialization) else _nvrtc
+    run = _triton if isinstance(job.item, Specialization) else _cupy
     return [Report(**report) for report in run(job)]
 
 
@@ -374,51 +376,31 @@ def _triton(job: _Job) -> list[dict[str, Any]]:
 
 
 def raw_kernel(kernel: Any, architecture: str, label: str = "", path: Path | None = None) -> Report:
-    """What NVRTC makes of one ``cupy.RawKernel``, with the options that CuPy adds; needs no GPU.
+    """What CuPy's compiler makes of one ``cupy.RawKernel``; needs no GPU.
 
     ``path`` is the file in which its source stands, for the compiler's messages. Raises
     InspectionError if it does not compile.
     """
-    return Report(**_compiled_by_nvrtc(kernel, architecture, label or kernel.name, path))
+    return Report(**_raw_kernel(kernel, architecture, label or kernel.name, path))
 
 
-def _nvrtc(job: _Job) -> list[dict[str, Any]]:
+def _cupy(job: _Job) -> list[dict[str, Any]]:
     label, kernel = job.item
     path = build.PACKAGE / job.operation / f"{job.backend}.py"
-    report = _compiled_by_nvrtc(kernel, job.architecture, label, path)
+    report = _raw_kernel(kernel, job.architecture, label, path)
     return [report | {"operation": job.operation, "backend": job.backend}]
 
 
-def _compiled_by_nvrtc(
-    kernel: Any, architecture: str, label: str, path: Path | None
-) -> dict[str, Any]:
-    from cupy_backends.cuda.libs import nvrtc
-
+def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -> dict[str, Any]:
     # So that the compiler's messages name the line of the Python file in which it stands.
     line = _line_of(path, kernel.code) if path is not None else None
     source = f'#line {line} "{path}"\n{kernel.code}' if line else kernel.code
     file = str(path or f"{kernel.name}.cu")
-    program = nvrtc.createProgram(source, file, (), ())
-    options = (
-        *kernel.options,
-        "-ftz=true",
-        "--device-as-default-execution-space",
-        f"-arch=sm_{_number(architecture)}",
-        "--ptxas-options=-v",
-        # What comes from NVRTC's cache comes without ptxas's report. CUDA 12.8's has no cache.
-        *(["--no-cache"] if nvrtc.getVersion() >= (13, 0) else []),
-    )
     try:
-        nvrtc.compileProgram(program, options)
-        log = nvrtc.getProgramLog(program)
-        cubin, ptx = nvrtc.getCUBIN(program), nvrtc.getPTX(program)
-    except nvrtc.NVRTCError as error:
-        message = nvrtc.getProgramLog(program).strip("\0\n ") or str(error)
-        raise InspectionError(f"NVRTC cannot compile {file} ({label}):\n{message}") from None
-    finally:
-        nvrtc.destroyProgram(program)
-    if isinstance(ptx, bytes):
-        ptx = ptx.decode()
+        cubin, ptx, log = _compiled_by_cupy(kernel, source, file, _number(architecture))
+    except Exception as error:
+        message = str(error).strip("\0\n ")
+        raise InspectionError(f"CuPy cannot compile {file} ({label}):\n{message}") from None
     said = {entry.name: entry for entry in assembly.entries(ptx)}
     if kernel.name not in said:
         names = ", ".join(said) or "none"
@@ -426,12 +408,70 @@ def _compiled_by_nvrtc(
             f"{file}: its source has no kernel {kernel.name!r}; there is {names} "
             '(is it `extern "C" __global__`?)'
         )
-    # CuPy's getCUBIN takes the last byte, a zero, for the end of a string.
-    (code,) = (code for code in _disassembled(cubin + b"\0") if code.name == kernel.name)
+    (code,) = (code for code in _disassembled(cubin) if code.name == kernel.name)
     spilled = {one.name: one.spill_stores + one.spill_loads for one in build.parse_ptxas(log)}
     entry = said[kernel.name]
     report = _report("", "", label, architecture, code, spilled[kernel.name], code.shared)
     return report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
+
+
+def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple[bytes, str, str]:
+    """Cubin, PTX and log of ``source``, compiled as CuPy compiles this kernel when it is launched.
+
+    All of it is CuPy's own code: what it asks the GPU (the architecture) is answered here, and what
+    it would load into the GPU is taken.
+    """
+    from unittest.mock import patch
+
+    from cupy._core import core
+    from cupy.cuda import compiler, function
+    from cupy_backends.cuda.libs import nvrtc
+
+    class Program(compiler._NVRTCProgram):
+        def __init__(self, source: str, name: str = "", *others: Any, **more: Any) -> None:
+            super().__init__(source, file, *others, **more)
+
+        def compile(self, options: tuple[str, ...] = (), log_stream: Any = None) -> Any:
+            # What comes from NVRTC's cache comes without ptxas's report. CUDA 12.8's has no cache.
+            more = ("--no-cache",) if nvrtc.getVersion() >= (13, 0) else ()
+            compiled = super().compile((*options, *more), log_stream)
+            text = nvrtc.getPTX(self.ptr)
+            (folder / "kernel.ptx").write_bytes(text.encode() if isinstance(text, str) else text)
+            return compiled
+
+    class Module(function.Module):
+        def load(self, code: bytes) -> None:
+            # CuPy's getCUBIN takes the last byte, a zero, for the end of a string.
+            loaded.append(code + b"\0")
+
+    loaded: list[bytes] = []
+    log = io.StringIO()
+    state = kernel.__getstate__()
+    with tempfile.TemporaryDirectory() as name, patch.object(function, "Module", Module):
+        folder = Path(name)
+        more = ["--ptxas-options=-v"]
+        if state["backend"] == "nvcc":
+            more += ["--keep", f"--keep-dir={folder}"]  # for its PTX
+        with patch.multiple(
+            compiler,
+            _NVRTCProgram=Program,
+            _get_arch_for_options_for_nvrtc=lambda _: (f"-arch=sm_{number}", "cubin"),
+            _kernel_cache_backend=compiler._DiskKernelCacheBackend(name),
+        ):
+            core.compile_with_cache(
+                source,
+                (*state["options"], *more),
+                arch=number,
+                prepend_cupy_headers=False,
+                backend=state["backend"],
+                translate_cucomplex=state["translate_cucomplex"],
+                enable_cooperative_groups=state["enable_cooperative_groups"],
+                name_expressions=state["name_expressions"],
+                log_stream=log,
+                jitify=bool(state["jitify"]),
+            )
+        (ptx,) = folder.glob("*.ptx")
+        return loaded[0], ptx.read_text(), log.getvalue()
 
 
 def _report(
@@ -460,12 +500,12 @@ def _raw_kernels(module: ModuleType) -> list[tuple[str, Any]]:
     """Every RawKernel of a module with a label, each compilation once."""
     import cupy
 
-    found: dict[tuple[Any, ...], tuple[str, Any]] = {}
+    found: dict[str, tuple[str, Any]] = {}
 
     def add(label: str, value: Any) -> None:
         if isinstance(value, cupy.RawKernel):
-            what = (value.code, value.name, tuple(value.options))
-            found.setdefault(what, (f"{value.name}{label}", value))
+            # All that CuPy compiles it from.
+            found.setdefault(repr(value.__getstate__()), (f"{value.name}{label}", value))
         elif isinstance(value, dict):
             for key, item in value.items():
                 add(f" [{_key_text(key)}]", item)

@@ -73,6 +73,44 @@ extern "C" __global__ void __launch_bounds__(64) scale(const float* x, float* y)
 KERNELS = {n: cupy.RawKernel(SOURCE, "scale", options=(f"-DFACTOR={n}",)) for n in (2, 3)}
 AGAIN = [KERNELS[2]]
 """
+HEADERS = """
+import cupy
+from custom_kernels.inspection import nvrtc_includes
+
+SOURCE = r'''
+#include <cooperative_groups.h>
+#include <cub/block/block_reduce.cuh>
+#include <cuda/barrier>
+#include <cuda/pipeline>
+#include <cuda/std/array>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <mma.h>
+
+namespace cg = cooperative_groups;
+
+extern "C" __global__ void __launch_bounds__(64) sum(const float* x, float* y) {
+  __shared__ float tile[64];
+  __shared__ cuda::barrier<cuda::thread_scope_block> ready;
+  auto block = cg::this_thread_block();
+  if (block.thread_rank() == 0) init(&ready, block.size());
+  block.sync();
+  auto pipe = cuda::make_pipeline();
+  pipe.producer_acquire();
+  cuda::memcpy_async(&tile[threadIdx.x], &x[threadIdx.x], sizeof(float), pipe);
+  pipe.producer_commit();
+  pipe.consumer_wait();
+  ready.arrive_and_wait();
+  cuda::std::array<float, 2> two{tile[63 - threadIdx.x], float(__nv_fp8_e4m3(x[0]))};
+  using Reduce = cub::BlockReduce<float, 64>;
+  __shared__ Reduce::TempStorage scratch;
+  float total = Reduce(scratch).Sum(two[0] + two[1]);
+  if (threadIdx.x == 0) y[0] = total + float(__half(x[1])) + float(__nv_bfloat16(x[2]));
+}
+'''
+KERNEL = cupy.RawKernel(SOURCE, "sum", options=nvrtc_includes())
+"""
 TRITON = """
 import triton
 import triton.language as tl
@@ -168,6 +206,27 @@ def test_cupy_kernels_are_found_once_each(toy: PackageCopy) -> None:
     assert found["scale [2] 9.0a"]["occupancy"] == {
         "blocks": 32, "share": 1.0, "limiter": "threads",
     }  # fmt: skip
+
+
+def test_cupy_kernels_get_the_headers_and_options_of_a_launch(toy: PackageCopy) -> None:
+    """CuPy brings CCCL's headers and names the C++ standard; no option here does."""
+    toy.add("toy/fast.py", HEADERS)
+    (report,) = list(reports(toy, "toy.fast", "--arch", "8.0").values())[1:]
+    assert (report["kernel"], report["threads"]) == ("sum", 64)
+    assert 256 < report["shared"] < 1024
+
+
+@pytest.mark.nvcc
+def test_a_cupy_kernel_is_compiled_by_the_compiler_that_it_names() -> None:
+    cupy = pytest.importorskip("cupy")
+    code = CUPY.split("r'''")[1].split("'''")[0]
+    code += "#ifdef __CUDACC_RTC__\n#error NVRTC\n#endif\n"
+    options = ("-DFACTOR=2",)
+    kernel = cupy.RawKernel(code, "scale", options, backend="nvcc")
+    report = inspection.raw_kernel(kernel, "8.0")
+    assert (report.threads, report.load) == (64, "LDG 4 B")
+    with pytest.raises(inspection.InspectionError, match="NVRTC"):
+        inspection.raw_kernel(cupy.RawKernel(code, "scale", options), "8.0")
 
 
 def test_triton_is_compiled_as_a_launch_would(toy: PackageCopy) -> None:
