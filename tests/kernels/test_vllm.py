@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+from custom_kernels import build
 
 from tests.kernels import vllm_program
+from workspace.bench import models
 
 PROGRAM = """
 import logging, os
@@ -104,6 +108,31 @@ for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
 )
 
 
+ENGINE = """
+import json, os, sys
+from torch._dynamo.utils import counters
+from vllm import LLM, SamplingParams, envs
+from vllm.config.utils import hash_factors
+
+def main(package, model):
+    sys.path.insert(0, package)
+    sizes = {"max_model_len": 128, "max_num_seqs": 2, "max_num_batched_tokens": 128}
+    engine = LLM(model, tokenizer=f"{model}/tokenizer", **sizes)
+    greedy = SamplingParams(temperature=0, max_tokens=8)
+    (found,) = engine.generate({"prompt_token_ids": [3, 1, 4, 1, 5]}, greedy, use_tqdm=False)
+    key = hash_factors(envs.compile_factors())
+    compiled = counters["inductor"]["fxgraph_cache_miss"]
+    print(json.dumps([list(found.outputs[0].token_ids), key, compiled]), flush=True)
+
+for package in sys.argv[2:]:  # one import of vLLM for all
+    if os.fork() == 0:
+        main(package, sys.argv[1])
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"failed: {package}")
+"""
+
+
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     found = importlib.metadata.entry_points(group="vllm.general_plugins", name="custom_kernels")
     if not found:
@@ -141,3 +170,46 @@ def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
     ]
     said = "gemm: reference does not take torch.float32, layers of that dtype run with other"
     assert errors.count(said) == 1
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
+    tmp_path: Path,
+) -> None:
+    """The output of GEMM by rows, by columns, and by rows again, on one cache. Without vLLM's own
+    cache of traced graphs, torch's are what is left to be right."""
+    rows, columns = tmp_path / "rows", tmp_path / "columns"
+    for root in (rows, columns):
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(build.PACKAGE, root / build.PACKAGE.name, ignore=without)
+    operation = columns / build.PACKAGE.name / "gemm" / "__init__.py"
+    text = operation.read_text()
+    for by_rows, by_columns in {
+        "x.new_empty((*x.shape[:-1], weight.shape[0]))": (
+            "x.new_empty((weight.shape[0], *x.shape[:-1])).movedim(0, -1)"
+        ),
+        "run(rows, weight, bias)": "run(rows, weight, bias).t().contiguous().t()",
+    }.items():
+        assert text.count(by_rows) == 1
+        text = text.replace(by_rows, by_columns)
+    operation.write_text(text)
+
+    model = models.resolve(models.TINY, "cpu", tmp_path / "models")
+    lines, _ = vllm_program.run(
+        ENGINE,
+        *map(str, (model.folder, rows, columns, rows)),
+        VLLM_USE_CUSTOM_GEMM="1",
+        VLLM_USE_AOT_COMPILE="0",
+        VLLM_CACHE_ROOT=str(tmp_path / "vllm"),
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "torch"),
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_HOST_IP="127.0.0.1",
+        HF_HUB_OFFLINE="1",
+    )
+    first, edited, again = (json.loads(line) for line in lines if line.startswith("[["))
+    assert first[0] == edited[0] == again[0]
+    assert first[1] == again[1] != edited[1]  # vLLM's key for compiled graphs
+    assert min(first[2], edited[2]) > 0
+    assert again[2] == 0  # nothing was compiled

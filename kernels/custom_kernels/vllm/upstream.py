@@ -14,9 +14,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
+from custom_kernels import build
+
 __all__ = ["LinearBase", "QuantizationConfig", "UnquantizedLinearMethod"]
 
 OUTPUT_HEAD = "lm_head"
+
+_graph_facts: set[str] = set()
 
 
 def wanted_backend() -> str | None:
@@ -50,3 +54,25 @@ def quantization_methods() -> list[str]:
 
 def register_quantization(name: str, config: Any) -> None:
     quantization.register_quantization_config(name)(config)
+
+
+def graphs_depend_on(fact: str) -> None:
+    """Make ``fact`` part of vLLM's key for compiled graphs: one that was compiled without it is
+    never reused. To be called before the model's first forward pass, in each process."""
+    _graph_facts.add(fact)
+    # The key holds the values of all variables that are registered here. This one is not read from
+    # the environment.
+    envs.environment_variables["CUSTOM_KERNELS_GRAPHS"] = lambda: ", ".join(sorted(_graph_facts))
+
+
+def _key_graphs_by_sources() -> None:
+    # A graph is compiled for the output layouts that the fake implementations of our ops promise,
+    # but holds only the ops' names: neither vLLM's key nor torch's own, for the caches below
+    # vLLM's, would see an edit.
+    sources = build.source_hash()
+    graphs_depend_on(f"sources {sources}")
+    torch.compiler.config.cache_key_tag += sources
+
+
+# On import, because whatever brings our ops into vLLM imports this module, the plugin or not.
+_key_graphs_by_sources()

@@ -63,6 +63,8 @@ class SparseLinear(_base.LinearMethod):
         expand = registry.best("quant_expand", weight.device, weight.dtype)
         registry.runner("quant_expand", expand, weight.device, weight.dtype)
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
+        # Constants of the graph that depend on what this machine can run.
+        upstream.graphs_depend_on(f"{name} {dtype} {packed.backend}")
         return {"values": packed.values, "metadata": packed.metadata, "scale": scale}
 
     def apply(
