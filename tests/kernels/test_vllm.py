@@ -174,6 +174,7 @@ def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
     tmp_path: Path,
 ) -> None:
