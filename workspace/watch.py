@@ -467,13 +467,10 @@ class Lines(Screen):
         lines = figures(verdict, self.before(verdict))
         super().show(verdict)
         remarks = f" ({'; '.join(verdict.remarks)})" if verdict.remarks else ""
-        print(
-            f"[{verdict.number}] {verdict.backend}: {verdict.state}{remarks}, "
-            f"{verdict.seconds:.2f} s"
-        )
-        for line in [*verdict.details, *lines]:
-            print("    " + line.replace("\n", "\n    "))
-        print("", end="", flush=True)
+        state = f"{verdict.backend}: {verdict.state}{remarks}, {verdict.seconds:.2f} s"
+        below = [line.replace("\n", "\n    ") for line in [*verdict.details, *lines]]
+        # In one piece: whoever reads along gets a verdict whole.
+        print("\n    ".join([f"[{verdict.number}] {state}", *below]), flush=True)
 
 
 class LiveScreen(Screen):
