@@ -6,14 +6,42 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 
+import hypothesis
 import pytest
 
 from workspace import git
 from workspace.container import docker
 from workspace.errors import WorkspaceError
 
+# A shared machine stalls at times: no example is late.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
+
+# What a user's shell may say about terminals, whatever the tests are started from.
+TERMINAL = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS")
+TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANGUAGE")
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
+
+
+def pytest_configure() -> None:
+    """The same words and lines on each machine; the tests' own servers are asked directly."""
+    for name in TERMINAL:
+        os.environ.pop(name, None)
+    # Messages of compilers and other programs in English; characters stay as the user has them.
+    if os.environ.get("LC_ALL", "").partition(".")[0] not in ("", "C", "POSIX"):
+        os.environ["LC_CTYPE"] = os.environ.pop("LC_ALL")
+    os.environ["LC_MESSAGES"] = "C"
+    direct = ["127.0.0.1", "localhost", *os.environ.get("no_proxy", "").split(",")]
+    direct += os.environ.get("NO_PROXY", "").split(",")
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, direct))
+    # Without bytecode each process would compile torch and vLLM anew, which takes longer than
+    # importing them.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 def _gpu_missing() -> str | None:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import nbformat
@@ -39,7 +38,7 @@ def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     book = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
-        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        book, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in outputs)
@@ -59,16 +58,14 @@ def test_jupyterlab_starts_on_loopback_with_a_token(tmp_path: Path) -> None:
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        deadline = time.monotonic() + 120
         seen = ""
         for line in process.stdout:
             seen += line
             if re.search(r"http://127\.0\.0\.1:\d+/lab\?token=\w{20,}", line):
                 break
-            assert time.monotonic() < deadline, seen
         else:
             raise AssertionError(seen)
         assert "0.0.0.0" not in seen
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait()

@@ -250,18 +250,16 @@ def test_a_cache_that_cannot_be_written_is_one_clear_error(
         build.build_all([ARCHITECTURE])
 
 
-def test_nothing_to_do_takes_no_time_and_imports_no_torch() -> None:
+def test_with_nothing_to_do_nothing_is_compiled_and_torch_not_imported() -> None:
     build.build_all()
-    started = time.perf_counter()
     program = (
-        "import sys; from custom_kernels import build; build.build_all(); "
-        "print('torch' in sys.modules)"
+        "import sys; from custom_kernels import build; "
+        "print(any(one.compiled for one in build.build_all()), 'torch' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert result.stdout.strip() == "False"
-    assert time.perf_counter() - started < 5  # 0.2 s on a quiet machine
+    assert result.stdout.strip() == "False False"
 
 
 def test_source_hash_follows_every_source(toy: PackageCopy) -> None:

@@ -165,15 +165,17 @@ def test_on_a_cpu_the_order_of_preference_decides() -> None:
     assert tuning.settings("gemm", "triton", device, torch.bfloat16, 1, N=1, K=1) is None
 
 
-def test_a_look_up_costs_less_than_a_microsecond() -> None:
-    device, dtype = torch.device("cpu"), torch.float32
+def test_a_look_up_costs_no_more_than_the_smallest_operator_of_torch() -> None:
+    device, dtype, x = torch.device("cpu"), torch.float32, torch.ones(1)
 
     def look_up() -> str:
         return tuning.backend("gemm", device, dtype, 4, N=896, K=896, bias=True)
 
     look_up()
-    seconds = min(timeit.repeat(look_up, number=2000, repeat=20)) / 2000
-    assert seconds < 1e-6
+    # In turns, so that another load on the machine meets both.
+    pairs = [(timeit.timeit(look_up, number=500), timeit.timeit(lambda: x + x, number=500))
+             for _ in range(40)]  # fmt: skip
+    assert min(ours for ours, _ in pairs) < min(torchs for _, torchs in pairs)
 
 
 def test_the_files_of_the_package_are_whole_and_name_backends_that_exist() -> None:

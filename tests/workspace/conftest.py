@@ -13,6 +13,7 @@ import io
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -34,7 +35,11 @@ from workspace.paths import KERNELS, LOCKS, MACHINE, ROOT
 from workspace.pins import load
 from workspace.release import ASKED, SELECTED, selected
 
-UNREACHABLE = "http://127.0.0.1:1/numbers.git"
+# A port that is taken and on which nobody listens: whoever asks there is refused at once.
+_held = socket.socket()
+_held.bind(("127.0.0.1", 0))
+NOBODY = f"http://127.0.0.1:{_held.getsockname()[1]}"
+UNREACHABLE = f"{NOBODY}/numbers.git"
 SOURCES = {
     "setup.py": (
         "import os\nfrom setuptools import setup\n"
@@ -89,6 +94,15 @@ FetchContent_MakeAvailable(numbers)
 }
 ODD = Path("my work (1) ü", "it's here")
 """Small checkouts lie in a folder with such a name: what fails there fails for a user."""
+# Another release, like the default one but for these sources.
+OLD = load().vllm.default
+NEW = "0.99.0"
+CHANGED = {
+    **SOURCES,
+    "vllm/envs.py": "zeroth = 0\nfirst = 1\nsecond = 2\nthird = 3\nfourth = 4\n",
+    "vllm/kept.py": "untouched = 'another'\n",
+    "vllm/new_in_this_release.py": "x = 1\n",
+}
 BINARIES = {
     "vllm/_C.abi3.so": b"\x7fELF not really" * 5000,
     "vllm/_C_AVX2.abi3.so": b"\x7fELF neither" * 5000,
@@ -197,12 +211,10 @@ class Checkout:
             start_new_session=True,
         )
 
-    def make(
-        self, *arguments: str, seconds: float = 300, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run make; standard output and error come back as one text."""
         process = self.start(*arguments, **env)
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate()
         return subprocess.CompletedProcess(arguments, process.returncode, output, "")
 
     def git(self, *arguments: str) -> str:
@@ -266,6 +278,23 @@ def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def pin_another_release(root: Path, cache: Path) -> None:
+    """A release in pins.toml and the cache, like the default one but for its sources."""
+    text = (root / "pins.toml").read_text()
+    tables = re.findall(rf'^\[vllm\.release\."{OLD}".*?(?=^\[(?!vllm\.release\."{OLD}"))', text,
+                        re.MULTILINE | re.DOTALL)  # fmt: skip
+    content = sdist_bytes(CHANGED, folder=f"vllm-{NEW}")
+    sha256 = hashlib.sha256(content).hexdigest()
+    table = "".join(tables)
+    table = re.sub(r'(sdist\]\nproject = .*\nfilename = ").*?("\nsha256 = ").*?"',
+                   rf'\g<1>vllm-{NEW}.tar.gz\g<2>{sha256}"', table)  # fmt: skip
+    table = table.replace(f'release."{OLD}"', f'release."{NEW}"')
+    (root / "pins.toml").write_text(text.replace("\n[packages]\n", f"\n{table}\n[packages]\n", 1))
+    (cache / sha256[:16]).mkdir(parents=True)
+    (cache / sha256[:16] / f"vllm-{NEW}.tar.gz").write_bytes(content)
+    shutil.copy(root / "locks" / f"vllm-{OLD}.txt", root / "locks" / f"vllm-{NEW}.txt")
+
+
 def copy_files_of_this_checkout(root: Path) -> None:
     """What git has of this checkout, edits included, into `root`; files that are gone here go."""
     listed = subprocess.run(
@@ -295,6 +324,17 @@ def copy_checkout(template: Path, folder: Path) -> Checkout:
         "CUSTOM_KERNELS_CACHE": str(template.parent / "kernels"),
     }
     return Checkout(root, clean_environment() | places)
+
+
+def path_with(folder: Path, *programs: str) -> str:
+    """A value for PATH with these programs of this machine and its Python, and nothing else."""
+    folder.mkdir()
+    for name in programs:
+        found = shutil.which(name)
+        assert found, name
+        (folder / name).symlink_to(found)
+    (folder / "python3").symlink_to(BASE_PYTHON)
+    return str(folder)
 
 
 def clean_environment() -> dict[str, str]:
@@ -330,20 +370,28 @@ def small_checkout(_small_template: Path, tmp_path: Path) -> Checkout:
 
 @pytest.fixture(scope="session")
 def _ready(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    checkout = copy_checkout(_small_template, tmp_path_factory.mktemp("ready"))
+    folder = tmp_path_factory.mktemp("ready")
+    checkout = copy_checkout(_small_template, folder)
+    pin_another_release(checkout.root, Path(checkout.env["WORKSPACE_CACHE"]))
+    (folder / "gitconfig").write_text("[user]\nname = U\nemail = u@example.invalid\n")
+    checkout.env["GIT_CONFIG_GLOBAL"] = str(folder / "gitconfig")
     result = checkout.make("dev")
     assert result.returncode == 0, result.stdout
+    shutil.copytree(checkout.root / "vllm-fork", folder / "saved/vllm-fork", symlinks=True)
+    shutil.copy(checkout.root / "pins.toml", folder / "saved")
     return checkout
 
 
 @pytest.fixture
 def ready_checkout(_ready: Checkout) -> Iterator[Checkout]:
-    """A small checkout in which `make dev` has run. Shared: edits in src are taken back."""
+    """A small checkout in which `make dev` has run, with a second release in its pins. Shared:
+    vllm-fork and the pins are put back as they were. What was compiled of vLLM stays."""
     yield _ready
-    _ready.git("reset", "-q", "--hard", "refs/workspace/applied")
-    _ready.git("clean", "-qfd")
-    result = _ready.make("dev", "FORCE=1")
-    assert result.returncode == 0, result.stdout
+    root, saved = _ready.root, _ready.root.parent / "saved"
+    shutil.rmtree(root / "vllm-fork")
+    shutil.copytree(saved / "vllm-fork", root / "vllm-fork", symlinks=True)
+    shutil.copy2(saved / "pins.toml", root)
+    (root / ".workspace" / "rebase.json").unlink(missing_ok=True)
 
 
 NASTY = {
@@ -431,8 +479,8 @@ def nasty_settings(folder: Path) -> dict[str, str]:
     }
 
 
-def still_running(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that have not ended after so long.
+def still_running(processes: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
+    """Those that have not ended after so long; none as soon as all have.
 
     In a container nobody may collect an orphan that has ended, so a zombie counts as ended.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
+from tests.workspace.conftest import NOBODY
 from workspace.bench import models, tiny_model
 from workspace.errors import WorkspaceError
 
@@ -327,7 +328,7 @@ def test_a_hub_cache_that_cannot_be_written_does_not_pass_for_a_hub_out_of_reach
 def test_hub_out_of_reach_is_said_and_the_catalogue_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    point_at("http://127.0.0.1:9", monkeypatch)  # the discard port: nothing listens there
+    point_at(NOBODY, monkeypatch)
     with pytest.raises(WorkspaceError, match="not reachable"):
         models.resolve("some/model", "cpu", tmp_path)
     model = models.resolve("Qwen/Qwen2.5-0.5B", "cpu", tmp_path)

@@ -96,10 +96,8 @@ def start(here: Path, **variables: str) -> subprocess.Popen[str]:
         # A shell that runs the tests in the background has them ignore Ctrl-C; a user's does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    end = time.monotonic() + 120
     while not set(here.glob("runs/*/*/events.jsonl")) - before:
         assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < end
         time.sleep(0.1)
     return process
 
@@ -112,11 +110,11 @@ def test_interrupted_it_says_so_and_leaves_neither_process_nor_record(
     process = start(tmp_path)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate()
     assert process.returncode == 1
     assert error.strip().startswith("interrupted")
     assert "\n" not in error.strip()
-    assert still_running(children, 10) == []
+    assert still_running(children) == []
     assert not (tmp_path / "results").exists()
 
 
@@ -127,13 +125,13 @@ def test_killed_it_takes_the_engine_along_and_the_next_run_starts_clean(tmp_path
     assert children
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert still_running(children, 60) == []
+    assert still_running(children) == []
     (left,) = (tmp_path / "runs").iterdir()
     time.sleep(1.1)  # runs are named by the second
     second = start(tmp_path)
     assert not left.exists()
     second.send_signal(signal.SIGINT)
-    second.communicate(timeout=30)
+    second.communicate()
     assert not (tmp_path / "results").exists()
 
 
@@ -142,7 +140,7 @@ def test_an_engine_that_dies_is_one_line_with_its_log(tmp_path: Path) -> None:
     process = start(tmp_path)
     (engine,) = psutil.Process(process.pid).children()
     engine.send_signal(signal.SIGKILL)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate()
     assert process.returncode == 1
     assert "stock: the engine was killed (signal 9)" in error
     log = Path(error.strip().rsplit("log: ", 1)[1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import BASE_PYTHON, Checkout
+from tests.workspace.conftest import BASE_PYTHON, NOBODY, Checkout, path_with
 from workspace import bootstrap
 from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
@@ -87,7 +87,7 @@ def test_a_wrong_variable_is_one_line_and_no_traceback(
 
 def test_an_index_out_of_reach_is_one_clear_error(small_checkout: Checkout, tmp_path: Path) -> None:
     nowhere = {
-        "UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple",
+        "UV_DEFAULT_INDEX": f"{NOBODY}/simple",
         "UV_CACHE_DIR": str(tmp_path / "uv"),
         "UV_HTTP_RETRIES": "0",
     }
@@ -98,15 +98,18 @@ def test_an_index_out_of_reach_is_one_clear_error(small_checkout: Checkout, tmp_
     assert "Traceback" not in result.stdout
     for tool in (small_checkout.root / ".workspace" / "tools").glob("uv-*"):
         shutil.rmtree(tool)
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"}
+    nowhere = {"PIP_INDEX_URL": f"{NOBODY}/simple", "PIP_RETRIES": "0"}
     result = small_checkout.make("dev", **nowhere)
     assert result.returncode != 0
     assert "could not be fetched; check the network" in result.stdout
     assert "Traceback" not in result.stdout
 
 
-def test_conda_without_a_conda_says_what_is_missing(small_checkout: Checkout) -> None:
-    result = small_checkout.make("dev", ENV="conda", PATH="/usr/bin:/bin", PYTHON="")
+def test_conda_without_a_conda_says_what_is_missing(
+    small_checkout: Checkout, tmp_path: Path
+) -> None:
+    path = path_with(tmp_path / "bin", "sh", "make", "git")
+    result = small_checkout.make("dev", ENV="conda", PATH=path, PYTHON="")
     assert "ENV=conda needs micromamba, mamba or conda on PATH" in result.stdout
     assert result.returncode != 0
 

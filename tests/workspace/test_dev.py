@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import BASE_PYTHON, BINARIES, Checkout
+from tests.workspace.conftest import BINARIES, Checkout, path_with
 from workspace.pins import load
 
 VERSION = load().vllm.default
@@ -53,14 +53,9 @@ def test_dev_makes_everything_and_a_second_run_nothing(ready_checkout: Checkout)
     assert_whole(ready_checkout)
     metadata = "__import__('importlib.metadata').metadata.version('vllm')"
     assert imported(ready_checkout, metadata).startswith(f"{VERSION}+cpu")
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        result = ready_checkout.make("dev")
-        times.append(time.perf_counter() - started)
-        assert result.returncode == 0
-        assert result.stdout.strip() == "· ready"
-    print(f"nothing to do: {min(times):.2f} s")
+    result = ready_checkout.make("dev")
+    assert result.returncode == 0
+    assert result.stdout.strip() == "· ready"
 
 
 def test_an_edit_in_src_is_live_and_survives_dev(ready_checkout: Checkout) -> None:
@@ -148,7 +143,7 @@ def test_two_makes_at_once_do_not_meet(small_checkout: Checkout) -> None:
     first = small_checkout.start("dev")
     time.sleep(0.7)
     second = small_checkout.start("dev")
-    outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
+    outputs = [process.communicate()[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
     waited = [text for text in outputs if "waiting: another make is at work" in text]
     assert len(waited) == 1
@@ -197,15 +192,9 @@ def test_a_full_disk_is_one_clear_error_and_dev_goes_on_after(small_checkout: Ch
 
 def test_without_a_compiler_the_error_names_one(ready_checkout: Checkout, tmp_path: Path) -> None:
     """A PATH with everything but a C++ compiler."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("sh", "make", "git", "env"):
-        found = shutil.which(name)
-        assert found
-        (tools / name).symlink_to(found)
-    (tools / "python3").symlink_to(BASE_PYTHON)
+    path = path_with(tmp_path / "bin", "sh", "make", "git", "env")
     cache = {"CUSTOM_KERNELS_CACHE": str(tmp_path / "kernels")}
-    result = ready_checkout.make("kernels", PATH=str(tools), CXX="", **cache)
+    result = ready_checkout.make("kernels", PATH=path, CXX="", **cache)
     assert result.returncode != 0
     assert "no C++ compiler" in result.stdout
     assert "Traceback" not in result.stdout

@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.workspace.conftest import NOBODY
 from workspace import fetch
 from workspace.errors import WorkspaceError
 from workspace.pins import Artifact
@@ -114,7 +115,6 @@ def own_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "PIP_CERT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
     handler = type("Handler", (Index,), {"requests": [], "logins": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -187,8 +187,7 @@ def test_a_project_that_the_index_lacks_is_named(index: type[Index]) -> None:
 def test_without_a_network_the_error_says_where_to_put_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://127.0.0.1:9/simple/")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"{NOBODY}/simple/")
     monkeypatch.setenv("WORKSPACE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(WorkspaceError, match="check the network") as error:
         fetch.fetch(FILE)

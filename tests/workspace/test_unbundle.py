@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
-from tests.workspace.conftest import BASE_PYTHON, ODD, Checkout, copy_checkout
+from tests.workspace.conftest import BASE_PYTHON, NOBODY, ODD, Checkout, copy_checkout
 from workspace import bootstrap, inventory, unbundle
 from workspace.bundle.packages import TOOL_CHAIN
 from workspace.pins import load
@@ -31,7 +31,7 @@ from workspace.pins import load
 VERSION = load().vllm.default
 LACKING = {"typer", "rich", "pydantic", "pydantic-core", "pypi-simple", "mailbits"}
 EDITABLE = {"vllm", "custom-kernels"}
-CLOSED = "http://127.0.0.1:1/simple"
+CLOSED = f"{NOBODY}/simple"
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ class Host:
 
     def unbundle(self, folder: str = "ws", **env: str) -> subprocess.CompletedProcess[str]:
         process = self.start(folder, **env)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
         return subprocess.CompletedProcess(folder, process.returncode, output, "")
 
     def start(self, folder: str = "ws", **env: str) -> subprocess.Popen[str]:
