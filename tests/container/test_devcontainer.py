@@ -26,9 +26,10 @@ from tests.container.conftest import (
     second_engine,
     up,
 )
+from tests.workspace.conftest import SMALL_BENCH
 from workspace.container.docker import client
 
-pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.container, pytest.mark.slow]
 
 
 def created(host: Host) -> dict:
@@ -58,7 +59,7 @@ def test_the_host_gets_files_of_its_own_user(
 
 
 def test_make_bench_runs_vllm_in_it(host: Host, container: Ran, devcontainer: list[str]) -> None:
-    ran = inside(host, devcontainer, "make", "bench")
+    ran = inside(host, devcontainer, "make", "bench", *SMALL_BENCH)
     assert ran.status == 0, ran.output
     (path,) = (host.root / "benchmarks" / "results").glob("*.json")
     record = json.loads(path.read_text())
@@ -119,12 +120,12 @@ def test_an_older_container_is_not_replaced_without_a_word(host: Host, container
 def test_a_set_up_that_ends_with_its_container_is_said_to_be_killed(small: Host) -> None:
     description = small.root / ".devcontainer" / "devcontainer.json"
     text = description.read_text()
-    description.write_text(text.replace('"make dev"', '"echo begun; sleep 60"'))
+    description.write_text(text.replace('"make dev"', '"echo begun; sleep 3600"'))
     process = small.start("make", "container")
     assert process.stdout
     assert any(line == "begun\n" for line in process.stdout)
     docker("kill", created(small)["Id"])
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode != 0
     assert "it was killed: the container or the engine was stopped" in output
     description.write_text(text.replace('"make dev"', '"echo begun"'))

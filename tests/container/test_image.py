@@ -26,7 +26,7 @@ from workspace.container.docker import architecture, client
 from workspace.paths import lock_path
 from workspace.pins import load
 
-pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.container, pytest.mark.slow]
 IMAGE = f"{NAME}:dev"
 
 
@@ -60,7 +60,6 @@ def test_the_second_time_nothing_is_built_and_no_registry_asked(host: Host, imag
     again = host.make("image", HTTPS_PROXY="http://127.0.0.1:1")
     assert again.status == 0, again.output
     assert "building" not in again.output
-    assert again.seconds < 10
 
 
 def test_a_change_in_our_own_code_leaves_the_environments_layers(host: Host, image: Ran) -> None:
@@ -79,7 +78,6 @@ def test_a_change_in_our_own_code_leaves_the_environments_layers(host: Host, ima
     after = inspected()
     assert after["Config"]["Labels"]["changed"] == "yes"
     assert after["RootFS"]["Layers"][: len(before) - 2] == before[:-2]
-    assert again.seconds < 60
     assert host.make("image").status == 0
 
 
@@ -176,7 +174,7 @@ def test_the_base_images_own_vllm_makes_room(
     built = {"DOCKER_BUILDKIT": "1"}
     subprocess.run(
         [client(), "build", "-q", "-t", name, str(tmp_path)],
-        env={**another.env, **built}, check=True, stdout=subprocess.DEVNULL, timeout=600,
+        env={**another.env, **built}, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     probe = ["python3", "-c", "import importlib.metadata as m; print(m.version('vllm'))"]
     assert docker("run", "--rm", name, *probe) == "0.25.1"
@@ -196,7 +194,7 @@ def test_the_base_images_own_vllm_makes_room(
         [client(), "build", "-q", "-t", target, "--target=tools", *arguments,
          f"--secret=id=index,src={context}/index.env",
          f"--file={another.root}/.devcontainer/Dockerfile", str(context)],
-        env={**another.env, **built}, check=True, stdout=subprocess.DEVNULL, timeout=600,
+        env={**another.env, **built}, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     find = "import importlib.util as u; print(u.find_spec('vllm'))"
     assert docker("run", "--rm", target, "/usr/bin/python3", "-c", find) == "None"

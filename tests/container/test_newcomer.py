@@ -15,7 +15,7 @@ from tests.container.conftest import CROSS_SECTION, Ran, copy_of_this_checkout, 
 from workspace import index
 from workspace.container.docker import client
 
-pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.container, pytest.mark.slow]
 TOOLS = ["git", "make", "g++", "python3"]
 CERTIFICATE = "/etc/host-certificates.crt"
 

