@@ -52,7 +52,7 @@ def _gpu_missing() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no GPU"
 
 
-def _nvcc_missing() -> str | None:
+def nvcc_missing() -> str | None:
     """None also where nvcc is missing though the release's packages hold one: then tests fail."""
     from custom_kernels import build
 
@@ -102,7 +102,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what the machine cannot run, with the reason."""
-    checks = (("gpu", _gpu_missing), ("nvcc", _nvcc_missing), ("container", _engine_missing))
+    checks = (("gpu", _gpu_missing), ("nvcc", nvcc_missing), ("container", _engine_missing))
     for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = missing() if marked else None

@@ -16,8 +16,6 @@ KERNELS = r"""
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <mma.h>
-#include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/function.h>
 
 __global__ void __launch_bounds__(128) wide(const uint4* from, uint4* to) {
   __shared__ uint4 held[128];
@@ -58,9 +56,6 @@ __global__ void sparse(const unsigned* a, float* d) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]));
   d[0] = c[0] + c[1] + c[2] + c[3];
 }
-
-static void toy(tvm::ffi::TensorView x) {}
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(toy, toy);
 """
 CUPY = """
 import cupy
@@ -186,7 +181,6 @@ def test_what_a_file_says_to_be_on_purpose_is_no_warning(toy: PackageCopy) -> No
     plain = KERNELS[
         KERNELS.index("#include") : KERNELS.index("__global__ void __launch_bounds__(10")
     ]
-    plain += KERNELS[KERNELS.index("static void toy") :]
     toy.add("toy/plain.cu", plain)
     found = reports(toy, "toy", "--arch", "8.0")
     assert found["warnings"] == [

@@ -110,6 +110,8 @@ BINARIES = {
 }
 
 
+KILLS = int(os.environ.get("KILLS", "2"))
+"""How often each test of being killed at random moments tries; KILLS=40 tries harder."""
 SMALL_BENCH = ("INPUT_LEN=16", "OUTPUT_LEN=8", "NUM_PROMPTS=4", "REPEATS=1", "ROUNDS=1")
 """`make bench` with as little as a record can hold."""
 
@@ -123,6 +125,13 @@ def blob(text: str) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+# With a library's headers, and without tvm-ffi's, so that it compiles in a second or two.
+KERNEL = """\
+// link: cublasLt cublas
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+extern "C" __global__ void scale(float *x) { *x *= 2; }
+"""
 PATCHED = SOURCES["vllm/envs.py"].replace("second", "added = True\nsecond")
 PATCH = f"""\
 From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
@@ -247,9 +256,10 @@ def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("template") / ODD / "checkout"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "workspace", root / "workspace", ignore=ignore)
-    # One kernel is enough to compile, and the small lock lacks what the others link with.
+    # One small kernel is enough to compile; the small lock lacks what the others link with.
     others = shutil.ignore_patterns("__pycache__", "*.egg-info", "*_*gemm", "quant_*", "skinny.cu")
     shutil.copytree(KERNELS, root / "kernels", ignore=others)
+    (root / "kernels/custom_kernels/gemm/cublaslt.cu").write_text(KERNEL)
     shutil.copy(ROOT / "Makefile", root)
     shutil.copy(ROOT / ".gitignore", root)
     version = load().vllm.default

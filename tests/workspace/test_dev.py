@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workspace.conftest import BINARIES, Checkout, path_with
+from tests.workspace.conftest import BINARIES, KILLS, Checkout, path_with
 from workspace.pins import load
 
 VERSION = load().vllm.default
@@ -202,17 +202,14 @@ def test_without_a_compiler_the_error_names_one(ready_checkout: Checkout, tmp_pa
 
 @pytest.mark.slow
 def test_dev_survives_being_killed_at_any_moment(small_checkout: Checkout) -> None:
-    """SIGKILL to the whole process group at random times; the last run finishes the work.
-
-    KILLS=40 tries harder.
-    """
+    """SIGKILL to the whole process group at random times; the last run finishes the work."""
     kernels = small_checkout.root / ".workspace" / "kernels"
     small_checkout.env["CUSTOM_KERNELS_CACHE"] = str(kernels)
     started = time.perf_counter()
     assert small_checkout.make("dev").returncode == 0
     length = time.perf_counter() - started
     generator = random.Random(os.urandom(8))
-    for attempt in range(int(os.environ.get("KILLS", "4"))):
+    for attempt in range(KILLS):
         for made in (".venv", "vllm-fork/releases", ".workspace/kernels"):
             shutil.rmtree(small_checkout.root / made, ignore_errors=True)
         if attempt % 2:

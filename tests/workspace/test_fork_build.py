@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.workspace.conftest import BINARIES, UNREACHABLE, Checkout, still_running
+from tests.workspace.conftest import BINARIES, KILLS, UNREACHABLE, Checkout, still_running
 from tests.workspace.test_dev import mounted
 from workspace import build_log, fork_build, upstream_sources
 from workspace.errors import WorkspaceError
@@ -306,7 +306,7 @@ def test_killed_at_any_moment_no_half_library_is_left(checkout: Checkout, number
     whole = time.monotonic() - started
     good = {(checkout.src / "vllm/_C.abi3.so").read_bytes(), BINARIES["vllm/_C.abi3.so"]}
     source = random.Random(4)
-    for attempt in range(6):
+    for attempt in range(KILLS):
         edit(
             checkout,
             "csrc/second.cpp",
@@ -325,7 +325,7 @@ def test_killed_at_any_moment_no_half_library_is_left(checkout: Checkout, number
             good.add(content)
     result = checkout.make("fork-build", given)
     assert result.returncode == 0, result.stdout
-    assert call(checkout, "_C", "second") == 2000000
+    assert call(checkout, "_C", "second") == int(f"2{'0' * KILLS}")
     assert list(checkout.src.rglob("*.partial")) == []
     assert binaries_row(checkout)["status"] == "ok"
 

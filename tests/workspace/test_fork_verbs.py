@@ -20,6 +20,7 @@ import pytest
 
 from tests.workspace.conftest import (
     CHANGED,
+    KILLS,
     NEW,
     OLD,
     Checkout,
@@ -28,7 +29,6 @@ from tests.workspace.conftest import (
 )
 
 PATCH_LINE = "added = True\n"
-KILLS = int(os.environ.get("KILLS", "4"))
 
 
 @pytest.fixture

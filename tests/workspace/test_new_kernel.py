@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from custom_kernels import build
 
+from tests.conftest import nvcc_missing
+from workspace import new_kernel
+from workspace.errors import WorkspaceError
 from workspace.paths import ROOT
 
 
@@ -36,13 +39,11 @@ class Copy:
             env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    def new_kernel(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        program = (
-            "import sys; from workspace import new_kernel, errors\n"
-            "try: new_kernel.run(*sys.argv[1:])\n"
-            "except errors.WorkspaceError as error: sys.exit(f'error: {error}')"
-        )
-        return self.python("-c", program, *arguments)
+    def error(self, *arguments: str) -> str:
+        """What `make new-kernel` cannot do with these values."""
+        with pytest.raises(WorkspaceError) as caught:
+            new_kernel.run(*arguments)
+        return str(caught.value)
 
     def files(self) -> set[str]:
         package = self.root / "custom_kernels"
@@ -54,7 +55,7 @@ class Copy:
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Copy:
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
     made = Copy(tmp_path / "copy", tmp_path / "cache")
     own = {"__init__.py", "reference.py", "cases.py"}
 
@@ -66,39 +67,38 @@ def copy(tmp_path: Path) -> Copy:
         return [name for name in names if here.name == "gemm" and name not in own]
 
     shutil.copytree(build.PACKAGE, made.root / "custom_kernels", ignore=unwanted)
+    monkeypatch.setattr(build, "PACKAGE", made.root / "custom_kernels")
     return made
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.nvcc), "cupy"]
-)
 @pytest.mark.parametrize("operation", ["gemm", "gelu_gate"])
-def test_a_new_kernel_works_at_once(copy: Copy, operation: str, backend: str) -> None:
+def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> None:
+    kinds = {"triton": ".py", "cupy": ".py"} | ({} if nvcc_missing() else {"cuda": ".cu"})
     before = copy.files()
-    result = copy.new_kernel(operation, backend, "mine")
-    assert result.returncode == 0, result.stderr
-    suffix = ".cu" if backend == "cuda" else ".py"
-    wanted = {f"{operation}/mine{suffix}"}
+    for kind in kinds:
+        new_kernel.run(operation, kind, f"my_{kind}")
+    wanted = {f"{operation}/my_{kind}{suffix}" for kind, suffix in kinds.items()}
     if operation != "gemm":
         wanted |= {f"{operation}/{name}.py" for name in ("__init__", "reference", "cases")}
     assert copy.files() - before == wanted
+    for name in wanted:
+        assert "scaled_silu" not in (copy.root / "custom_kernels" / name).read_text()
 
-    found = copy.python(
-        "-m", "custom_kernels.inspection", f"{operation}.mine", "--arch", "9.0a", "--json"
-    )
+    mine = [f"{operation}.my_{kind}" for kind in kinds]
+    found = copy.python("-m", "custom_kernels.inspection", *mine, "--arch", "9.0a", "--json")
     assert found.returncode == 0, found.stderr
     document = json.loads(found.stdout)
     assert document["warnings"] == []
-    assert document["reports"]
-    if operation == "gemm":
-        assert any(report["tensor"] for report in document["reports"])
+    for kind in kinds:
+        reports = [one for one in document["reports"] if one["backend"] == f"my_{kind}"]
+        assert reports
+        assert operation != "gemm" or any(report["tensor"] for report in reports)
 
     checked = copy.python("-m", "custom_kernels.checking", operation)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     lines = dict(line.split(" ", 1) for line in checked.stdout.splitlines())
-    if backend == "triton":
-        assert "cases right" in lines[f"{operation}.mine"]
+    assert "cases right" in lines[f"{operation}.my_triton"]
     if operation != "gemm":
         assert "cases right" in lines[f"{operation}.reference"]
         program = (
@@ -111,21 +111,19 @@ def test_a_new_kernel_works_at_once(copy: Copy, operation: str, backend: str) ->
         assert called.returncode == 0, called.stderr
 
 
-def test_a_new_operation_gets_the_other_kinds_too(copy: Copy) -> None:
-    for backend in ("cupy", "triton", "cuda"):
-        assert copy.new_kernel("gelu_gate", backend).returncode == 0
-    assert {"gelu_gate/cupy.py", "gelu_gate/triton.py", "gelu_gate/cuda.cu"} <= copy.files()
-    assert "scaled_silu" not in (copy.root / "custom_kernels/gelu_gate/cuda.cu").read_text()
+def test_without_a_name_a_kernel_is_called_as_its_kind(copy: Copy) -> None:
+    new_kernel.run("gelu_gate", "cuda")
+    assert "gelu_gate/cuda.cu" in copy.files()
 
 
 def test_nothing_is_written_over(copy: Copy) -> None:
-    assert copy.new_kernel("gemm", "cupy").returncode == 0
+    new_kernel.run("gemm", "cupy")
     before = copy.files()
-    again = copy.new_kernel("gemm", "cupy")
-    assert "gemm/cupy.py exists; give another name" in again.stderr
-    assert "NAME=my_cupy" in again.stderr
+    again = copy.error("gemm", "cupy")
+    assert "gemm/cupy.py exists; give another name" in again
+    assert "NAME=my_cupy" in again
     # A .cu beside a .py of that name would become one backend with it.
-    assert "exists" in copy.new_kernel("gemm", "cuda", "cupy").stderr
+    assert "exists" in copy.error("gemm", "cuda", "cupy")
     assert copy.files() == before
 
 
@@ -146,10 +144,9 @@ def test_nothing_is_written_over(copy: Copy) -> None:
 )
 def test_a_bad_name_is_one_clear_line(copy: Copy, arguments: tuple[str, ...], message: str) -> None:
     before = copy.files()
-    result = copy.new_kernel(*arguments, *[""] * (2 - len(arguments)))
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert message in line
+    error = copy.error(*arguments, *[""] * (2 - len(arguments)))
+    assert message in error
+    assert "\n" not in error
     assert copy.files() == before
 
 
@@ -158,6 +155,6 @@ def test_an_operation_without_a_template_says_what_to_copy(copy: Copy) -> None:
     folder.mkdir()
     for name, text in {"__init__": "", "reference": "", "fast": "import triton\n"}.items():
         (folder / f"{name}.py").write_text(text)
-    result = copy.new_kernel("other", "triton", "mine")
-    assert "other has no small triton kernel to start from: copy " in result.stderr
-    assert "other/fast.py" in result.stderr
+    error = copy.error("other", "triton", "mine")
+    assert "other has no small triton kernel to start from: copy " in error
+    assert "other/fast.py" in error
