@@ -14,6 +14,7 @@ import pytest
 from workspace import git
 from workspace.container import docker
 from workspace.errors import WorkspaceError
+from workspace.paths import ROOT
 
 # A shared machine stalls at times: no example is late.
 hypothesis.settings.register_profile(
@@ -28,7 +29,21 @@ NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root
 
 
 def pytest_configure() -> None:
-    """The same words and lines on each machine; the tests' own servers are asked directly."""
+    """The same words and lines on each machine; the tests' own servers are asked directly; the git
+    that tests call themselves heeds neither a hook around us nor anybody's settings."""
+    git.forget_surroundings()
+    os.environ |= {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_CONFIG_COUNT": "3",
+        "GIT_CONFIG_KEY_0": "core.attributesFile",
+        "GIT_CONFIG_VALUE_0": os.devnull,
+        "GIT_CONFIG_KEY_1": "core.excludesFile",
+        "GIT_CONFIG_VALUE_1": os.devnull,
+        "GIT_CONFIG_KEY_2": "safe.directory",  # a CI may check out as somebody else
+        "GIT_CONFIG_VALUE_2": "*",
+    }
     for name in TERMINAL:
         os.environ.pop(name, None)
     # Messages of compilers and other programs in English; characters stay as the user has them.
@@ -83,25 +98,12 @@ def _engine_missing() -> str | None:
     return None if os.geteuid() == 0 else "debootstrap needs root"
 
 
-def pytest_configure() -> None:
-    """The git that tests call themselves heeds neither a hook around us nor anybody's settings."""
-    git.forget_surroundings()
-    os.environ |= {
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_ATTR_NOSYSTEM": "1",
-        "GIT_CONFIG_COUNT": "3",
-        "GIT_CONFIG_KEY_0": "core.attributesFile",
-        "GIT_CONFIG_VALUE_0": os.devnull,
-        "GIT_CONFIG_KEY_1": "core.excludesFile",
-        "GIT_CONFIG_VALUE_1": os.devnull,
-        "GIT_CONFIG_KEY_2": "safe.directory",  # a CI may check out as somebody else
-        "GIT_CONFIG_VALUE_2": "*",
-    }
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what the machine cannot run, with the reason."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what the machine cannot run, with the reason; each file is one worker's, and the
+    container tests, which share one engine, are together."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        container = "container" in item.path.relative_to(ROOT).parts
+        item.add_marker(pytest.mark.xdist_group("container" if container else item.path.name))
     checks = (("gpu", _gpu_missing), ("nvcc", nvcc_missing), ("container", _engine_missing))
     for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]

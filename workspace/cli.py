@@ -348,7 +348,10 @@ def run_tests(
         set_up(engine=False, operation=operation)
     else:  # tests compile what they load, where it is not there yet
         install_package()
-    command = [sys.executable, "-m", "pytest", "-q", *selection(k)]
+    # Much of the time of the whole is spent waiting for processes that use one core.
+    whole = not k and len(os.sched_getaffinity(0)) > 1
+    workers = ["-n", "2", "--dist", "loadgroup"] if whole else []
+    command = [sys.executable, "-m", "pytest", "-q", *workers, *selection(k)]
     status = run_tool(command)
     if status == 5:
         raise WorkspaceError(f"no test matches K={k}")

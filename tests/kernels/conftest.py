@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+torch.set_num_threads(1)  # tensors are small here, and the other cores are at work
+
+
 @dataclass(frozen=True)
 class PackageCopy:
     """``package`` is a copy of custom_kernels without its operations; ``cache`` is where it
