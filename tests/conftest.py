@@ -14,7 +14,6 @@ import pytest
 from workspace import git
 from workspace.container import docker
 from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
 
 # A shared machine stalls at times: no example is late.
 hypothesis.settings.register_profile(
@@ -98,12 +97,21 @@ def _engine_missing() -> str | None:
     return None if os.geteuid() == 0 else "debootstrap needs root"
 
 
+def _groups(items: list[pytest.Item]) -> None:
+    """Say which tests one of several workers runs alone: those of a file; of the container tests
+    all, which share what they build; and all files that start vLLM's engine, which takes both
+    memory and cores."""
+    with_engine = {item.path for item in items if item.get_closest_marker("engine")}
+    for item in items:
+        group = "engine" if item.path in with_engine else item.path.name
+        group = "container" if item.path.parent.name == "container" else group
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what the machine cannot run, with the reason; each file is one worker's, and the
-    container tests, which share one engine, are together."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        container = "container" in item.path.relative_to(ROOT).parts
-        item.add_marker(pytest.mark.xdist_group("container" if container else item.path.name))
+    """Skip what the machine cannot run, with the reason."""
+    if config.pluginmanager.hasplugin("xdist"):
+        _groups(items)
     checks = (("gpu", _gpu_missing), ("nvcc", nvcc_missing), ("container", _engine_missing))
     for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]

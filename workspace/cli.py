@@ -348,9 +348,10 @@ def run_tests(
         set_up(engine=False, operation=operation)
     else:  # tests compile what they load, where it is not there yet
         install_package()
-    # Much of the time of the whole is spent waiting for processes that use one core.
-    whole = not k and len(os.sched_getaffinity(0)) > 1
-    workers = ["-n", "2", "--dist", "loadgroup"] if whole else []
+    # Much of the time of the whole is spent waiting for processes that use one core. A GPU is
+    # measured by one at a time.
+    share = not k and len(os.sched_getaffinity(0)) > 1 and device() == "cpu"
+    workers = ["-n", "2"] if share else []
     command = [sys.executable, "-m", "pytest", "-q", *workers, *selection(k)]
     status = run_tool(command)
     if status == 5:
