@@ -93,8 +93,6 @@ def start(here: Path, **variables: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # A shell that runs the tests in the background has them ignore Ctrl-C; a user's does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not set(here.glob("runs/*/*/events.jsonl")) - before:
         assert process.poll() is None, process.stderr and process.stderr.read()
