@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -25,6 +27,7 @@ hypothesis.settings.load_profile("suite")
 # What a user's shell may say about terminals, whatever the tests are started from.
 TERMINAL = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS")
 TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANGUAGE")
+WITH_ENGINE = ("test_bench_run", "test_second_release", "test_vllm_quantization")
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
 
 
@@ -101,22 +104,24 @@ def _engine_missing() -> str | None:
     return None if os.geteuid() == 0 else "debootstrap needs root"
 
 
-def _groups(items: list[pytest.Item]) -> None:
-    """Say which tests one of several workers runs alone: those of a file; of the container tests
-    all, which share what they build; and all files that start vLLM's engine, which takes both
-    memory and cores."""
-    with_engine = {item.path for item in items if item.get_closest_marker("engine")}
-    for item in items:
-        group = "engine" if item.path in with_engine else item.path.name
-        group = "container" if item.path.parent.name == "container" else group
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One of several workers runs the tests of a file alone; of the container tests all, which
+    share what they build; and of the files that start vLLM's engine all, which takes memory."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            if path.startswith("tests/container/"):
+                return "container"
+            return "engine" if Path(path).stem in WITH_ENGINE else path
+
+    return ByFile(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what the machine cannot run, with the reason."""
-    if config.pluginmanager.hasplugin("xdist"):
-        _groups(items)
     checks = (("gpu", _gpu_missing), ("nvcc", nvcc_missing), ("container", _engine_missing))
     for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]
