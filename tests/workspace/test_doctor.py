@@ -14,7 +14,7 @@ from workspace import doctor, install
 from workspace.imports import Imports, look
 from workspace.paths import LOCKS, ROOT
 from workspace.pins import load
-from workspace.release import selected
+from workspace.release import selected, tree
 
 VERSION = selected()
 needs_dev = pytest.mark.skipif(
