@@ -101,9 +101,7 @@ def run(
     )
     if result.returncode:
         complaint = [line for line in (result.stderr or "").splitlines() if line.strip()]
-        reason = (
-            index.hide(complaint[-1].strip()) if complaint else f"exit status {result.returncode}"
-        )
+        reason = complaint[-1].strip() if complaint else f"exit status {result.returncode}"
         what = failure or f"{' '.join(command[:4])} … failed"
         raise WorkspaceError(f"{what}: {index.hide(reason)}" if complaint or not failure else what)
     return result.stdout or ""
