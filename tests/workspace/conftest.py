@@ -390,8 +390,9 @@ def _ready(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     checkout.env["GIT_CONFIG_GLOBAL"] = str(folder / "gitconfig")
     result = checkout.make("dev")
     assert result.returncode == 0, result.stdout
-    shutil.copytree(checkout.root / "vllm-fork", folder / "saved/vllm-fork", symlinks=True)
-    shutil.copy(checkout.root / "pins.toml", folder / "saved")
+    saved = checkout.root.parent / "saved"
+    shutil.copytree(checkout.root / "vllm-fork", saved / "vllm-fork", symlinks=True)
+    shutil.copy(checkout.root / "pins.toml", saved)
     return checkout
 
 
