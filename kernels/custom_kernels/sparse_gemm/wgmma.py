@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the wgmma backend that decides: how the weight lies in memory, and which tile runs a
+shape."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from custom_kernels import build
+from custom_kernels.sparse_gemm import _packing
+
+DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
+
+ROW_ALIGNMENT = 8
+"""Elements of y: rows start at a multiple of 16 bytes, as the copy engine wants it."""
+
+ROWS = 64
+"""Rows of the weight in a block: one instruction's."""
+
+_PLAIN = 0x44
+"""Metadata of padding: the first two of every four, the value that says so of eight zeros."""
+
+
+class Choice(NamedTuple):
+    """How a shape is computed, as the compiled half takes it."""
+
+    tile: int
+    """Index in ``TILES``."""
+    pair: int
+    """Blocks of neighbouring features that load their tokens together: 1 or 2."""
+    split: int
+    """Blocks that share a tile out along K: 1, 2 or 4. With a tile that is shared, these are only
+    the tiles of the last, not full wave, and it is the most that share one."""
+
+
+class Tile(NamedTuple):
+    """A tile of the compiled half and the microseconds that it takes, measured on an H200."""
+
+    features: int
+    tokens: int
+    per_multiprocessor: int
+    """Blocks that run on a multiprocessor at the same time."""
+    shared: bool
+    splits: tuple[int, ...]
+    start: float
+    """Once,"""
+    wave: float
+    """for each wave of tiles,"""
+    step: float
+    """in each wave for every 128 bytes of K',"""
+    add: float
+    """and once where tiles are shared out along K."""
+
+
+TILES = (
+    Tile(128, 256, 1, False, (1, 2, 4), 0.4, 3.2, 0.422, 7.7),
+    Tile(128, 256, 1, True, (4,), 0.0, 2.4, 0.464, 9.0),
+    Tile(128, 192, 1, False, (1,), 3.5, 1.6, 0.359, 0.0),
+    Tile(128, 128, 1, False, (1, 2, 4), 1.1, 2.1, 0.253, 4.7),
+    Tile(128, 64, 1, False, (1, 2, 4), 0.1, 3.6, 0.167, 3.0),
+    Tile(64, 32, 2, False, (1, 2, 4), 0.0, 3.2, 0.126, 2.9),
+    Tile(64, 16, 2, False, (1, 2), 2.4, 0.4, 0.116, 2.2),
+)
+"""As the compiled half numbers them. What ``choose`` takes by these figures was 1.5 % slower than
+the fastest in the mean, with N from 3584 to 37888, K 3584 and 18944, and M from 1 to 16384."""
+
+BYTES_PER_MICROSECOND = 4.0e6
+"""The weight comes from HBM."""
+
+PAIRS_FROM = 4096
+"""Bytes of a column of a from which two blocks that load together are faster."""
+
+
+def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The expanded weight [N, K'] as the compiled half copies it: [N / 64, K' / columns, bytes]
+    uint8, padded with zeros, a block of 64 rows x 128 bytes of K' after the other; the metadata
+    lies with the values. On the weight's device."""
+    values, metadata = _packing.compress(expanded)
+    size = expanded.dtype.itemsize
+    # Two blocks more or less are one step of the smaller tiles.
+    rows = -values.shape[0] % ROWS
+    whole = pad(values.view(torch.uint8), (0, -values.shape[1] * size % (2 * ROWS), 0, rows))
+    blocks = whole.unflatten(0, (-1, ROWS)).unflatten(2, (-1, 4, 16))
+    # Columns of 16 bytes: how the instruction wants rows that are not swizzled.
+    first = blocks.permute(0, 2, 3, 1, 4).flatten(2)
+    fill = (0, whole.shape[1] // (4 * size) - metadata.shape[1], 0, rows)
+    second = arrange(pad(metadata, fill, value=_PLAIN), size)
+    return torch.cat([first, second], 2), metadata.new_empty(0)
+
+
+def arrange(metadata: torch.Tensor, size: int) -> torch.Tensor:
+    """metadata [N, K'/8] of values of ``size`` bytes, N a multiple of 64 and K' of 128 bytes, into
+    [N / 64, K' / columns, bytes]: for each of 128 threads 4 bytes for an instruction.
+
+    Thread (warp, b, h, a), of 4 x 8 x 2 x 2, holds for 8 bit in its register of each of a block's
+    two instructions 32 columns, the h-th, of row 16 warp + 8 a + b. For 16 bit it holds, for the
+    h-th instruction of the two, 16 columns, the a-th, of rows 16 warp + b and 8 below.
+    """
+    if size == 1:
+        parts = metadata.view(-1, 4, 2, 8, metadata.shape[1] // 16, 2, 2, 4)
+        order = (0, 4, 1, 3, 6, 2, 5, 7)
+    else:
+        parts = metadata.view(-1, 4, 2, 8, metadata.shape[1] // 8, 2, 2, 2)
+        order = (0, 4, 1, 3, 5, 6, 2, 7)
+    return parts.permute(order).flatten(2)
+
+
+def run(
+    a: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    values: torch.Tensor,
+    metadata: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    features: int,
+) -> torch.Tensor:
+    """a [M, K'] contiguous, values from ``storage``; returns [M, N] bfloat16.
+
+    Asynchronous on the current stream, one kernel; where N is not a multiple of 8, a copy after it.
+    """
+    m = a.shape[0]
+    stride = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    out = a.new_empty((m, stride), dtype=torch.bfloat16)
+    y = out if stride == features else out[:, :features]
+    choice = choose(a.dtype, m, features, a.shape[1], _multiprocessors(a.device))
+    _library(a.device).run(a, a_scale, values, w_scale, bias, y, *choice)
+    return y if stride == features else y.contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(dtype: torch.dtype, m: int, n: int, k: int, multiprocessors: int) -> Choice:
+    """What should take the least time for a [M, K'], W [N, K']."""
+    return min(
+        (
+            Choice(index, _pair(tile, m * dtype.itemsize), split)
+            for index, tile in enumerate(TILES)
+            # Narrow tiles read the weight again for every few tokens.
+            if m <= {16: 16, 32: 64, 64: 256}.get(tile.tokens, m)
+            for split in tile.splits
+        ),
+        key=lambda choice: _microseconds(choice, dtype, m, n, k, multiprocessors),
+    )
+
+
+def _pair(tile: Tile, column_bytes: int) -> int:
+    return 2 if tile.tokens == 192 or (tile.tokens >= 128 and column_bytes >= PAIRS_FROM) else 1
+
+
+def _microseconds(
+    choice: Choice, dtype: torch.dtype, m: int, n: int, k: int, multiprocessors: int
+) -> tuple[float, int, int]:
+    """Of equally fast ones, less split and smaller ones are better."""
+    tile = TILES[choice.tile]
+    steps = k * dtype.itemsize / 128
+    tiles = -(-n // (tile.features * choice.pair)) * -(-m // tile.tokens)
+    at_once = multiprocessors * tile.per_multiprocessor // choice.pair
+    parts = choice.split
+    if tile.shared:
+        whole, rest = divmod(tiles, at_once)
+        if not (whole and rest):
+            return math.inf, 0, 0
+        parts = min(parts, at_once // rest)
+        waves = whole + 1 / parts
+    else:
+        if parts > 1 and tiles * parts > 2 * at_once:
+            return math.inf, 0, 0
+        waves = math.ceil(tiles * parts / at_once)
+        steps /= parts
+    time = tile.start + waves * (tile.wave + tile.step * steps) + (tile.add if parts > 1 else 0)
+    metadata = k / 8
+    stream = n * (k / 2 * dtype.itemsize + metadata) / BYTES_PER_MICROSECOND + 2.5
+    return max(time, stream), choice.split, tile.tokens
+
+
+@functools.cache
+def _library(device: torch.device) -> Any:
+    return build.load("sparse_gemm", "wgmma", device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
