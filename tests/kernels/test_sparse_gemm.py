@@ -20,11 +20,11 @@ from custom_kernels.sparse_gemm import (
     _packing,
     cusparselt,
     custom_sparse_gemm,
-    cutlass,
     pack,
     quantize_weight,
     reference,
     sparse_linear,
+    wgmma,
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -372,7 +372,7 @@ def arguments() -> dict[str, Any]:
         ({"a_scale": torch.ones(4)}, ValueError, r"a_scale must be \[3\], one per row of a, got"),
         ({"bias": torch.ones(8)}, TypeError, r"bias must be bfloat16, got torch.float32"),
         ({"bias": torch.ones(7).bfloat16()}, ValueError, r"bias must be \[8\] on cpu, got \[7\]"),
-        ({"backend": "cutlass"}, ValueError, r"packed for reference, not for cutlass: pack it"),
+        ({"backend": "wgmma"}, ValueError, r"packed for reference, not for wgmma: pack it"),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_clear_error(
@@ -413,75 +413,81 @@ def test_weights_that_do_not_fit_are_one_clear_error(
 
 def test_a_wrong_backend_is_one_clear_error() -> None:
     weight = torch.zeros(4, 4).char()
-    with pytest.raises(registry.BackendError, match=r"no backend 'cutlas'; there are: cutlass"):
-        pack(weight, "2:4", torch.ones(4), backend="cutlas")
+    with pytest.raises(registry.BackendError, match=r"no backend 'wgma'; there are: wgmma"):
+        pack(weight, "2:4", torch.ones(4), backend="wgma")
     if CUDA is None:
         assert pack(weight, "2:4", torch.ones(4)).backend == "reference"
-    packed = replace(pack(weight, "2:4", torch.ones(4), backend="reference"), backend="cutlass")
-    with pytest.raises(registry.BackendError, match=r"cutlass.* on cpu: it runs on CUDA devices"):
+    packed = replace(pack(weight, "2:4", torch.ones(4), backend="reference"), backend="wgmma")
+    with pytest.raises(registry.BackendError, match=r"wgmma.* on cpu: it runs on CUDA devices"):
         custom_sparse_gemm(torch.zeros(2, 64).char(), torch.ones(2), packed)
 
 
-# --- CUTLASS's metadata and tiles, without a GPU --------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.nvcc
-def test_cutlass_metadata_is_permuted_as_cutlass_says(bits: int) -> None:
-    """What torch does atom by atom is what CUTLASS's layout says byte by byte, and loses none."""
-    library = build.load("sparse_gemm", "cutlass")
-    rows, columns = 192, 64
-    offsets = torch.empty((rows, columns), dtype=torch.int64)
-    size = library.metadata_offsets(offsets, bits)
-    assert sorted(offsets.flatten().tolist()) == list(range(size))
-    metadata = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
-    wanted = torch.empty(size, dtype=torch.uint8)
-    wanted[offsets.flatten()] = metadata.flatten()
-    assert torch.equal(cutlass.arrange(metadata, bits), wanted)
+# --- wgmma's storage and tiles, without a GPU -----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_wgmma_blocks_hold_what_each_thread_and_instruction_reads(dtype: torch.dtype) -> None:
+    """Byte by byte, as PTX has it, from what is stored back to the weight; padding is zeros."""
+    kind = sparsity.pattern("6:8")
+    expanded = _packing.decompose(make_weight(100, 200, "6:8", dtype), kind)
+    stored, _ = wgmma.storage(expanded)
+    size = dtype.itemsize
+    blocks = stored.shape[:2]
+    values = torch.zeros((*blocks, 64, 64), dtype=torch.uint8)
+    metadata = torch.full((*blocks, 64, 16 // size), 255, dtype=torch.uint8)
+    for row in range(64):
+        for chunk in range(4):
+            start = chunk * 1024 + row * 16
+            values[:, :, row, 16 * chunk : 16 * chunk + 16] = stored[..., start : start + 16]
+    for thread in range(128):
+        warp, lane = divmod(thread, 32)
+        row = 16 * warp + lane // 4
+        if size == 1:  # two registers: 32 columns of one row for each instruction
+            for instruction in range(2):
+                word = stored[..., 4096 + 8 * thread + 4 * instruction :][..., :4]
+                start = 8 * instruction + 4 * (lane // 2 % 2)
+                metadata[:, :, row + 8 * (lane % 2), start : start + 4] = word
+        else:  # one register: threads 0 and 1 of four for one instruction, 2 and 3 for the other
+            word = stored[..., 4096 + 4 * thread :][..., :4]
+            start = 4 * (lane // 2 % 2) + 2 * (lane % 2)
+            metadata[:, :, row, start : start + 2] = word[..., :2]
+            metadata[:, :, row + 8, start : start + 2] = word[..., 2:]
+    whole = values.permute(0, 2, 1, 3).reshape(64 * blocks[0], -1).view(dtype)
+    dense = _packing.decompress(
+        whole, metadata.permute(0, 2, 1, 3).reshape(64 * blocks[0], -1).contiguous()
+    )
+    assert dense.shape == (128, {1: 512, 2: 384}[size])  # whole blocks, an even number of them
+    assert torch.equal(dense[:100, : expanded.shape[1]].float(), expanded.float())
+    assert not dense[100:].float().any()
+    assert not dense[:, expanded.shape[1] :].float().any()
+
+
 @pytest.mark.nvcc
-def test_cutlass_pads_metadata_to_whole_atoms(dtype: torch.dtype) -> None:
-    weight = make_weight(100, 200, "6:8", dtype)
-    scale = torch.ones(100) if dtype in SCALED else None
-    packed = pack(weight, "6:8", scale, backend="cutlass")
-    columns = 128 if dtype in SCALED else 64
-    rows, length = 128, -(-packed.expanded // columns) * columns
-    assert packed.metadata.shape == (rows * length // 8,)
-    assert packed.values.shape == (100, packed.expanded // 2)
-
-
-KINDS = {torch.float8_e4m3fn: 8, torch.int8: -8, torch.bfloat16: 16}
-"""Names of the dtypes in the compiled half."""
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.nvcc
-def test_cutlass_tiles_are_those_that_python_numbers(dtype: torch.dtype) -> None:
-    tiles = build.load("sparse_gemm", "cutlass").tiles(KINDS[dtype])
-    costs = [cutlass.COSTS[name] for name in cutlass.TILES[dtype]]
-    assert [tuple(tile)[:2] for tile in tiles] == [(one.features, one.tokens) for one in costs]
+def test_wgmma_tiles_are_those_that_python_numbers() -> None:
+    tiles = build.load("sparse_gemm", "wgmma").tiles()
+    assert [tuple(tile) for tile in tiles] == [tuple(tile[:4]) for tile in wgmma.TILES]
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "name"),
+    ("m", "n", "k", "tokens", "split", "shared"),
     [
-        (1, 4608, 3584, cutlass.SMALL),
-        (64, 37888, 3584, cutlass.SMALL),
-        (128, 37888, 3584, cutlass.MEDIUM),
-        (384, 3584, 3584, cutlass.MEDIUM),
-        (512, 4608, 3584, cutlass.WHOLE),
-        (4096, 37888, 3584, cutlass.WHOLE),
-        (2048, 3584, 18944, cutlass.WHOLE),
-        (4096, 3584, 18944, cutlass.SHARED),
-        (16384, 3584, 3584, cutlass.WHOLE),
+        (1, 4608, 3584, 16, 1, False),
+        (1, 37888, 3584, 16, 1, False),
+        (64, 37888, 3584, 64, 1, False),
+        (256, 3584, 18944, 128, 2, False),
+        (1024, 3584, 3584, 256, 1, False),
+        (2048, 4608, 3584, 192, 1, False),
+        (4096, 3584, 18944, 256, 4, True),
+        (16384, 37888, 3584, 256, 1, False),
     ],
 )
-def test_cutlass_chooses_what_was_fastest_on_an_h200(m: int, n: int, k: int, name: str) -> None:
+def test_wgmma_chooses_what_was_fastest_on_an_h200(
+    m: int, n: int, k: int, tokens: int, split: int, shared: bool
+) -> None:
     for dtype in SCALED:
-        choice = cutlass.choose(dtype, m, n, k, 132)
-        assert cutlass.TILES[dtype][choice.tile] == name
+        choice = wgmma.choose(dtype, m, n, k, 132)
+        tile = wgmma.TILES[choice.tile]
+        assert (tile.tokens, choice.split, tile.shared) == (tokens, split, shared)
 
 
 def test_cusparselt_packs_on_a_gpu_only() -> None:
@@ -528,17 +534,19 @@ def test_exact_on_integers(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_tile_of_cutlass_is_right(
+def test_every_tile_of_wgmma_is_right(
     gpu: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = [(1, 128, 128), (300, 1000, 640), (1000, 3584, 3584)]
+    # The last has a wave that is not full, of few tiles: they are shared out.
+    shapes = [(1, 128, 128), (300, 1000, 640), (1000, 3584, 3584), (1024, 4608, 1024)]
     for m, n, k in shapes:
-        arguments, wanted = make(m, n, k, "6:8", dtype, gpu, "cutlass")
-        for tile in range(len(cutlass.TILES[dtype])):
-            for swizzle in (1, 4):
-                choice = cutlass.Choice(tile, swizzle)
-                monkeypatch.setattr(cutlass, "choose", lambda *_, choice=choice: choice)
-                assert_right(custom_sparse_gemm(*arguments), wanted, "cutlass")
+        arguments, wanted = make(m, n, k, "6:8", dtype, gpu, "wgmma")
+        for index, tile in enumerate(wgmma.TILES):
+            for split in tile.splits:
+                for pair in (1, 2):
+                    choice = wgmma.Choice(index, pair, split)
+                    monkeypatch.setattr(wgmma, "choose", lambda *_, choice=choice: choice)
+                    assert_right(custom_sparse_gemm(*arguments), wanted, "wgmma")
 
 
 @pytest.mark.gpu

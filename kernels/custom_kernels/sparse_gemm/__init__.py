@@ -17,7 +17,7 @@ from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.quant_expand import reference as quantization
 from custom_kernels.sparse_gemm import _packing
 
-PREFERENCE = {"cuda": ("cutlass", "cusparselt", "reference"), "cpu": ("reference",)}
+PREFERENCE = {"cuda": ("wgmma", "cusparselt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
 
 MATRIX = True
