@@ -55,6 +55,8 @@ FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=
 LIBRARIES = ("cudart",)
 PEAK_MEMORY = 5 * jobs.GIB // 2
 """Bytes that a compile may take at most; what one is taken to need before it was seen."""
+REPORT = 2
+"""Number of the form of the report beside a library; another one is compiled anew."""
 KEPT_LIBRARIES = 8
 """How many older libraries of a backend stay in the cache, for going back and forth between
 edits."""
@@ -491,8 +493,9 @@ def build(
     report = json.loads(_report_path(path).read_text())
     kernels = tuple(Kernel(**item) for item in report["kernels"])
     seconds = time.perf_counter() - started
-    peak = report.get("peak_memory", 0)
-    return Built(source, path, architectures, kernels, compiled, seconds, peak)
+    return Built(
+        source, path, architectures, kernels, compiled, seconds, int(report["peak_memory"])
+    )
 
 
 def library_path(source: Source, architectures: Sequence[str]) -> Path:
@@ -500,6 +503,7 @@ def library_path(source: Source, architectures: Sequence[str]) -> Path:
     tools = toolchain()
     architectures = source.architectures(architectures)
     recipe = {
+        "report": REPORT,
         "headers": [package for _, package in source.headers()],
         "files": {str(path.relative_to(PACKAGE)): _sha256(path) for path in source.files()},
         "flags": [*FLAGS, *_code_flags(architectures)],

@@ -41,6 +41,7 @@ def test_the_base_image_is_named_by_its_digest_and_of_the_pinned_cuda() -> None:
     assert f":{load().release(load().vllm.default).cuda.toolkit}-devel-" in base
 
 
+@pytest.mark.container  # the engine is asked for its machine
 def test_every_argument_of_the_dockerfile_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ENV", raising=False)
     wanted = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE)) - {"UV"}
@@ -52,6 +53,7 @@ def test_the_dockerfile_has_uv_where_the_workspace_looks_for_it() -> None:
     assert settings()["WORKSPACE_HOME"] == "/opt/vllm-kernels"
 
 
+@pytest.mark.container
 @pytest.mark.parametrize("mode", image.ENVIRONMENTS)
 def test_the_image_has_its_environment_where_the_workspace_looks_for_it(
     mode: str, monkeypatch: pytest.MonkeyPatch

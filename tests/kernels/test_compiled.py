@@ -41,6 +41,13 @@ def test_compiles_for_every_pinned_architecture_without_spills(
 
 @SOURCES
 @pytest.mark.nvcc
+def test_a_small_machine_can_compile_it(source: build.Source) -> None:
+    built = build.build(source, build.pinned_architectures())
+    assert 0 < built.peak_memory < build.PEAK_MEMORY
+
+
+@SOURCES
+@pytest.mark.nvcc
 def test_loads_without_a_gpu_and_brings_no_second_cuda_library(source: build.Source) -> None:
     module = build.load(source.operation, source.backend)
     assert module is not None

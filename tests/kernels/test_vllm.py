@@ -215,28 +215,30 @@ def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
 def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
     tmp_path: Path,
 ) -> None:
-    """The output of GEMM by rows, by columns, and by rows again, on one cache. Without vLLM's own
-    cache of traced graphs, torch's are what is left to be right."""
-    rows, columns = tmp_path / "rows", tmp_path / "columns"
-    for root in (rows, columns):
+    """The output of GEMM in dense rows, in rows with room between them, and dense again, on one
+    cache. Without vLLM's own cache of traced graphs, torch's are what is left to be right."""
+    dense, apart = tmp_path / "dense", tmp_path / "apart"
+    for root in (dense, apart):
         without = shutil.ignore_patterns("__pycache__")
         shutil.copytree(build.PACKAGE, root / build.PACKAGE.name, ignore=without)
-    operation = columns / build.PACKAGE.name / "gemm" / "__init__.py"
+    operation = apart / build.PACKAGE.name / "gemm" / "__init__.py"
     text = operation.read_text()
-    for by_rows, by_columns in {
+    for before, after in {
         "x.new_empty((*x.shape[:-1], weight.shape[0]))": (
-            "x.new_empty((weight.shape[0], *x.shape[:-1])).movedim(0, -1)"
+            "x.new_empty((*x.shape[:-1], weight.shape[0] + 8))[..., : weight.shape[0]]"
         ),
-        "run(rows, weight, bias)": "run(rows, weight, bias).t().contiguous().t()",
+        "run(rows, weight, bias)": (
+            "torch.nn.functional.pad(run(rows, weight, bias), (0, 8))[:, : weight.shape[0]]"
+        ),
     }.items():
-        assert text.count(by_rows) == 1
-        text = text.replace(by_rows, by_columns)
+        assert text.count(before) == 1
+        text = text.replace(before, after)
     operation.write_text(text)
 
     model = models.resolve(models.TINY, "cpu", tmp_path / "models")
     lines, _ = vllm_program.run(
         ENGINE,
-        *map(str, (model.folder, rows, columns, rows)),
+        *map(str, (model.folder, dense, apart, dense)),
         VLLM_USE_CUSTOM_GEMM="1",
         VLLM_USE_AOT_COMPILE="0",
         VLLM_CACHE_ROOT=str(tmp_path / "vllm"),

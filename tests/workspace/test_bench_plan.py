@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.bench_samples import plan as sample
+from tests.workspace.conftest import clean_environment
 from workspace import bench
 from workspace.bench.plan import (
     DEFAULTS,
@@ -192,5 +193,7 @@ def test_folder_is_repeated_through_the_shell_and_make(name: str, tmp_path: Path
     local = replace(MODEL, folder=Path("/made"), name="c", path_asked_for=folder)
     line = repeat_command(sample(model=local, layers=f"*.{name}"))
     assert shlex.split(line)[:2] == ["make", "bench"]
-    seen = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, check=True).stdout
+    seen = subprocess.run(
+        ["sh", "-c", line], cwd=tmp_path, env=clean_environment(), capture_output=True, check=True
+    ).stdout
     assert seen.decode().split("\0") == [str(folder), f"*.{name}"]
