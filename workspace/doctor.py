@@ -140,7 +140,7 @@ SECOND_LIBRARY = re.compile(
 
 def conda_packages() -> Check:
     """What ENV=conda brought, and nothing beside it that could be loaded in place of pip's."""
-    prefix = Path(sys.prefix)
+    prefix = Path(sys.prefix).resolve()  # a verb's Python may run by a link with a plain name
     found = conda.installed(prefix)
     wanted = conda.packages(load().model_dump(), selected())
     wrong = [
@@ -157,7 +157,8 @@ def conda_packages() -> Check:
         return Check(
             "conda", "problem", text, shlex.join(["conda", "remove", "-p", str(prefix), *second])
         )
-    if str(prefix / "lib") in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
+    searched = filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep))
+    if prefix / "lib" in [Path(folder).resolve() for folder in searched]:
         text = f"{prefix.name}/lib is on LD_LIBRARY_PATH and goes before what packages bring"
         return Check("conda", "problem", text, "unset LD_LIBRARY_PATH")
     return Check("conda", "ok", f"all {len(wanted)} packages at their pinned versions")

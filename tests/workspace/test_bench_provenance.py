@@ -3,6 +3,7 @@
 
 import hashlib
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,21 @@ def test_sources_that_cannot_be_read_are_named(
     assert workspace.startswith("the commit of the workspace cannot be read: git rev-parse")
     assert "the fork" in fork
     assert "this workspace did not make it" in fork
+
+
+def test_the_hosts_packages_have_no_locked_versions_whatever_the_environment_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "MACHINE", tmp_path / "it's here")
+    place = release.environment("system", release.selected())
+    place.mkdir(parents=True)
+    link = tmp_path / "plain"
+    link.symlink_to(place.parent)
+    ask = provenance.expected.__wrapped__  # the answer must not stay for other tests
+    assert ask("cpu", frozenset()).versions
+    for prefix in (place, link / place.name):
+        monkeypatch.setattr(sys, "prefix", str(prefix))
+        assert ask("cpu", frozenset()).versions == {}
 
 
 def test_every_lock_is_hashed(tmp_path: Path) -> None:

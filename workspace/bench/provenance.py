@@ -90,7 +90,7 @@ def expected(device: str, modules: frozenset[str]) -> Expected:
     )
     paths, found = json.loads(done.stdout.splitlines()[-1])
     version = release.selected()
-    if release.environment("system", version) == Path(sys.prefix):
+    if release.environment("system", version).resolve() == Path(sys.prefix).resolve():
         versions = {}  # the host's own packages, whatever they are
     else:
         versions = {n: entry.version for n, entry in locked(lock_files(version, device)).items()}
