@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -22,6 +23,7 @@ from tests.workspace import conda_channel
 from tests.workspace.conftest import Checkout, copy_checkout
 from workspace import conda
 from workspace.pins import load
+from workspace.plain_path import plain
 
 pytestmark = pytest.mark.skipif(
     not conda_channel.can_make_python(),
@@ -59,8 +61,9 @@ def made(_small_template: Path, tool: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def python(checkout: Checkout, code: str, environment: str = ".conda", **env: str) -> str:
+    """Run `code` as a verb would, with a plain name for the environment."""
     result = subprocess.run(
-        [checkout.root / environment / "bin" / "python", "-c", code],
+        [plain(checkout.root) / environment / "bin" / "python", "-c", code],
         cwd=checkout.root, env=checkout.env | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -94,7 +97,7 @@ def test_the_doctor_names_what_is_not_as_pinned_or_comes_in_front_of_torch(made:
         nccl.write_text('{"name": "nccl", "version": "2.28.9"}')
         row = doctor(made)["conda"]
         assert row["detail"] == "nccl beside the same library of pip's torch"
-        assert row["remedy"] == f"conda remove -p {prefix} nccl"
+        assert row["remedy"] == shlex.join(["conda", "remove", "-p", str(prefix), "nccl"])
         ccache.write_text(text.replace(f'"{load().conda["ccache"]}"', '"4.9"'))
         assert doctor(made)["conda"]["detail"] == "differ from pins.toml: ccache 4.9"
     finally:
@@ -134,7 +137,7 @@ print(len(build.build_all(force=True)))
 """
     origin, nvcc, cxx, *rest = python(made, code).splitlines()
     *include, built = rest
-    prefix = made.root / ".conda"
+    prefix = plain(made.root) / ".conda"
     assert (origin, nvcc) == ("conda", f"{prefix}/bin/nvcc")
     assert cxx == f"{prefix}/bin/x86_64-conda-linux-gnu-g++"
     assert f"{prefix}/{conda_channel.TARGET}/include" in include
@@ -145,14 +148,15 @@ def test_condas_nvcc_needs_no_headers_of_the_packages(made: Checkout, tmp_path: 
     """Its profile leads it to the target's folder."""
     source = tmp_path / "scale.cu"
     source.write_text("#include <cub/cub.cuh>\n__global__ void f(float *x) { *x *= 2; }\n")
-    nvcc = [made.root / ".conda" / "bin" / "nvcc", "-arch=sm_90a"]
+    prefix = plain(made.root) / ".conda"
+    nvcc = [prefix / "bin" / "nvcc", "-arch=sm_90a"]
     path = {"PATH": "/usr/bin:/bin"}
     subprocess.run([*nvcc, "-cubin", source, "-o", tmp_path / "f.cubin"], env=path, check=True)
     assert (tmp_path / "f.cubin").read_bytes().startswith(b"\x7fELF")
     used = subprocess.run(
         [*nvcc, "-M", source], env=path, capture_output=True, text=True, check=True
     )
-    assert f"{made.root}/.conda/bin/../{conda_channel.TARGET}/include/cuda_runtime.h" in used.stdout
+    assert f"{prefix}/bin/../{conda_channel.TARGET}/include/cuda_runtime.h" in used.stdout
     assert "site-packages" not in used.stdout
 
 
@@ -179,10 +183,11 @@ def test_a_build_of_vllm_finds_condas_compiler_and_the_wheels_libraries(
 from custom_kernels import build
 from workspace import cuda_home
 tools = build.toolchain()
-print(cuda_home.view(tools.nvcc, "13.0", tools.cxx), tools.cxx)
+print(cuda_home.view(tools.nvcc, "13.0", tools.cxx), tools.cxx, sep="\\n")
 """
-    home, cxx = map(Path, python(made, code).split())
-    bin_ = made.root / ".conda" / "bin"
+    view, cxx = map(Path, python(made, code).splitlines())
+    home = plain(view.parent) / view.name
+    bin_ = plain(made.root) / ".conda" / "bin"
     assert (home / "bin" / "nvcc").readlink() == bin_ / "nvcc"
     assert not (home / "bin" / "python").exists()
     (tmp_path / "CMakeLists.txt").write_text(CMAKE)
@@ -198,7 +203,7 @@ print(cuda_home.view(tools.nvcc, "13.0", tools.cxx), tools.cxx)
     assert result.returncode == 0, result.stderr
     assert f"version {load().release().cuda.conda['cuda-nvcc']}" in result.stderr
     for name in ("cudart", "cublas"):
-        assert re.search(rf"^{name} {home}/lib", result.stderr, re.MULTILINE), result.stderr
+        assert f"\n{name} {home}/lib" in result.stderr, result.stderr
     build = subprocess.run(
         [bin_ / "cmake", "--build", tmp_path / "b"], env=path, capture_output=True, check=False
     )
