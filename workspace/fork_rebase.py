@@ -15,6 +15,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from workspace import fork, fork_tree, lock, patch_queue, pinning, rebase_state, release
 from workspace.bootstrap import LOCK_VARIABLE, say
@@ -137,7 +138,7 @@ def _replay(rebase: Rebase) -> Rebase:
         _git_rebase(
             tree, "--interactive", "--no-autosquash", "--no-autostash", "--reapply-cherry-picks",
             "--empty=drop", "--onto", rebase.onto, f"{HELD}/base", f"{HELD}/tip",
-            editor=f"cp '{plan}'",
+            editor=f"cp {quote(str(plan))}",
         )  # fmt: skip
     elif in_git(tree) and not conflicts(tree):
         _git_rebase(tree, "--continue")

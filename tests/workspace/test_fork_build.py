@@ -184,7 +184,7 @@ def test_a_compile_error_is_shown_and_the_tree_stays(checkout: Checkout, numbers
     assert result.returncode != 0
     assert re.search(r"second\.cpp:1:\d+: error: .undeclared_name. was not declared", result.stdout)
     assert "Traceback" not in result.stdout
-    log = Path(re.search(r"log: (\S+)", result.stdout.splitlines()[-2])[1])  # type: ignore[index]
+    log = Path(re.search(r"log: (.+)", result.stdout.splitlines()[-2])[1])  # type: ignore[index]
     assert "undeclared_name" in log.read_text()
     assert (checkout.src / "vllm/_C.abi3.so").read_bytes() == BINARIES["vllm/_C.abi3.so"]
     checkout.git("checkout", "-q", "csrc")
