@@ -374,7 +374,7 @@ def test_abort_returns_to_exactly_where_the_user_was(fork: Checkout) -> None:
     conflicting(fork)
     before = (os.readlink(fork.src), fork.git("rev-parse", "HEAD"), reachable(fork.src),
               (fork.root / "pins.toml").read_text(), status(fork))  # fmt: skip
-    fail(fork, "fork-rebase", f"VERSION={NEW}")
+    assert "(Conflict)" in fail(fork, "fork-rebase", f"VERSION={NEW}")
     succeed(fork, "fork-rebase", "ABORT=1")
     after = (os.readlink(fork.src), fork.git("rev-parse", "HEAD"), reachable(fork.src),
              (fork.root / "pins.toml").read_text(), status(fork))  # fmt: skip
@@ -389,7 +389,7 @@ def test_abort_leaves_a_release_that_was_there_as_it_was(fork: Checkout) -> None
     there = commit(fork, "vllm/there.py", "x = 1\n", "There before")
     succeed(fork, "dev", f"VLLM_VERSION={OLD}")
     conflicting(fork)
-    fail(fork, "fork-rebase", f"VERSION={NEW}")
+    assert "(Conflict)" in fail(fork, "fork-rebase", f"VERSION={NEW}")
     succeed(fork, "fork-rebase", "ABORT=1")
     assert os.readlink(fork.src) == f"releases/{OLD}"
     succeed(fork, "dev", f"VLLM_VERSION={NEW}")
