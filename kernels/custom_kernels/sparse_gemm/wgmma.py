@@ -15,7 +15,7 @@ from custom_kernels.sparse_gemm import _packing
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
 
 ROW_ALIGNMENT = 8
-"""Elements of y: rows start at a multiple of 16 bytes, as the copy engine wants it."""
+"""Elements of y: rows start at a multiple of 16 bytes, as TMA wants it."""
 
 ROWS = 64
 """Rows of the weight in a block: one instruction's."""
