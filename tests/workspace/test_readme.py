@@ -228,8 +228,12 @@ def test_the_transcript_of_doctor_has_the_rows_that_doctor_has(
             state = f"{before} {state}"
         rows.append((mark, name, state))
     assert [name for _, name, _ in rows] == [row.name for row in doctors_rows]
+    # The lock holds a few packages for some machines and Pythons only.
+    shown = re.match(r"3\.\d+", rows[0][2])
+    as_shown = shown and shown[0] == ".".join(platform.python_version_tuple()[:2])
+    as_shown = as_shown and platform.machine() == "x86_64"
     for (mark, name, state), row in zip(rows, doctors_rows, strict=True):
-        if name == "packages" and platform.machine() == "x86_64":
+        if name == "packages" and as_shown:
             count = len(locked(lock_files(load().vllm.default, "cpu")))
             assert state == f"all {count} at their locked versions"
         # What is otherwise on this machine (a GPU) or in this checkout (own commits, a build of
