@@ -399,6 +399,19 @@ def _words(content: bytes) -> Iterator[tuple[int, int]]:
         at = runs.find(_RUN, end)
 
 
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{200}")
+
+
+def _within_base64(content: bytes, match: re.Match[bytes]) -> bool:
+    """Whether a match lies in an encoded image or file: `/` and `+` make it look like a word, and
+    100 kB of base64 hold what looks like a short token once in a few thousand times."""
+    return match[0][:1] in (b"/", b"+") and any(
+        _BASE64.fullmatch(content, begin, begin + 200)
+        for begin in (match.start(1) - 200, match.end(1))
+        if begin >= 0
+    )
+
+
 def _kind(value: bytes) -> str:
     return next(kind for kind, shape in _SHAPES if re.fullmatch(shape.encode(), value, re.ASCII))
 
@@ -438,7 +451,7 @@ def _in_any_file(content: bytes, *, quoted: bool = False) -> str | None:
         return "registry login"
     for start, end in _words(content):
         for match in _SHAPE.finditer(content, start - 1, end):
-            if not _made_up(match[1].decode()):
+            if not (_made_up(match[1].decode()) or _within_base64(content, match)):
                 return _kind(match[1])
         if quoted and content[start - 1 : start] not in (b'"', b"'"):
             continue

@@ -449,6 +449,16 @@ def test_a_near_miss_is_none(path: str) -> None:
     assert kinds({path: text}) == {}, f"seed {seed}"
 
 
+def test_an_image_that_happens_to_hold_the_shape_of_a_token_is_none() -> None:
+    choose = random.Random(seed := secrets.randbits(32))
+    before, after = (base64.b64encode(choose.randbytes(3000)).decode() for _ in range(2))
+    token = drawn("cio{L32}", seed)
+    for mark in "/+":
+        image = f'{{"data": {{"image/png": "{before}{mark}{token}{mark}{after}"}}}}'
+        assert kinds({"nb/plot.ipynb": image}) == {}, f"seed {seed}"
+    assert kinds({"job.log": f"GET https://x.invalid/api/v1/crates/{token}/owners"}) != {}
+
+
 def test_keys_and_web_tokens_are_found_under_any_name() -> None:
     found = in_environment({"A": private_key(), "B": web_token(), "C": repr(private_key())})
     assert [one.kind for one in found] == ["private key", "JSON web token", "private key"]
