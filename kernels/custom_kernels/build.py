@@ -583,7 +583,9 @@ def _compile(source: Source, architectures: Sequence[str], path: Path, threads: 
     except OSError as error:
         raise _not_writable(path.parent, error) from None
     try:
-        includes = [*(folder for folder, _ in source.headers()), *tools.include]
+        quotable = _Quotable(scratch)
+        headers = [*(folder for folder, _ in source.headers()), *tools.include]
+        libraries = [_library(tools, name) for name in ("tvm_ffi", *source.libraries())]
         command = [
             str(tools.nvcc),
             *FLAGS,
@@ -591,23 +593,24 @@ def _compile(source: Source, architectures: Sequence[str], path: Path, threads: 
             f"--threads={threads}",
             "-shared",
             "-Xcompiler=-fPIC",
-            f"-ccbin={tools.cxx}",
-            f"-I{PACKAGE}",
+            f"-ccbin={quotable(tools.cxx)}",
+            f"-I{quotable(PACKAGE)}",
             "-isystem",
-            str(tools.tvm_ffi / "include"),
-            *(item for folder in includes for item in ("-isystem", str(folder))),
-            str(source.path),
+            quotable(tools.tvm_ffi / "include"),
+            *(item for folder in headers for item in ("-isystem", quotable(folder))),
+            quotable(source.path),
             "-o",
             path.name,
             "--keep",  # the PTX, for the report; it goes when the scratch folder goes
             "--keep-dir=.",
-            f"-L{tools.tvm_ffi / 'lib'}",
-            "-ltvm_ffi",
-            *(flag for name in source.libraries() for flag in _link_flags(tools, name)),
+            # Packages hold only lib<name>.so.<major>, without the plain link name. The result asks
+            # for it by the name that is written in it, which is the one that torch has loaded.
+            *(f"-L{quotable(library.parent)}" for library in libraries),
+            *(f"-l:{library.name}" for library in libraries),
         ]
         need = _last_report(source.name).get("peak_memory") or PEAK_MEMORY
         with jobs.slot(need * threads) as slot:
-            ran = _run_nvcc(command, scratch, slot.fileno())
+            ran = quotable.named(_run_nvcc(command, scratch, slot.fileno()))
         if ran.status != 0:
             raise BuildError(_failure(source, ran))
         if library_path(source, architectures) != path:
@@ -642,6 +645,33 @@ class _Ran:
     log: str
     seconds: float
     peak_memory: int
+
+
+class _Quotable:
+    """Paths as nvcc can pass them on. It writes ``\\'`` for a quote within double quotes, which is
+    another path: a file or folder with one gets a link in the scratch folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._links: dict[Path, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        if not re.search(r"['\"`$\\]", str(path)):
+            return str(path)
+        if path not in self._links:
+            # Its own name at the end: an #include relative to a source is found beside it.
+            folder = path if path.is_dir() else path.parent
+            link = f"link{len(self._links)}_"
+            (self._scratch / link).symlink_to(folder)
+            self._links[path] = link if folder is path else f"{link}/{path.name}"
+        return self._links[path]
+
+    def named(self, ran: _Ran) -> _Ran:
+        """What nvcc said, with the paths as everybody knows them."""
+        log = ran.log
+        for path, link in self._links.items():
+            log = log.replace(link, str(path))
+        return replace(ran, log=log)
 
 
 def _run_nvcc(command: Sequence[str], scratch: Path, slot: int) -> _Ran:
@@ -703,18 +733,14 @@ def _code_flags(architectures: Iterable[str]) -> list[str]:
     return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
 
 
-def _link_flags(tools: Toolchain, name: str) -> list[str]:
-    """Packages hold only ``lib<name>.so.<major>``, without the plain link name: so link by file
-    name.
-
-    The library then asks for ``lib<name>.so.<major>`` by name, which is the one that torch has
-    loaded.
-    """
-    for folder in tools.library:
+def _library(tools: Toolchain, name: str) -> Path:
+    """The file of a shared library that a source asks for, or of apache-tvm-ffi."""
+    folders = (tools.tvm_ffi / "lib", *tools.library)
+    for folder in folders:
         for candidate in [*sorted(folder.glob(f"lib{name}.so.*")), folder / f"lib{name}.so"]:
             if candidate.is_file():
-                return [f"-L{folder}", f"-l:{candidate.name}"]
-    searched = ", ".join(map(str, tools.library))
+                return candidate
+    searched = ", ".join(map(str, folders))
     raise BuildError(f"the library {name!r} is in none of {searched}: run `make dev`")
 
 

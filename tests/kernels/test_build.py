@@ -101,6 +101,22 @@ def test_several_architectures_compile_in_a_folder_of_any_name_and_leave_nothing
     toy: PackageCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    environment = toy.root.parent / "environment"
+    environment.symlink_to(sys.prefix)
+
+    def in_it(path: Path) -> Path:
+        return environment / path.relative_to(sys.prefix)
+
+    tools = build.toolchain()
+    if tools.origin == "packages":
+        monkeypatch.setattr(build, "toolchain", lambda: replace(
+            tools, nvcc=in_it(tools.nvcc), tvm_ffi=in_it(tools.tvm_ffi),
+            include=tuple(map(in_it, tools.include)), library=tuple(map(in_it, tools.library)),
+        ))  # fmt: skip
+    toy.add(
+        "toy/scale.cuh", "#include <tvm/ffi/c_api.h>\n#include <cuda_fp16.h>\n#define SCALE 2.f\n"
+    )
+    toy.add("toy/cuda.cu", TOY.replace("scale.cuh", "toy/scale.cuh"))
     (source,) = build.sources()
     built = build.build(source, [ARCHITECTURE, "9.0a"], threads=2)
     assert {kernel.architecture for kernel in built.kernels} == {ARCHITECTURE, "9.0a"}
