@@ -8,15 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 
-from workspace import git
 from workspace.container import docker
-from workspace.errors import WorkspaceError
+from workspace.host import git
+from workspace.host.errors import WorkspaceError
 
 # A shared machine stalls at times: no example is late.
 hypothesis.settings.register_profile(
@@ -27,7 +26,7 @@ hypothesis.settings.load_profile("suite")
 # What a user's shell may say about terminals, whatever the tests are started from.
 TERMINAL = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS")
 TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANGUAGE")
-WITH_ENGINE = ("test_bench_run", "test_second_release", "test_vllm_quantization")
+WITH_ENGINE = ("bench/test_run.py", "test_second_release.py", "test_vllm_quantization.py")
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
 
 
@@ -77,7 +76,7 @@ def nvcc_missing() -> str | None:
     """None also where nvcc is missing though the release's packages hold one: then tests fail."""
     from custom_kernels import build
 
-    from workspace.pins import load
+    from workspace.pins.model import load
 
     if load().release().cuda.packages_hold_nvcc:
         return None
@@ -115,7 +114,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             path = nodeid.split("::")[0]
             if path.startswith("tests/container/"):
                 return "container"
-            return "engine" if Path(path).stem in WITH_ENGINE else path
+            return "engine" if path.endswith(WITH_ENGINE) else path
 
     return ByFile(config, log)
 

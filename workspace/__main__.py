@@ -2,8 +2,9 @@
 import os
 import sys
 
-from workspace import imports, release
-from workspace.errors import WorkspaceError
+from workspace.environment import imports
+from workspace.host.errors import WorkspaceError
+from workspace.pins import release
 
 try:
     imports.require_own(release.tree())

@@ -10,11 +10,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from workspace import release
-from workspace.errors import WorkspaceError
-from workspace.files import PARTIAL
-from workspace.fork_tree import shown, state
-from workspace.paths import FORK, MACHINE, ROOT, STATE
+from workspace.fork.tree_state import shown, state
+from workspace.host.errors import WorkspaceError
+from workspace.host.files import PARTIAL
+from workspace.host.paths import FORK, MACHINE, ROOT, STATE
+from workspace.pins import release
 
 CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
 

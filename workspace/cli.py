@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from workspace.bootstrap import LOCK_VARIABLE, device, say
-from workspace.errors import WorkspaceError, told_in_one_line
-from workspace.paths import KERNELS, ROOT
+from workspace.environment.device import device
+from workspace.host import setup_lock
+from workspace.host.errors import WorkspaceError, told_in_one_line
+from workspace.host.paths import KERNELS, ROOT
+from workspace.host.text import say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -38,9 +40,9 @@ def run_tool(command: list[str]) -> int:
 
 def fork_and_engine(*, renew: bool = False) -> None:
     """The fork's tree, its binaries and its editable install."""
-    from workspace import fork, install
+    from workspace.fork import install, prepare
 
-    fork.ensure()
+    prepare.ensure()
     install.install_fork(device(), renew=renew)  # type: ignore[arg-type]
 
 
@@ -60,7 +62,7 @@ def set_up(
     """
 
     def kernels_package() -> None:
-        from workspace import install
+        from workspace.fork import install
 
         install.install_kernels()
         from workspace import kernels
@@ -81,7 +83,7 @@ def set_up(
 
 def let_the_next_in() -> None:
     """Set-up is done: another make may start its own."""
-    descriptor = os.environ.pop(LOCK_VARIABLE, None)
+    descriptor = os.environ.pop(setup_lock.VARIABLE, None)
     if descriptor:
         os.close(int(descriptor))
 
@@ -89,7 +91,7 @@ def let_the_next_in() -> None:
 def install_package() -> None:
     """Only the kernels' package, nothing compiled: for verbs that compile what they need, and must
     start also when a kernel does not compile."""
-    from workspace import install
+    from workspace.fork import install
 
     install.install_kernels()
     let_the_next_in()
@@ -104,7 +106,8 @@ def dev(
     jobs: Annotated[Text, option("JOBS", "For BUILD=full: compilers at once.")] = None,
 ) -> None:
     """Set everything up: environment, fork, binaries, kernels."""
-    from workspace import fork_tree, release
+    from workspace.fork import tree_state
+    from workspace.pins import release
 
     if build not in (None, "", "full", "precompiled"):
         raise WorkspaceError(f"BUILD={build} is not known; give BUILD=full or BUILD=precompiled")
@@ -112,20 +115,20 @@ def dev(
         compile_fork(None, cuda_archs, jobs)
     set_up(renew=build != "full" and (build == "precompiled" or os.environ.get("FORCE") == "1"))
     version = release.selected()
-    if before := fork_tree.switch(version):
+    if before := tree_state.switch(version):
         say(f"vllm-fork/src shows vLLM {version} now; {before} stays in vllm-fork/releases")
     say("ready")
 
 
 def compile_fork(target: Text, cuda_archs: Text, jobs: Text) -> None:
     """vLLM's own C++ and CUDA into a tree that is set up; nobody else is let in before the end."""
-    from workspace import install
+    from workspace.fork import install
 
     fork_and_engine()
     install.install_kernels()
-    from workspace import fork_build
+    from workspace.fork import build
 
-    fork_build.run(device(), target, cuda_archs, jobs)  # type: ignore[arg-type]
+    build.run(device(), target, cuda_archs, jobs)  # type: ignore[arg-type]
 
 
 @app.command("fork-build")
@@ -238,7 +241,7 @@ def new_kernel(
 ) -> None:
     """Write a small kernel that works, to start from."""
     install_package()
-    from workspace import new_kernel as module
+    from workspace.new_kernel import scaffold as module
 
     module.run(op, backend, name)
 
@@ -251,7 +254,7 @@ def watch(
 ) -> None:
     """On saving a kernel: compile, check and time it, and show what changed."""
     install_package()
-    from workspace import watch as module
+    from workspace.watch import loop as module
 
     module.run(k, arch, timeout)
 
@@ -271,7 +274,7 @@ def compare(
     b: Annotated[Text, option("B", "The record after.")] = None,
 ) -> None:
     """Compare two records, of kernels or of the engine: faster, slower, same or ambiguous."""
-    from workspace import install
+    from workspace.fork import install
 
     if not a or not b:
         raise WorkspaceError("name two records: make compare A=before.json B=after.json")
@@ -362,7 +365,7 @@ def run_tests(
 @app.command("fork-export")
 def fork_export() -> None:
     """Write the tree's commits as the release's queue of patches."""
-    from workspace import fork_export as module
+    from workspace.fork import export as module
 
     module.run()
 
@@ -373,7 +376,7 @@ def fork_rebase(
     abort: Annotated[bool, typer.Option("--abort", envvar="ABORT")] = False,
 ) -> None:
     """Carry the tree's commits over to another vLLM release."""
-    from workspace import fork_rebase as module
+    from workspace.fork import rebase as module
 
     module.run(version, abort=abort)
 
@@ -384,8 +387,8 @@ def bundle(
     part_size: Annotated[Text, option("PARTS", "Size of a part at most, e.g. 60M.")] = None,
 ) -> None:
     """Pack what a host without a network needs, in parts."""
-    from workspace import bundle as module
-    from workspace import install
+    from workspace.bundle import pack as module
+    from workspace.fork import install
 
     install.install_kernels()
     module.run(target, part_size)
@@ -404,7 +407,7 @@ def lock(
     upgrade: Annotated[Text, option("UPGRADE", "1: newest versions the pins allow.")] = None,
 ) -> None:
     """Make the locks and environment.yml from pins.toml."""
-    from workspace import lock as module
+    from workspace.environment import lock as module
 
     for path in module.run(upgrade=upgrade == "1"):
         say(f"wrote {path.relative_to(ROOT)}")

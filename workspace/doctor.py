@@ -27,17 +27,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workspace import built_from, conda, git, install, patch_queue
-from workspace.bootstrap import device, lock_files
-from workspace.errors import WorkspaceError
-from workspace.fork_tree import state
-from workspace.imports import Imports, look
-from workspace.inventory import headers, libnuma
-from workspace.lock import locked
-from workspace.paths import ROOT
-from workspace.pins import Release, load
-from workspace.release import active, bundled, selected, tree
-from workspace.words import some
+from workspace.environment import conda
+from workspace.environment.device import device
+from workspace.environment.imports import Imports, look
+from workspace.environment.inventory import headers, libnuma
+from workspace.environment.lock import locked
+from workspace.fork import built_from, install, patch_queue
+from workspace.fork.tree_state import state
+from workspace.host import git
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT, lock_files
+from workspace.host.text import some
+from workspace.pins.model import Release, load
+from workspace.pins.release import active, bundled, selected, tree
 
 Status = Literal["ok", "note", "problem"]
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")

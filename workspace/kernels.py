@@ -7,9 +7,9 @@ import sys
 
 from custom_kernels import build, jobs
 
-from workspace.bootstrap import say
-from workspace.errors import WorkspaceError
-from workspace.pins import load
+from workspace.host.errors import WorkspaceError
+from workspace.host.text import say
+from workspace.pins.model import load
 
 
 def architectures(asked: str | None) -> list[str]:
@@ -48,7 +48,7 @@ def run_for_device(device: str, operation: str | None = None) -> None:
     """
     if device == "cpu":
         return
-    from workspace.fork_build import gpus
+    from workspace.fork.build import gpus
 
     for arch in sorted(set(gpus())):
         wanted = [

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 
-from workspace.bootstrap import say
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+from workspace.host.text import say
 
 NOTEBOOKS = ROOT / "notebooks"
 

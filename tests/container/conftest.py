@@ -27,9 +27,9 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT
 from tests.workspace.conftest import clean_environment, copy_files_of_this_checkout
 from workspace.container.docker import client
 from workspace.container.image import PREFIX
-from workspace.index import index_url
-from workspace.paths import ROOT
-from workspace.pins import load
+from workspace.environment.index import index_url
+from workspace.host.paths import ROOT
+from workspace.pins.model import load
 
 USER = "games"  # every Debian has it, and nobody logs in as it
 BASE = f"{PREFIX}-debian"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from workspace import index
 from workspace.container import config, image
-from workspace.errors import WorkspaceError
-from workspace.pins import load
-from workspace.release import environment, pins
+from workspace.environment import index
+from workspace.host.errors import WorkspaceError
+from workspace.pins.model import load
+from workspace.pins.release import environment, pins
 
 DOCKERFILE = image.DOCKERFILE.read_text()
 

@@ -166,7 +166,7 @@ def test_with_nvidias_runtime_and_no_gpu_it_opens_all_the_same(
         description.write_text(text)
         label = host.run(
             "python3", "-c",
-            "from workspace import release; from workspace.container import image as i; "
+            "from workspace.pins import release; from workspace.container import image as i; "
             "v = release.selected(); print(i.fingerprint(i.lay_out_context(v), i.arguments(v)))",
         ).output.strip()  # fmt: skip
         subprocess.run(

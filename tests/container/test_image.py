@@ -23,8 +23,8 @@ from tests.container.conftest import (
     second_engine,
 )
 from workspace.container.docker import architecture, client
-from workspace.paths import lock_path
-from workspace.pins import load
+from workspace.host.paths import lock_path
+from workspace.pins.model import load
 
 pytestmark = [pytest.mark.container, pytest.mark.slow]
 IMAGE = f"{NAME}:dev"
@@ -184,7 +184,7 @@ def test_the_base_images_own_vllm_makes_room(
     given = {**another.env, "ENV": "uv", "BASE_IMAGE": name}
     told = another.run(
         "python3", "-c",
-        "import json; from workspace import release; from workspace.container import image; "
+        "import json; from workspace.pins import release; from workspace.container import image; "
         "print(json.dumps(image.arguments(release.selected())))",
         **given,
     ).output  # fmt: skip

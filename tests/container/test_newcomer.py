@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.container.conftest import CROSS_SECTION, Ran, copy_of_this_checkout, docker
-from workspace import index
 from workspace.container.docker import client
+from workspace.environment import index
 
 pytestmark = [pytest.mark.container, pytest.mark.slow]
 TOOLS = ["git", "make", "g++", "python3"]

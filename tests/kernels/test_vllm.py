@@ -14,8 +14,9 @@ import torch
 from custom_kernels import build
 
 from tests.kernels import vllm_program
-from workspace import doctor, release
+from workspace import doctor
 from workspace.bench import models
+from workspace.pins import release
 
 PROGRAM = """
 import logging, os

@@ -18,7 +18,7 @@ from custom_kernels.vllm import quantization
 
 from tests.kernels import vllm_program
 from workspace.bench import models
-from workspace.paths import ROOT
+from workspace.host.paths import ROOT
 
 PATTERNS = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8"}
 

@@ -29,11 +29,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from workspace import doctor, lock
-from workspace.bootstrap import LOCK_VARIABLE
-from workspace.paths import KERNELS, LOCKS, MACHINE, ROOT
-from workspace.pins import load
-from workspace.release import ASKED, SELECTED, selected
+from workspace import doctor
+from workspace.environment import lock
+from workspace.host import setup_lock
+from workspace.host.paths import KERNELS, LOCKS, MACHINE, ROOT
+from workspace.pins.model import load
+from workspace.pins.release import ASKED, SELECTED, selected
 
 # A port that is taken and on which nobody listens: whoever asks there is refused at once.
 _held = socket.socket()
@@ -367,7 +368,7 @@ def clean_environment() -> dict[str, str]:
         "CUDA_ARCHS",
         "WORKSPACE_HOME",
         "CUSTOM_KERNELS_CACHE",
-        LOCK_VARIABLE,
+        setup_lock.VARIABLE,
         ASKED,
         SELECTED,
     )

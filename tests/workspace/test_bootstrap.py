@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import BASE_PYTHON, NOBODY, Checkout, path_with
-from workspace import bootstrap
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
-from workspace.pins import load
+from workspace.environment.python import find_python, supported_versions
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+from workspace.pins.model import load
 
 SUPPORTED = load().python.supported
 
@@ -40,19 +40,19 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_preferred_python_is_taken_when_several_are_there(path: Path) -> None:
     for version in ("3.11", "3.12", "3.13"):
         fake_python(path / f"python{version}", version)
-    assert bootstrap.find_python() == str(path / f"python{SUPPORTED[0]}")
+    assert find_python() == str(path / f"python{SUPPORTED[0]}")
 
 
 def test_a_shim_that_does_not_run_is_passed_over(path: Path, tmp_path: Path) -> None:
     fake_python(path / "python3.12", None)
     real = fake_python(tmp_path / "pyenv" / "versions" / "3.12.7" / "bin" / "python", "3.12")
-    assert bootstrap.find_python() == str(real)
+    assert find_python() == str(real)
 
 
 def test_an_old_python_only_is_one_clear_error(path: Path) -> None:
     fake_python(path / "python3", "3.9")
     with pytest.raises(WorkspaceError, match=r"no Python 3\.11, 3\.12, 3\.13 found"):
-        bootstrap.find_python()
+        find_python()
 
 
 @pytest.mark.parametrize(("version", "says"), [("3.9", "Python 3.9"), (None, "not a Python")])
@@ -61,11 +61,11 @@ def test_a_wrong_PYTHON_is_refused(
 ) -> None:
     monkeypatch.setenv("PYTHON", str(fake_python(path / "mine", version)))
     with pytest.raises(WorkspaceError, match=says):
-        bootstrap.find_python()
+        find_python()
 
 
 def test_supported_versions_are_read_as_the_pins_have_them() -> None:
-    assert bootstrap.supported_versions() == SUPPORTED
+    assert supported_versions() == SUPPORTED
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_uv_is_fetched_through_pip_and_checked(small_checkout: Checkout) -> None
     code = (
         "import sys, tomllib; from pathlib import Path; from workspace import bootstrap; "
         "pins = tomllib.loads(Path('pins.toml').read_text()); "
-        "print(bootstrap.obtain_uv(bootstrap.find_python(), pins))"
+        "print(uv.obtain(find_python(), pins))"
     )
     result = subprocess.run(
         [BASE_PYTHON, "-c", code],
@@ -174,7 +174,7 @@ def test_our_kernels_folder_does_not_pass_for_the_package_of_that_name() -> None
 def test_an_environment_outside_serves_only_the_checkout_that_it_is_for(
     tmp_path: Path, checkout: str, there: bool
 ) -> None:
-    code = "from workspace import release; print(release.environment('uv', '0.0').parent)"
+    code = "from workspace.pins import release; print(release.environment('uv', '0.0').parent)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
         env={**os.environ, "WORKSPACE_HOME": str(tmp_path), "WORKSPACE_HOME_FOR": checkout},

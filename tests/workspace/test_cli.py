@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from workspace import cli
-from workspace.errors import CLOSED_PIPE, WorkspaceError, told_in_one_line
-from workspace.files import new_folder
-from workspace.paths import ROOT
+from workspace.host.errors import CLOSED_PIPE, WorkspaceError, told_in_one_line
+from workspace.host.files import new_folder
+from workspace.host.paths import ROOT
 
 
 def collected(k: str) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.committable import MAX_BYTES, complaints, main
+from workspace.check_committable import MAX_BYTES, complaints, main
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import BINARIES, KILLS, Checkout, path_with
-from workspace.pins import load
+from workspace.pins.model import load
 
 VERSION = load().vllm.default
 

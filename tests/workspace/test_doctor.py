@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from custom_kernels import build
 
-from workspace import doctor, install
-from workspace.imports import Imports, look
-from workspace.paths import LOCKS, ROOT
-from workspace.pins import load
-from workspace.release import selected, tree
+from workspace import doctor
+from workspace.environment.imports import Imports, look
+from workspace.fork import install
+from workspace.host.paths import LOCKS, ROOT
+from workspace.pins.model import load
+from workspace.pins.release import selected, tree
 
 VERSION = selected()
 needs_dev = pytest.mark.skipif(

@@ -18,13 +18,14 @@ import typer
 from custom_kernels.build import PACKAGE
 from rich.console import Console
 
-from workspace import doctor, fork_status
+from workspace import doctor
 from workspace.bench import record, report
-from workspace.bootstrap import ON_THE_HOST, lock_files
+from workspace.bootstrap import ON_THE_HOST
 from workspace.cli import app
-from workspace.lock import locked
-from workspace.paths import BENCHMARKS, PATCHES, ROOT
-from workspace.pins import load
+from workspace.environment.lock import locked
+from workspace.fork import status
+from workspace.host.paths import BENCHMARKS, PATCHES, ROOT, lock_files
+from workspace.pins.model import load
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -248,16 +249,16 @@ def test_the_transcript_of_fork_status_is_what_it_prints_of_our_patches() -> Non
     lines = TRANSCRIPTS["make fork-status"]
     version = load().vllm.default
     (commit,) = (line.strip() for line in lines if re.match(r" +[0-9a-f]{7} ", line))
-    found = fork_status.Status(
+    found = status.Status(
         release=version,
         tree=f"vllm-fork/releases/{version}",
         shown_by_src=True,
         branch="main",
-        patches=fork_status.queue(version),
+        patches=status.queue(version),
         patches_applied=True,
         own_commits=[commit],
         uncommitted=[],
         rebase=None,
         other_releases=[],
     )
-    assert list(fork_status.table(found)) == lines
+    assert list(status.table(found)) == lines

@@ -19,8 +19,8 @@ from tests.workspace.conftest import (
     copy_files_of_this_checkout,
 )
 from workspace.bench import record
-from workspace.paths import ROOT
-from workspace.pins import load
+from workspace.host.paths import ROOT
+from workspace.pins.model import load
 
 DEFAULT = load().vllm.default
 OTHER = next(version for version in load().vllm.release if version != DEFAULT)

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from workspace.bench.record import Record
-from workspace.files import write_file
+from workspace.host.files import write_file
 
 GREY, ACCENT, INK = "#7b8794", "#2f6fde", "#1f2933"
 

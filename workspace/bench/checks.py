@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from workspace.bench.engine_run import Generation, Result, Step
 from workspace.bench.plan import Plan
 from workspace.bench.provenance import Expected
-from workspace.words import some
+from workspace.host.text import some
 
 REAL_TOKENIZER_SLACK = 0.01
 """Share by which prompts may miss the length asked for when a real tokenizer makes them.

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict
 
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Metric
-from workspace.files import write_file
+from workspace.host.files import write_file
 
 Stage = Literal[
     "importing vLLM",

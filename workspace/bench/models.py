@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from workspace.bench import made_tokenizer, tiny_model, weights
-from workspace.errors import WorkspaceError
-from workspace.files import new_folder
-from workspace.paths import STATE
+from workspace.bench import synthetic_tokenizer, tiny_model, weights
+from workspace.host.errors import WorkspaceError
+from workspace.host.files import new_folder
+from workspace.host.paths import STATE
 
 Weights = Literal["real", "dummy", "random"]
 
@@ -157,7 +157,7 @@ def parameters(config: dict[str, Any]) -> int | None:
 def _tiny(folder: Path) -> Model:
     # A change of the recipe must not meet a folder made by the old one.
     recipe = hashlib.sha256(
-        Path(tiny_model.__file__).read_bytes() + Path(made_tokenizer.__file__).read_bytes()
+        Path(tiny_model.__file__).read_bytes() + Path(synthetic_tokenizer.__file__).read_bytes()
     ).hexdigest()
     path = tiny_model.ensure(folder / f"{TINY}-{recipe[:12]}")
     return Model(
@@ -198,12 +198,14 @@ def _dummy(
     values = {key: value for key, value in file.items() if key != "parameters"}
     config = config or values
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    recipe = hashlib.sha256(text.encode() + Path(made_tokenizer.__file__).read_bytes()).hexdigest()
+    recipe = hashlib.sha256(
+        text.encode() + Path(synthetic_tokenizer.__file__).read_bytes()
+    ).hexdigest()
     path = folder / f"{name.replace('/', '--')}-{recipe[:12]}"
     if not path.is_dir():
         with new_folder(path) as partial:
             (partial / "config.json").write_text(text)
-            made_tokenizer.write(partial / "tokenizer", config["vocab_size"])
+            synthetic_tokenizer.write(partial / "tokenizer", config["vocab_size"])
     return Model(name, path, path / "tokenizer", "dummy", source, config, seed=DUMMY_SEED)
 
 

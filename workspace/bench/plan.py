@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from workspace.bench.models import Model, parameters
 from workspace.bench.provenance import cpu_name
-from workspace.errors import WorkspaceError
-from workspace.pins import load
-from workspace.release import selected
-from workspace.words import make_command
+from workspace.host.errors import WorkspaceError
+from workspace.host.text import make_command
+from workspace.pins.model import load
+from workspace.pins.release import selected
 
 Metric = Literal["throughput", "latency"]
 Sizes = dict[str, int]

@@ -10,14 +10,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from workspace import release
 from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
-from workspace.errors import WorkspaceError
-from workspace.fork import upstream_tag
-from workspace.git import git, git_bytes
-from workspace.paths import STATE
-from workspace.pins import load
+from workspace.fork.prepare import upstream_tag
+from workspace.host.errors import WorkspaceError
+from workspace.host.git import git, git_bytes
+from workspace.host.paths import STATE
+from workspace.pins import release
+from workspace.pins.model import load
 
 TREE = STATE / "pristine"
 IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from workspace.bench.engine_log import explain
 from workspace.bench.engine_run import Event, Job, Result
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
 
 POLL_SECONDS = 0.2
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from workspace import fork_tree, release
-from workspace.bootstrap import lock_files
-from workspace.errors import WorkspaceError
-from workspace.git import git
-from workspace.paths import KERNELS, LOCKS, ROOT
+from workspace.fork import tree_state
+from workspace.host.errors import WorkspaceError
+from workspace.host.git import git
+from workspace.host.paths import KERNELS, LOCKS, ROOT, lock_files
+from workspace.pins import release
 
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 """The flags by which vLLM and oneDNN choose their CPU code."""
@@ -73,7 +73,7 @@ def expected(device: str, modules: frozenset[str]) -> Expected:
         device: "cpu" or "cuda", which the environment was made for.
         modules: names of modules at the top level that are of interest.
     """
-    from workspace.lock import locked  # and with it all that talks to a package index
+    from workspace.environment.lock import locked  # and with it all that talks to a package index
 
     code = (
         "import json, sys; from importlib.util import find_spec\n"
@@ -104,7 +104,7 @@ def git_state(folder: Path) -> GitState:
         WorkspaceError: there is none, or git cannot read it.
     """
     commit = git("rev-parse", "HEAD", tree=folder).strip()
-    return GitState(commit=commit, dirty=bool(fork_tree.uncommitted(folder)))
+    return GitState(commit=commit, dirty=bool(tree_state.uncommitted(folder)))
 
 
 def fork_state() -> GitState:
@@ -113,7 +113,7 @@ def fork_state() -> GitState:
     Raises:
         WorkspaceError: there is none, or it is not one that this workspace made.
     """
-    found = fork_tree.state()
+    found = tree_state.state()
     if found is None:
         raise WorkspaceError(f"{release.tree()} is not there; run: make dev")
     return GitState(commit=found.head, dirty=bool(found.uncommitted))

@@ -12,7 +12,7 @@ from workspace.bench.engine_run import Round
 from workspace.bench.models import Weights
 from workspace.bench.plan import Metric
 from workspace.bench.provenance import Provenance
-from workspace.files import write_file
+from workspace.host.files import write_file
 
 
 class _Strict(BaseModel):

@@ -17,8 +17,8 @@ from workspace.bench.engine_run import Event
 from workspace.bench.plan import BenchOptions, Plan
 from workspace.bench.record import Record, VariantRecord
 from workspace.bench.time_left import TimeLeft
-from workspace.paths import ROOT
-from workspace.words import duration, plural
+from workspace.host.paths import ROOT
+from workspace.host.text import duration, plural
 
 console = Console(highlight=False, soft_wrap=True)
 

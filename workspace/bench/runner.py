@@ -53,10 +53,10 @@ from workspace.bench.variants import (
     environment,
     stock_and_custom,
 )
-from workspace.errors import WorkspaceError
-from workspace.files import remove_partial
-from workspace.paths import RESULTS, STATE
-from workspace.release import tree
+from workspace.host.errors import WorkspaceError
+from workspace.host.files import remove_partial
+from workspace.host.paths import RESULTS, STATE
+from workspace.pins.release import tree
 
 LOCK = STATE / "bench.lock"
 RUNS = STATE / "bench"

@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workspace.bench import made_tokenizer
-from workspace.files import new_folder
+from workspace.bench import synthetic_tokenizer
+from workspace.host.files import new_folder
 
 SEED = 20251
 FAVOUR = 1.0
@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
     weights = folder / "model.safetensors"
     save_file(_weights(), weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors leaves it readable for its owner only
-    made_tokenizer.write(folder / "tokenizer", CONFIG["vocab_size"])
+    synthetic_tokenizer.write(folder / "tokenizer", CONFIG["vocab_size"])
 
 
 def _weights() -> dict[str, Any]:

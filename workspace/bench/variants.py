@@ -10,9 +10,9 @@ from pathlib import Path
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
-from workspace.release import tree
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+from workspace.pins.release import tree
 
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"

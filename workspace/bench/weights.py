@@ -10,7 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from workspace.errors import WorkspaceError
+from workspace.host.errors import WorkspaceError
 
 FORMATS = ("safetensors", "bin", "pt")
 """File name endings in vLLM's order: the first of which there are files is the one it loads."""

@@ -26,8 +26,8 @@ from workspace.bench.engine_run import WARM_ROUNDS, Stage
 from workspace.bench.models import Model, parameters
 from workspace.bench.plan import BenchOptions, Device, Metric, Plan, Sizes, plan
 from workspace.bench.variants import COMPARED_PROMPTS, batch_limits
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
 
 LIMIT_SECONDS = 460.0
 """For all processes: with measuring and the record a run takes at most 8 minutes."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from workspace.bootstrap import say
+from workspace.host.text import say
 
 
 def recompressed(wheel: Path) -> Path:

@@ -21,9 +21,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from workspace.bundle.host import Host
-from workspace.lock import Entry
-from workspace.pins import Pins
+from workspace.bundle.target import Host
+from workspace.environment.lock import Entry
+from workspace.pins.model import Pins
 
 DEVELOPMENT = {
     "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "mypy", "codespell",

@@ -11,8 +11,8 @@ import io
 import re
 from pathlib import Path
 
-from workspace.errors import WorkspaceError
-from workspace.unbundle import heading
+from workspace.bundle.unbundle import heading
+from workspace.host.errors import WorkspaceError
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 LEAST = 1000

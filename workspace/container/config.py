@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workspace.errors import WorkspaceError
-from workspace.paths import ROOT
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
 
 FILE = ROOT / ".devcontainer" / "devcontainer.json"
 

@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from workspace import index
-from workspace.errors import WorkspaceError
+from workspace.environment import index
+from workspace.host.errors import WorkspaceError
 
 KILLED = 128 + 9
 """Docker's status where a process was killed, or its container or the engine ended."""

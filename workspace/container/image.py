@@ -17,15 +17,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workspace import conda, index, release
-from workspace.bootstrap import device, lock_files, say, uv_sha256
 from workspace.container import config
 from workspace.container.docker import architecture, docker, inspect, show
 from workspace.container.docker import labels as labels_of
-from workspace.errors import WorkspaceError
-from workspace.files import write_file
-from workspace.git import git
-from workspace.paths import ROOT, STATE
+from workspace.environment import conda, index, uv
+from workspace.environment.device import device
+from workspace.host.errors import WorkspaceError
+from workspace.host.files import write_file
+from workspace.host.git import git
+from workspace.host.paths import ROOT, STATE, lock_files
+from workspace.host.text import say
+from workspace.pins import release
 
 DOCKERFILE = ROOT / ".devcontainer" / "Dockerfile"
 CONTEXT = STATE / "container"
@@ -63,7 +65,7 @@ def arguments(version: str) -> dict[str, str]:
         "ENVIRONMENT": environment(),
         "PREFIX": release.environment(environment(), version).name,
         "UV_VERSION": pins["uv"]["version"],
-        "UV_SHA256": uv_sha256(pins, architecture()),
+        "UV_SHA256": uv.pinned_sha256(pins, architecture()),
         "USER_UID": str(uid),
         "USER_GID": str(gid),
     }

@@ -23,9 +23,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from workspace.errors import WorkspaceError
-from workspace.fork_tree import APPLIED, PATCHES_KEY, VERSION_KEY
-from workspace.git import git, git_bytes
+from workspace.fork.tree_state import APPLIED, PATCHES_KEY, VERSION_KEY
+from workspace.host.errors import WorkspaceError
+from workspace.host.git import git, git_bytes
 
 PLACE = Path("/workspaces/vllm-kernels")
 RECORD = Path("/opt/vllm-kernels/snapshot")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 
-from workspace.bootstrap import device, say
 from workspace.container import config, image
 from workspace.container.docker import docker, inspect, labels, show
-from workspace.errors import WorkspaceError
-from workspace.release import ASKED
+from workspace.environment.device import device
+from workspace.host.errors import WorkspaceError
+from workspace.host.text import say
+from workspace.pins.release import ASKED
 
 
 def find() -> dict | None:

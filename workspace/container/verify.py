@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make snapshot-verify`: a snapshot starts, holds what its labels say, and compiles nothing.
 
-What is proved is in `prove`, which runs in a container of the snapshot: no network, nothing
+What is proved is in `self_test`, which runs in a container of the snapshot: no network, nothing
 mounted.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 
-from workspace import credentials
-from workspace.bootstrap import device, say
 from workspace.container.docker import client, docker, inspect, labels, show
 from workspace.container.snapshot import BELOW, SNAPSHOT, reference
-from workspace.errors import WorkspaceError
+from workspace.credentials import search
+from workspace.environment.device import device
+from workspace.host.errors import WorkspaceError
+from workspace.host.text import say
 
 
 def run() -> int:
@@ -32,7 +33,7 @@ def run() -> int:
     gpus = ["--gpus", "all"] if device() == "cuda" else []
     made = docker(
         "create", "--network", "none", "--shm-size", "2g", *gpus, name,
-        "python3", "-m", "workspace.container.prove", told,
+        "python3", "-m", "workspace.container.self_test", told,
     )  # fmt: skip
     try:
         show("start", "--attach", made, failure=f"{name} does not hold what it should")
@@ -40,9 +41,7 @@ def run() -> int:
         docker("rm", "--force", made)
     say("searching it for credentials")
     below = int(labels(there).get(BELOW, 0))
-    if found := credentials.in_image(client(), name, there["RootFS"]["Layers"][:below]):
-        raise WorkspaceError(
-            f"{name} holds {credentials.listed(found)}; remove it: docker rmi {name}"
-        )
+    if found := search.in_image(client(), name, there["RootFS"]["Layers"][:below]):
+        raise WorkspaceError(f"{name} holds {search.listed(found)}; remove it: docker rmi {name}")
     say(f"{name} is whole, and no credentials were found in it")
     return 0

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make bench` as a whole: the real engine, stock and custom, and the ways in which it can end."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.workspace.conftest import still_running
+from workspace import bench
+from workspace.bench import record, report, runner, workload
+from workspace.bench.plan import BenchOptions
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+
+BENCH = """
+import sys
+from pathlib import Path
+from workspace import bench
+from workspace.bench import runner
+from workspace.host.errors import WorkspaceError
+here = Path(sys.argv[1])
+runner.RESULTS, runner.RUNS = here / "results", here / "runs"
+runner.LOGS, runner.LOCK = here / "logs", here / "lock"
+try:
+    bench.run(bench.options(dict(a.split("=") for a in sys.argv[2:])))
+except WorkspaceError as error:
+    print(error, file=sys.stderr)
+    sys.exit(1)
+"""
+"""`make bench` in folders of its own, so that it meets neither the user's records nor a lock."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(runner, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(runner, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(runner, "LOCK", tmp_path / "lock")
+    return tmp_path
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_stock_and_custom_run_and_the_record_proves_itself(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
+    monkeypatch.setattr(report, "LOG_SECONDS", 1.0)
+    bench.run(BenchOptions(input_len=16, output_len=8, num_prompts=4, repeats=1))
+    (path,) = (here / "results").glob("*.json")
+    made = record.read(path)
+    assert made.valid
+    stock, custom = made.variants
+    for variant in made.variants:
+        (process,) = variant.processes
+        assert len(process.rounds) == made.settings.rounds == 3
+        for done in process.rounds:
+            assert (done.prompt_tokens, done.output_tokens) == (4 * 16, 4 * 8)
+            assert done.reported_tokens == 4 * 24
+    assert stock.launches == {}
+    assert sum(custom.launches.values()) > 0
+    assert len(custom.processes[0].launches) == 1
+    assert made.agreement.tokens > 0
+    assert made.agreement.failures == []
+    assert made.comparison.verdict == "ambiguous"  # one pair cannot say more
+    assert len(made.provenance.kernels) == 64
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    printed = capfd.readouterr().out
+    for words in ("random weights", "only the ratio", "greedy tokens match", "make bench MODEL=",
+                  "workload: INPUT_LEN=16 OUTPUT_LEN=8 NUM_PROMPTS=4 REPEATS=1 ROUNDS=5 ",
+                  "time:     about ", "1/2 stock: importing vLLM, about ",
+                  "1/2 stock: starting the engine, about ", "2/2 custom: done in ",
+                  "3 rounds of 5 because time is short", " ROUNDS=3 "):  # fmt: skip
+        assert words in printed
+    assert not list((here / "runs").iterdir())
+
+
+def start(here: Path, **variables: str) -> subprocess.Popen[str]:
+    """Start a bench and wait until its engine process is importing vLLM."""
+    before = set(here.glob("runs/*/*/events.jsonl"))
+    words = [f"{name}={value}" for name, value in variables.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", BENCH, str(here), *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while not set(here.glob("runs/*/*/events.jsonl")) - before:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_so_and_leaves_neither_process_nor_record(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start(tmp_path)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert error.strip().startswith("interrupted")
+    assert "\n" not in error.strip()
+    assert still_running(children) == []
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.engine
+def test_killed_it_takes_the_engine_along_and_the_next_run_starts_clean(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    children = psutil.Process(first.pid).children(recursive=True)
+    assert children
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert still_running(children) == []
+    (left,) = (tmp_path / "runs").iterdir()
+    time.sleep(1.1)  # runs are named by the second
+    second = start(tmp_path)
+    assert not left.exists()
+    second.send_signal(signal.SIGINT)
+    second.communicate()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.engine
+def test_an_engine_that_dies_is_one_line_with_its_log(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    (engine,) = psutil.Process(process.pid).children()
+    engine.send_signal(signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "stock: the engine was killed (signal 9)" in error
+    log = Path(error.strip().rsplit("log: ", 1)[1])
+    assert log.is_file()
+    assert "\n" not in error.strip()
+
+
+def test_a_second_bench_in_the_checkout_says_who_holds_it(here: Path) -> None:
+    with (
+        runner._only_bench(),
+        pytest.raises(WorkspaceError, match=f"process {os.getpid()}") as caught,
+    ):
+        bench.run(BenchOptions())
+    assert "\n" not in str(caught.value)
+    with runner._only_bench():
+        pass  # given back
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "no/such-model"},
+        {"backend": "turbo"},
+        {"input_len": "5000"},
+        {"tp": "4096"},
+    ],
+)
+def test_what_cannot_be_run_is_one_line_before_an_engine_starts(
+    options: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WorkspaceError) as caught:
+        bench.run(bench.options(options))
+    assert "\n" not in str(caught.value)
+    assert not (here / "runs").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(here / "runs" / "job.json"))
+
+    def fail(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(runner, "_run_all", fail)
+    with pytest.raises(WorkspaceError, match=r"job\.json: No space left on device; free") as caught:
+        bench.run(BenchOptions())
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_the_engine_is_imported_for_the_options() -> None:
+    code = (
+        "import sys, json; from workspace import bench; bench.options({}); "
+        "print(json.dumps([m for m in ('torch', 'vllm', 'matplotlib') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each side is started with: the same but for its switches, and what vLLM really counts."""
+
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.bench.samples import plan
+from workspace.bench import variants
+from workspace.bench.plan import Device
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+
+LOG = Path("log")
+STOCK = variants.Variant("stock")
+
+
+def test_sides_differ_in_nothing_but_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variants.SWITCH, "1")
+    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    monkeypatch.setenv(variants.LAYERS_SWITCH, "*")
+    made = plan(backend="reference", layers="lm_head")
+    stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
+    assert custom.items() - stock.items() == {
+        (variants.SWITCH, "1"),
+        (variants.BACKEND_SWITCH, "reference"),
+        (variants.LAYERS_SWITCH, "lm_head"),
+    }
+    assert stock.items() <= custom.items()
+
+
+def test_a_quantization_method_is_an_argument_and_no_switch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(variants.SWITCH, "1")
+    made = plan(quantization="sparse_6_8")
+    sides = variants.stock_and_custom(made)
+    stock, custom = (variants.environment(made, side, LOG) for side in sides)
+    assert stock == custom
+    assert variants.SWITCH not in custom
+    plain, quantized = (variants.arguments(made, side) for side in sides)
+    assert quantized == [*plain, "--quantization", "sparse_6_8"]
+    assert variants.command_line(made, sides[1]).endswith("--quantization sparse_6_8")
+
+
+def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    _, custom = variants.stock_and_custom(plan())
+    assert variants.BACKEND_SWITCH not in variants.environment(plan(), custom, LOG)
+
+
+def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    stock, _ = variants.stock_and_custom(plan())
+    assert "TRITON_INTERPRET" not in variants.environment(plan(), stock, LOG)
+
+
+def test_settings_that_keep_an_engine_from_its_work_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variants.check_surroundings()
+    for plugins in ("other,custom_kernels", variants.PLUGIN):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        variants.check_surroundings()
+    for plugins in ("other", ""):
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        with pytest.raises(WorkspaceError, match="add custom_kernels to it"):
+            variants.check_surroundings()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    (tmp_path / "file").touch()  # nobody, not even root, can make a folder in it
+    for variable in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        with monkeypatch.context() as changed:
+            changed.setenv(variable, str(tmp_path / "file"))
+            with pytest.raises(WorkspaceError, match=r"/file\S* cannot be written .*; set HOME"):
+                variants.check_surroundings()
+
+
+def test_our_plugin_has_the_name_by_which_it_is_missed() -> None:
+    names = {entry.name for entry in entry_points(group="vllm.general_plugins")}
+    assert variants.PLUGIN in names
+
+
+@pytest.mark.parametrize(
+    ("reads", "counts", "other"),
+    [
+        ('getattr(args, "random_input_len", None)', "--random-", "--"),
+        ('"input_len": args.input_len', "--", "--random-"),
+    ],
+)
+def test_throughput_lengths_are_the_ones_that_the_release_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str, counts: str, other: str
+) -> None:
+    source = tmp_path / "vllm" / "benchmarks" / "throughput.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(reads)
+    monkeypatch.setattr(variants, "tree", lambda: tmp_path)
+    words = variants.arguments(plan(), STOCK)
+    assert words[words.index(f"{counts}input-len") + 1] == "8"
+    assert words[words.index(f"{counts}output-len") + 1] == "4"
+    assert f"{other}input-len" not in words
+
+
+def test_latency_takes_one_batch_of_all_prompts() -> None:
+    words = variants.arguments(plan(metric="latency"), STOCK)
+    assert words[words.index("--batch-size") + 1] == "3"
+    assert words[words.index("--input-len") + 1] == "8"
+
+
+@pytest.mark.parametrize("metric", ["throughput", "latency"])
+def test_prompts_seen_before_are_not_cheaper(metric: str) -> None:
+    assert "--no-enable-prefix-caching" in variants.arguments(plan(metric=metric), STOCK)
+
+
+def test_dummy_weights_are_asked_for_by_our_load_format() -> None:
+    dummy = plan(model=replace(plan().model, weights="dummy"))
+    assert "--load-format" in variants.arguments(dummy, STOCK)
+    assert "--load-format" not in variants.arguments(plan(), STOCK)
+
+
+def test_eager_follows_the_plan() -> None:
+    assert "--enforce-eager" in variants.arguments(plan(eager=True), STOCK)
+    assert "--enforce-eager" not in variants.arguments(plan(eager=False), STOCK)
+
+
+def test_another_tree_goes_first_on_the_module_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    side = variants.Variant("pristine", python_path=Path("tree"))
+    assert variants.environment(plan(), side, LOG)["PYTHONPATH"] == "tree:mine"
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "expected"),
+    [({0, 1}, 2, "0|1"), ({0, 1, 2, 3}, 2, "0,1|2,3"), ({4, 6, 8}, 2, "4|6"), ({3}, 1, "3")],
+)
+def test_workers_get_cores_of_their_own(
+    cores: set[int], workers: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
+    assert variants.bind_threads(workers) == expected
+
+
+def test_length_limit_has_room_and_never_exceeds_the_model() -> None:
+    assert variants.max_model_len(plan()) == 128
+    assert variants.max_model_len(plan(input_len=128, output_len=1)) == 256
+    short = replace(plan().model, config=plan().model.config | {"max_position_embeddings": 40})
+    assert variants.max_model_len(plan(model=short)) == 40
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits"),
+    [
+        ({}, (8, 128)),
+        ({"num_prompts": 64, "input_len": 64}, (64, 4096)),
+        ({"num_prompts": 1000, "input_len": 64}, (256, 4096)),
+        ({"num_prompts": 1, "input_len": 300}, (8, 384)),
+    ],
+)
+def test_limits_on_the_cpu_are_those_of_vllm_or_what_the_run_can_use(
+    changes: dict[str, int], limits: tuple[int, int]
+) -> None:
+    assert variants.batch_limits(plan(**changes)) == limits
+
+
+def test_a_gpu_gets_none_of_the_settings_for_the_cpu() -> None:
+    on_gpu = plan(device=Device("cuda", 1, "a GPU"))
+    assert "--max-num-seqs" not in variants.arguments(on_gpu, STOCK)
+    settings = variants.common_settings(on_gpu)
+    assert not [name for name in settings if "CPU" in name or "MULTIPROCESSING" in name]
+
+
+def test_the_recorded_command_names_no_folder_of_this_machine() -> None:
+    model = replace(plan().model, folder=ROOT / ".workspace/models/x", tokenizer=ROOT / "tokens")
+    line = variants.command_line(plan(model=model), variants.Variant("stock"))
+    assert "--model .workspace/models/x --tokenizer tokens" in line
+    assert str(ROOT) not in line

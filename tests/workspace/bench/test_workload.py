@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a CPU run measures: fitted to model and machine, what was given as it is, always an end."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.workspace.bench.samples import plan as sample
+from tests.workspace.bench.samples import result
+from workspace.bench import models, prompts, runner, workload
+from workspace.bench.engine_run import Event, Job, Result, Round, Stage, _rounds, _warm_up
+from workspace.bench.plan import DEFAULTS, BenchOptions, Device, Metric
+from workspace.bench.variants import stock_and_custom
+from workspace.bench.workload import FITTED_SECONDS, SMALLER, Speed, fit, measure, total
+
+CPU = Device("cpu", 2, "a CPU")
+TINY = sample().model
+QWEN = "Qwen/Qwen2.5-0.5B"
+MODEL = replace(TINY, name=QWEN, weights="dummy", config=models.catalogue()[QWEN])
+
+
+def speed(slower: float) -> Speed:
+    """Two quiet cores with AVX2 only are about 1."""
+    product = {1: 0.4e-9 * slower, 8: 1e-9 * slower, 64: 7e-9 * slower}
+    return Speed(import_s=2.5 * slower, draw_s=1e-8 * slower, product_s=product)
+
+
+def fits(monkeypatch: pytest.MonkeyPatch, slower: float, **given: object) -> dict[str, object]:
+    monkeypatch.setattr(workload, "measure", lambda _: speed(slower))
+    made, expected = fit(BenchOptions(**given), CPU, MODEL)
+    names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
+    return {name: getattr(made, name) for name in names} | {"seconds": total(made, expected)}
+
+
+@pytest.mark.parametrize("metric", ["throughput", "latency"])
+def test_a_slower_machine_gets_a_smaller_workload_that_still_gives_a_verdict(
+    metric: Metric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [fits(monkeypatch, slower, metric=metric) for slower in (0.001, 0.1, 1, 1.3, 1000)]
+    tokens = [one["num_prompts"] * (one["input_len"] + one["output_len"]) for one in made]  # type: ignore[operator]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[0] > tokens[2] > tokens[-1]
+    largest = DEFAULTS["cpu", metric]
+    assert {name: made[0][name] for name in largest} == largest
+    assert {name: made[-1][name] for name in largest} == SMALLER[metric][-1]
+    assert all(one["seconds"] <= FITTED_SECONDS for one in made[:-1])  # type: ignore[operator]
+    assert all(one["repeats"] * one["rounds"] >= 6 for one in made)  # type: ignore[operator]
+
+
+def test_what_is_given_stays_and_the_rest_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"input_len": 100, "rounds": 4}
+    for slower in (0.001, 1, 1000):
+        made = fits(monkeypatch, slower, **given)
+        assert {name: made[name] for name in given} == given
+    everything = {"input_len": 64, "output_len": 33, "num_prompts": 7, "repeats": 1, "rounds": 1}
+    made = fits(monkeypatch, 1000, **everything)
+    assert {name: made[name] for name in everything} == everything
+    assert made["seconds"] > FITTED_SECONDS  # type: ignore[operator]
+
+
+def test_a_quantization_whose_reference_is_slow_gets_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, quantized = (fits(monkeypatch, 0.5, quantization=q) for q in (None, "sparse_2_4"))
+    assert quantized["output_len"] < plain["output_len"]  # type: ignore[operator]
+
+
+def test_the_tiny_model_is_not_measured_and_a_gpu_keeps_its_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workload, "measure", lambda _: pytest.fail("measured"))
+    made, expected = fit(BenchOptions(), CPU, TINY)
+    sizes = DEFAULTS["cpu", "throughput"]
+    assert {name: getattr(made, name) for name in sizes} == sizes
+    assert 30 < (total(made, expected) or 0) < 180
+    on_gpu, expected = fit(BenchOptions(), Device("cuda", 1, "a GPU"), MODEL)
+    assert on_gpu.num_prompts == DEFAULTS["cuda", "throughput"]["num_prompts"]
+    assert total(on_gpu, expected) is None
+
+
+def test_a_model_of_an_unknown_architecture_is_estimated_too() -> None:
+    known = workload._weights(MODEL)
+    unknown = replace(MODEL, config=MODEL.config | {"model_type": "mine"})
+    assert workload._weights(unknown)[1] == known[1]
+    assert 0.5 < workload._weights(unknown)[0] / known[0] < 2
+
+
+def test_this_machine_is_measured() -> None:
+    found = measure(TINY)
+    assert min(found.import_s, found.draw_s, *found.product_s.values()) > 0
+    assert found.product(640) == pytest.approx(10 * found.product(64))
+    low, high = sorted((found.product(8), found.product(64)))
+    assert low <= found.product(30) <= high
+
+
+def test_short_requests_compare_fewer_tokens() -> None:
+    counts = [prompts.new_tokens(sample(output_len=length)) for length in (1, 16, 500)]
+    assert counts == [8, 16, 24]
+
+
+SECONDS = 0.02
+
+
+class Engine:
+    """Rounds that take at least `SECONDS`."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def say(self, stage: Stage, number: int = 0, of: int = 0) -> None:
+        self.steps.append(str(Event(stage=stage, number=number, of=of)))
+
+    def round(self, seed: int) -> Round:
+        time.sleep(SECONDS)
+        # Each is twice as fast as the one before: warming up has no end.
+        elapsed = SECONDS / 2 ** len(self.steps)
+        return Round(
+            seed=seed, elapsed_s=elapsed, prompt_tokens=1, output_tokens=1, reported_tokens=2
+        )
+
+
+def job(**changes: object) -> Job:
+    values = {"rounds": 10, "fewest_rounds": 3, "seed": 1, "new_tokens": 1, "top": 1}
+    return Job(
+        metric="throughput", arguments=[], prompts=[[1]], launches=Path("l"), folder=Path("f"),
+        **(values | changes),
+    )  # fmt: skip
+
+
+def test_rounds_end_with_the_time_but_not_before_a_verdict() -> None:
+    def seeds(deadline: float) -> list[int]:
+        engine = Engine()
+        done = _rounds(job(), engine.round, engine.say, deadline)
+        assert engine.steps == [f"round {i + 1} of 10" for i in range(len(done))]
+        return [one.seed for one in done]
+
+    assert seeds(math.inf) == list(range(2, 12))
+    assert seeds(0.0) == [2, 3, 4]
+    some = seeds(time.monotonic() + 5 * SECONDS)
+    assert 3 <= len(some) <= 5
+    assert some == list(range(2, 2 + len(some)))
+
+
+def test_warming_up_leaves_time_for_the_rounds() -> None:
+    for deadline, rounds in ((math.inf, 8), (0.0, 2)):
+        engine = Engine()
+        assert len(_warm_up(job(), engine.round, engine.round(1), engine.say, deadline)) == rounds
+
+
+def test_where_time_is_short_all_processes_count_the_same_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With processes that manage 5, 4, 3 and 5 rounds in their share of the time."""
+    asked: list[Job] = []
+
+    def run(job: Job, *_: object) -> Result:
+        asked.append(job)
+        manages = min(job.rounds, (5, 4, 3, 5)[len(asked) - 1])
+        return result(tuple(range(1, manages + 1)))
+
+    monkeypatch.setattr(runner, "RUNS", tmp_path)
+    monkeypatch.setattr(runner.processes, "run", run)
+    made = sample(rounds=5)
+    changed, done = runner._run_all(made, stock_and_custom(made), "run", {}, limit=400.0)
+    assert changed == replace(made, rounds=3)
+    assert [[r.elapsed_s for r in ran.result.rounds] for ran in done] == [[1, 2, 3]] * 4
+    assert [job.rounds for job in asked] == [5, 5, 4, 3]
+    assert all(job.fewest_rounds == 3 for job in asked)
+    shares = [job.seconds for job in asked]
+    assert shares == pytest.approx([100, 400 / 3, 200, 400], abs=10)
+    asked.clear()
+    runner._run_all(made, stock_and_custom(made), "run", {}, limit=None)
+    assert [job.seconds for job in asked] == [None] * 4

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make new-kernel: what it writes works at once, and it never writes over anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from custom_kernels import build
+
+from tests.conftest import nvcc_missing
+from workspace.host.errors import WorkspaceError
+from workspace.host.paths import ROOT
+from workspace.new_kernel import scaffold
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of the package with the operation gemm, but none of its backends."""
+
+    root: Path
+    cache: Path
+
+    def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(self.root), str(ROOT)]),
+            "CUSTOM_KERNELS_CACHE": str(self.cache),
+        }
+        environment.pop("TRITON_INTERPRET", None)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def error(self, *arguments: str) -> str:
+        """What `make new-kernel` cannot do with these values."""
+        with pytest.raises(WorkspaceError) as caught:
+            scaffold.run(*arguments)
+        return str(caught.value)
+
+    def files(self) -> set[str]:
+        package = self.root / "custom_kernels"
+        return {
+            str(path.relative_to(package))
+            for path in package.rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+
+
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
+    made = Copy(tmp_path / "copy", tmp_path / "cache")
+    own = {"__init__.py", "reference.py", "cases.py"}
+
+    def unwanted(folder: str, names: list[str]) -> list[str]:
+        here = Path(folder)
+        if here == build.PACKAGE:
+            other = {path.parent.name for path in here.glob("*/reference.py")} - {"gemm"}
+            return [name for name in names if name in other or name == "__pycache__"]
+        return [name for name in names if here.name == "gemm" and name not in own]
+
+    shutil.copytree(build.PACKAGE, made.root / "custom_kernels", ignore=unwanted)
+    monkeypatch.setattr(build, "PACKAGE", made.root / "custom_kernels")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["gemm", "gelu_gate"])
+def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> None:
+    kinds = {"triton": ".py", "cupy": ".py"} | ({} if nvcc_missing() else {"cuda": ".cu"})
+    before = copy.files()
+    for kind in kinds:
+        scaffold.run(operation, kind, f"my_{kind}")
+    wanted = {f"{operation}/my_{kind}{suffix}" for kind, suffix in kinds.items()}
+    if operation != "gemm":
+        wanted |= {f"{operation}/{name}.py" for name in ("__init__", "reference", "cases")}
+    assert copy.files() - before == wanted
+    for name in wanted:
+        assert "scaled_silu" not in (copy.root / "custom_kernels" / name).read_text()
+
+    mine = [f"{operation}.my_{kind}" for kind in kinds]
+    found = copy.python("-m", "custom_kernels.inspection", *mine, "--arch", "9.0a", "--json")
+    assert found.returncode == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["warnings"] == []
+    for kind in kinds:
+        reports = [one for one in document["reports"] if one["backend"] == f"my_{kind}"]
+        assert reports
+        assert operation != "gemm" or any(report["tensor"] for report in reports)
+
+    checked = copy.python("-m", "custom_kernels.checking", operation)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    lines = dict(line.split(" ", 1) for line in checked.stdout.splitlines())
+    assert "cases right" in lines[f"{operation}.my_triton"]
+    if operation != "gemm":
+        assert "cases right" in lines[f"{operation}.reference"]
+        program = (
+            "import torch; from custom_kernels import custom_gelu_gate as run\n"
+            "x, scale = torch.randn(2, 3, 8), torch.ones(8)\n"
+            "assert torch.equal(run(x, scale), torch.nn.functional.silu(x))\n"
+            "torch.library.opcheck(torch.ops.custom_kernels.gelu_gate, (x, scale, 'reference'))"
+        )
+        called = copy.python("-c", program)
+        assert called.returncode == 0, called.stderr
+
+
+def test_without_a_name_a_kernel_is_called_as_its_kind(copy: Copy) -> None:
+    scaffold.run("gelu_gate", "cuda")
+    assert "gelu_gate/cuda.cu" in copy.files()
+
+
+def test_nothing_is_written_over(copy: Copy) -> None:
+    scaffold.run("gemm", "cupy")
+    before = copy.files()
+    again = copy.error("gemm", "cupy")
+    assert "gemm/cupy.py exists; give another name" in again
+    assert "NAME=my_cupy" in again
+    # A .cu beside a .py of that name would become one backend with it.
+    assert "exists" in copy.error("gemm", "cuda", "cupy")
+    assert copy.files() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gemm",), "name an operation and what to write it in"),
+        (("gemm", "cutlass"), "BACKEND=cutlass is not known; give triton, cuda, cupy"),
+        (("my-op", "cuda"), "OP=my-op cannot name a Python module"),
+        (("../gemm", "cuda"), "OP=../gemm cannot name a Python module"),
+        (("class", "cuda"), "OP=class cannot name a Python module"),
+        (("gemm", "cuda", "Mine"), "NAME=Mine cannot name a Python module"),
+        (("gemm", "cuda", "cases"), "NAME=cases is a file that every operation has"),
+        (("norm", "cuda", "reference"), "NAME=reference is a file that every operation has"),
+        (("timing", "cuda"), "OP=timing is taken"),
+        (("vllm", "cuda"), "OP=vllm is taken"),
+    ],
+)
+def test_a_bad_name_is_one_clear_line(copy: Copy, arguments: tuple[str, ...], message: str) -> None:
+    before = copy.files()
+    error = copy.error(*arguments, *[""] * (2 - len(arguments)))
+    assert message in error
+    assert "\n" not in error
+    assert copy.files() == before
+
+
+def test_an_operation_without_a_template_says_what_to_copy(copy: Copy) -> None:
+    folder = copy.root / "custom_kernels" / "other"
+    folder.mkdir()
+    for name, text in {"__init__": "", "reference": "", "fast": "import triton\n"}.items():
+        (folder / f"{name}.py").write_text(text)
+    error = copy.error("other", "triton", "mine")
+    assert "other has no small triton kernel to start from: copy " in error
+    assert "other/fast.py" in error

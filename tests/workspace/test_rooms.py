@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imports in workspace/ point one way: from a verb's room down to what all rooms stand on."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from workspace.host.paths import ROOT
+
+# From the ground up; those of one floor do not know each other.
+FLOORS = [
+    {"host"},
+    {"pins"},
+    {"environment"},
+    {"fork", "credentials"},
+    {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "notebook", "clean"},
+    {"doctor"},
+    {"cli"},
+    {"bootstrap", "__main__"},
+]
+# Run where no package is installed: by bootstrap.py before there is an environment, or on the host
+# of a container. With all that they import.
+BEFORE_AN_ENVIRONMENT = {
+    "bootstrap", "environment.create", "environment.python", "clean", "bundle.place", "fork.diff",
+    "fork.rebase_state", "fork.status", "fork.tree_state",
+}  # fmt: skip
+# Copied to machines on which there is nothing else of the workspace.
+ALONE = {"bundle.unbundle", "environment.inventory"}
+
+
+def modules() -> dict[str, Path]:
+    """Module, without `workspace.` → file. Templates become part of another package."""
+    found = {}
+    for path in sorted((ROOT / "workspace").rglob("*.py")):
+        parts = path.relative_to(ROOT / "workspace").with_suffix("").parts
+        if "templates" not in parts:
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, *, when_imported: bool = False) -> tuple[set[str], set[str]]:
+    """What a file imports: modules of workspace/, and the names of other packages. Anywhere in it,
+    or only what is imported with it."""
+    ours, others = set(), set()
+    known = modules()
+    tree = ast.parse(path.read_text())
+    for node in tree.body if when_imported else ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package != "workspace":
+                others.add(package)
+            elif rest:
+                ours.add(rest if rest in known else rest.rpartition(".")[0])
+    return ours - {""}, others
+
+
+def floor(module: str) -> int:
+    (number,) = [n for n, rooms in enumerate(FLOORS) if module.split(".")[0] in rooms]
+    return number
+
+
+def test_no_room_imports_from_a_floor_above_or_beside_it() -> None:
+    for module, path in modules().items():
+        for imported in imports(path)[0] if module != "__init__" else ():
+            same_room = imported.split(".")[0] == module.split(".")[0]
+            assert same_room or floor(imported) < floor(module), f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    graph = {module: imports(path)[0] - {module} for module, path in modules().items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+
+
+def test_what_runs_before_there_is_an_environment_needs_the_standard_library_only() -> None:
+    known = modules()
+    todo = BEFORE_AN_ENVIRONMENT | {name for name in known if name.startswith("container.")}
+    done: set[str] = set()
+    while todo - done:
+        module = (todo - done).pop()
+        done.add(module)
+        ours, others = imports(known[module], when_imported=True)
+        assert others <= sys.stdlib_module_names, module
+        todo |= ours
+    assert {"host.git", "pins.release", "environment.uv"} <= done
+
+
+@pytest.mark.parametrize("module", sorted(ALONE))
+def test_what_runs_without_the_rest_of_the_workspace_imports_none_of_it(module: str) -> None:
+    ours, others = imports(modules()[module])
+    assert not ours
+    assert others <= sys.stdlib_module_names

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that a bundle is for, as its inventory describes it, and whether vLLM can run there.
+
+Every refusal is one line that says what is in the way there and what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging import tags
+from packaging.version import Version
+from pydantic import BaseModel, Field, ValidationError
+
+from workspace.environment.inventory import FORMAT
+from workspace.host.errors import WorkspaceError
+from workspace.pins.model import Device, Pins, Release
+
+HOW = (
+    "on the host: python3 inventory.py > inventory.json (that file is workspace/inventory.py here; "
+    "with a checkout: make inventory), then bring it here"
+)
+
+
+class Python(BaseModel):
+    executable: str
+    version: str
+    short: str
+    implementation: str
+    free_threaded: bool
+    headers: bool
+    missing_modules: list[str]
+    lzma: bool
+
+
+class Libc(BaseModel):
+    name: str
+    version: str
+
+
+class Torch(BaseModel):
+    version: str
+    cuda: str | None
+
+
+class Gpu(BaseModel):
+    name: str
+    driver: str
+    capability: str
+
+
+class Nvcc(BaseModel):
+    path: str
+    version: str
+
+
+class Package(BaseModel):
+    version: str
+    requires: list[str]
+
+
+class Host(BaseModel):
+    """An inventory; what it holds beyond these fields is for people to read."""
+
+    format: int
+    machine: str
+    system: str
+    libc: Libc
+    libnuma: bool
+    python: Python
+    markers: dict[str, str]
+    gpus: list[Gpu]
+    torch: Torch | None
+    nvcc: Nvcc | None
+    tools: dict[str, str | None]
+    packages: dict[str, Package] = Field(repr=False)
+
+    @property
+    def device(self) -> Device:
+        return "cuda" if self.gpus else "cpu"
+
+    def has_nvcc(self, release: Release) -> bool:
+        """Whether its CUDA compiler is the one that goes with the release."""
+        return self.nvcc is not None and self.nvcc.version.startswith(release.cuda.release + ".")
+
+
+def read(path: Path) -> Host:
+    """An inventory file.
+
+    Raises:
+        WorkspaceError: it is not there, or not an inventory.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise WorkspaceError(f"TARGET={path}: {error.strerror}; {HOW}") from None
+    except ValueError as error:
+        raise WorkspaceError(f"TARGET={path} is not JSON ({error}); {HOW}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise WorkspaceError(f"TARGET={path} is not an inventory of this version; {HOW}")
+    try:
+        return Host.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WorkspaceError(
+            f"TARGET={path} is not a whole inventory: {where}: {first['msg']}; {HOW}"
+        ) from None
+
+
+def platforms(host: Host) -> Iterator[str]:
+    """The platforms whose wheels run there, best first: glibc's own and all older ones."""
+    major, minor = (int(part) for part in host.libc.version.split(".")[:2])
+    older = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
+    for number in range(minor, 4, -1):
+        yield f"manylinux_{major}_{number}_{host.machine}"
+        if number in older:
+            yield f"{older[number]}_{host.machine}"
+    yield f"linux_{host.machine}"
+
+
+def supported_tags(host: Host) -> list[tags.Tag]:
+    """The tags of wheels that this Python takes, best first."""
+    numbers = tuple(int(part) for part in host.python.short.split("."))
+    interpreter = f"cp{numbers[0]}{numbers[1]}"
+    abi = interpreter + ("t" if host.python.free_threaded else "")
+    names = list(platforms(host))
+    return [
+        *tags.cpython_tags(numbers, abis=[abi], platforms=names),
+        *tags.compatible_tags(numbers, interpreter, names),
+    ]
+
+
+def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
+    """Why this release of vLLM cannot run there, worst first; nothing where it can."""
+    release, python = pins.release(version), host.python
+    wheels = release.binaries.get(host.device, {})
+    if host.machine not in wheels:
+        known = ", ".join(sorted(wheels)) or "none"
+        yield (
+            f"it is {host.machine}, and pins.toml has vLLM {version} for {host.device} on {known} "
+            "only; take another machine, or pin a wheel for it"
+        )
+    if host.libc.name != "glibc":
+        yield f"its C library is {host.libc.name or 'unknown'}, vLLM's binaries need glibc"
+    if python.implementation != "cpython" or python.free_threaded:
+        kind = "free-threaded" if python.free_threaded else python.implementation
+        yield f"{python.executable} is {kind}; vLLM needs an ordinary CPython"
+    if python.short not in pins.python.supported:
+        supported = ", ".join(sorted(pins.python.supported))
+        yield (
+            f"{python.executable} is Python {python.short}, supported are {supported}; make the "
+            "inventory with one of those that has torch"
+        )
+    if python.missing_modules:
+        names = ", ".join(python.missing_modules)
+        yield (
+            f"{python.executable} lacks Python's own {names}; install them there (Debian, Ubuntu: "
+            f"python{python.short}-venv)"
+        )
+    yield from _torch_problems(host, version, release)
+    if not python.headers:
+        yield (
+            f"there is no Python.h for {python.executable}, and vLLM compiles at run time; install "
+            f"it there (Debian, Ubuntu: python{python.short}-dev)"
+        )
+    if host.device == "cpu" and not host.libnuma:
+        yield "there is no libnuma.so.1; install it there (Debian, Ubuntu: libnuma1)"
+    missing = [name for name in ("git", "make", "g++") if not host.tools.get(name)]
+    if missing:
+        yield f"it lacks {', '.join(missing)}; install them there"
+
+
+def _torch_problems(host: Host, version: str, release: Release) -> Iterator[str]:
+    wanted = f"torch {release.torch} for CUDA {release.cuda.release}"
+    if host.torch is None:
+        yield (
+            f"{host.python.executable} has no torch that can be imported, and a bundle brings "
+            f"none; install {wanted} there, or make the inventory with the Python that has it"
+        )
+        return
+    found = Version(host.torch.version)
+    if found.public != release.torch:
+        yield (
+            f"it has torch {found}, the binaries of vLLM {version} are made for {release.torch}; "
+            f"install {wanted} there, or bundle a release that goes with it (VLLM_VERSION=)"
+        )
+    elif host.device == "cuda" and (host.torch.cuda or "").split(".")[0] != str(release.cuda.major):
+        built = f"CUDA {host.torch.cuda}" if host.torch.cuda else "the CPU only"
+        yield f"its torch is built for {built}; install {wanted} there"
+    triton = host.packages.get("triton")
+    if host.device == "cuda" and triton and Version(triton.version).public != release.triton:
+        yield (
+            f"it has triton {triton.version}, torch {release.torch} needs {release.triton}; "
+            "install that there"
+        )
+
+
+def require_workable(host: Host, version: str, pins: Pins) -> None:
+    """Raise with the worst reason why vLLM cannot run on the host."""
+    found = list(problems(host, version, pins))
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise WorkspaceError(f"no bundle for that host: {found[0]}{more}")

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check the parts of a bundle and make a checkout of them, on a machine without a network.
+
+    python3 unbundle.py [FOLDER]        in a bundle's folder: a checkout in FOLDER (vllm-kernels)
+
+A copy of this file travels with each bundle, so it needs nothing but Python's standard library. It
+unpacks the checkout and hands over to that checkout's `make unbundle`, which places the rest
+(workspace/placing.py) and sets everything up.
+
+A part is a line that says which bundle and which part of it this is, then its share of one tar
+archive. Every part is checked whole before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+WORKTREE = "refs/bundle/worktree"
+"""The files of a tree as they were, on top of its last commit."""
+OWN, FORK = "workspace.host.git", "fork.git"
+"""Folders in the archive: our tree and the fork's, as workspace/repository.py packs them."""
+PARTIAL = ".partial-"
+CHUNK = 1 << 20
+
+
+class UnbundleError(Exception):
+    """One line: what is wrong, and what to do."""
+
+
+def say(message: str) -> None:
+    print(f"· {message}", file=sys.stderr, flush=True)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def heading(identity: str, number: int, count: int) -> bytes:
+    """The first line of a part."""
+    return f"vllm-kernels bundle {identity} part {number:04d} of {count:04d}\n".encode()
+
+
+def identity_of(manifest: dict) -> str:
+    """What tells this bundle from every other: a hash over all that its manifest says."""
+    rest = {key: value for key, value in manifest.items() if key not in ("identity", "parts")}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_manifest(source: Path) -> dict:
+    """The manifest of the bundle in `source`, checked against its own hash."""
+    path = source / MANIFEST
+    if not path.is_file():
+        raise UnbundleError(
+            f"there is no bundle in {source}: {MANIFEST} is missing; give the folder that make "
+            "bundle filled, FROM=<folder>"
+        )
+    again = "copy it again from where the bundle was packed"
+    try:
+        manifest = json.loads(path.read_bytes())
+        known, whole = manifest["format"], manifest["identity"] == identity_of(manifest)
+    except (ValueError, KeyError, TypeError):
+        raise UnbundleError(f"{path} is damaged; {again}") from None
+    if known != FORMAT:
+        raise UnbundleError(f"{path} is of another version of the workspace; pack it anew")
+    if not whole:
+        raise UnbundleError(f"{path} is damaged; {again}")
+    return manifest
+
+
+def check_parts(source: Path, manifest: dict) -> None:
+    """Raise unless every part is there, whole, and of this bundle, and no other part is."""
+    parts, identity = manifest["parts"], manifest["identity"]
+    again = "copy from where the bundle was packed, then run this again"
+    missing = [part["name"] for part in parts if not (source / part["name"]).is_file()]
+    if missing:
+        raise UnbundleError(
+            f"{len(missing)} of {len(parts)} parts are missing in {source}: "
+            f"{', '.join(missing)}; {again}"
+        )
+    known = {part["name"] for part in parts}
+    strange = sorted(path.name for path in source.glob("part-*") if path.name not in known)
+    if strange:
+        raise UnbundleError(
+            f"{source / strange[0]} is not of this bundle, which has {len(parts)} parts; move it "
+            "away, then run this again"
+        )
+    for number, part in enumerate(parts, 1):
+        path, expected = source / part["name"], heading(identity, number, len(parts))
+        with path.open("rb") as file:
+            found = file.read(len(expected))
+            if found != expected and found.startswith(b"vllm-kernels bundle "):
+                raise UnbundleError(f"{path} is a part of another bundle, or another part; {again}")
+            size = path.stat().st_size
+            if size != part["size"]:
+                raise UnbundleError(
+                    f"{path} has {size} bytes, it should have {part['size']}; {again}"
+                )
+            digest = hashlib.sha256(found)
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != part["sha256"]:
+            raise UnbundleError(f"{path} is damaged (its sha256 differs); {again}")
+
+
+class Joined(io.RawIOBase):
+    """The parts as one stream, without their headings."""
+
+    def __init__(self, source: Path, manifest: dict) -> None:
+        count = len(manifest["parts"])
+        self._waiting = [
+            (source / part["name"], len(heading(manifest["identity"], number, count)))
+            for number, part in enumerate(manifest["parts"], 1)
+        ]
+        self._file: io.BufferedReader | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        while True:
+            if self._file is None:
+                if not self._waiting:
+                    return 0
+                path, skip = self._waiting.pop(0)
+                self._file = path.open("rb")
+                self._file.seek(skip)
+            count = self._file.readinto(buffer)
+            if count:
+                return count
+            self._file.close()
+            self._file = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> None:
+    """Unpack the archive, or one top folder of it, into `target`."""
+    with Joined(source, manifest) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        if hasattr(tarfile, "data_filter"):  # Debian 12's Python lacks it
+            archive.extraction_filter = tarfile.data_filter
+        inside = False
+        for member in archive:
+            if not only or member.name.split("/")[0] == only:
+                archive.extract(member, target)
+                inside = True
+            elif inside:
+                break  # the folder is behind us
+    for bare in target.glob("*.git"):
+        (bare / "refs").mkdir(exist_ok=True)  # empty, and git knows a repository by it
+
+
+# --- a tree ---------------------------------------------------------------------------------------
+
+
+NO_HOME = {
+    "HOME": os.devnull,
+    "XDG_CONFIG_HOME": os.devnull,
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_ATTR_NOSYSTEM": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+    "GIT_GRAFT_FILE": f"{os.devnull}/none",
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+}
+"""As in workspace/git.py, which is not there yet."""
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    """Git, apart from the user's settings and from any repository around."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    environment |= NO_HOME | {"GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent)}
+    command = ["git", "-c", f"safe.directory={cwd.resolve()}", "-c", "gc.auto=0", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UnbundleError("git is missing; install it, e.g. apt-get install git") from None
+    if done.returncode:
+        complaint = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UnbundleError(f"git {arguments[0]} in {cwd}: {complaint}")
+    return done.stdout
+
+
+def restore(bare: Path, place: Path) -> None:
+    """Make the tree `place` of a packed repository: its commits, and what was not committed as
+    edits that are not committed."""
+    place.mkdir()
+    bare.replace(place / ".git")
+    git("config", "core.bare", "false", cwd=place)
+    git("config", "core.logAllRefUpdates", "true", cwd=place)
+    git("read-tree", WORKTREE, cwd=place)
+    git("checkout-index", "--all", "--force", "--quiet", cwd=place)
+    git("update-ref", "-d", WORKTREE, cwd=place)
+    git("reset", "-q", cwd=place)
+
+
+# --- the checkout ---------------------------------------------------------------------------------
+
+
+def require_machine(manifest: dict) -> None:
+    """Raise on a machine, or with a Python, that the bundle is not for."""
+    target = manifest["target"]
+    if platform.machine() != target["machine"]:
+        raise UnbundleError(
+            f"this is {platform.machine()}, the bundle is for {target['machine']}; pack one with "
+            "this machine's inventory"
+        )
+
+
+def checkout(source: Path, manifest: dict, place: Path) -> None:
+    """Unpack our tree to the new folder `place`; it is there whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(f"{PARTIAL}unbundle-*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{PARTIAL}unbundle-") as work:
+        extract(source, manifest, Path(work), only=OWN)
+        restore(Path(work) / OWN, Path(work) / "checkout")
+        (Path(work) / "checkout").rename(place)
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
+        raise UnbundleError("usage: python3 unbundle.py [FOLDER]")
+    source = Path(__file__).resolve().parent
+    place = Path(arguments[0] if arguments else "vllm-kernels").absolute()
+    manifest = read_manifest(source)
+    require_machine(manifest)
+    start = place / "workspace" / "bootstrap.py"
+    if not place.exists():
+        say(f"checking {len(manifest['parts'])} parts")
+        check_parts(source, manifest)
+        say(f"unpacking the checkout to {place}")
+        checkout(source, manifest, place)
+    elif not start.exists():
+        raise UnbundleError(f"{place} is there and is no checkout; give another folder")
+    sys.stderr.flush()
+    os.environ["FROM"] = str(source)
+    os.execv(sys.executable, [sys.executable, str(start), "unbundle"])
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036 - this runs on whatever the host has
+        sys.exit(f"error: this is Python {platform.python_version()}; 3.11 or later is needed")
+    try:
+        main(sys.argv[1:])
+    except UnbundleError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        sys.exit(f"error: {reason}: {error.filename or ''}; mend that and run the command again")

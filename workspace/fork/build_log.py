@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run cmake and show what it does: a bar in a terminal, plain lines elsewhere, all of it in a log.
+
+What went wrong is shown as the tool wrote it: cmake's first error, or the first failed step with
+the compiler's messages. The log has the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from workspace.host import setup_lock
+from workspace.host.errors import WorkspaceError
+
+STEP = re.compile(r"^\[(\d+)/(\d+)\] (.+)$")
+"""ninja's line for a finished step, as NINJA_STATUS below sets it."""
+SHOWN_LINES = 60
+FULL = 16 * 2**20
+"""Bytes; a disk with fewer free ones is full."""
+
+
+def first_error(log: str) -> str:
+    """The first failure in a log, without the command lines that ninja and cmake print with it."""
+    lines = log.splitlines()
+    for start, line in enumerate(lines):
+        if line.startswith("FAILED: "):
+            # ninja: FAILED: …, the command, what the command wrote, then its next own line.
+            block = lines[start + 2 :]
+            ends = (i for i, text in enumerate(block) if STEP.match(text) or text[:7] == "ninja: ")
+            return "\n".join([line, *block[: next(ends, len(block))]][:SHOWN_LINES])
+        if line.startswith("CMake Error"):
+            block = lines[start:]
+            ends = (
+                i
+                for i, text in enumerate(block[1:], 1)
+                if text.startswith(("-- ", "Call Stack", "CMake Error", "CMake Warning"))
+            )
+            return "\n".join(block[: next(ends, len(block))][:SHOWN_LINES]).rstrip()
+    return "\n".join(lines[-SHOWN_LINES:])
+
+
+def why(text: str, folder: Path) -> str:
+    """What to do about a failure whose cause is the machine, else empty.
+
+    Not every tool says that the disk is full: cmake finds its own files cut off and wonders.
+    """
+    for place in (folder, Path(tempfile.gettempdir())):
+        if shutil.disk_usage(place).free < FULL:
+            return f"the disk that holds {place} is full; free some space and run it again"
+    if "No space left on device" in text:
+        return "a disk is full; free some space and run it again"
+    if re.search(r"\bKilled\b|out of memory|cannot allocate memory", text, re.IGNORECASE):
+        return "a compiler ran out of memory; run it again with fewer at once: JOBS=1"
+    return ""
+
+
+def run(
+    command: list[str],
+    *,
+    what: str,
+    folder: Path,
+    log: Path,
+    env: dict[str, str],
+    show_steps: bool = False,
+) -> None:
+    """Run `command`, which writes to `folder`, with its output in `log` (appended); `show_steps` as
+    they are done.
+
+    The set-up lock is passed on: where this process is killed and the build lives on, the next
+    run waits for it.
+
+    Raises:
+        WorkspaceError: it failed; its first error is printed before.
+    """
+    descriptor = os.environ.get(setup_lock.VARIABLE)
+    with log.open("a+", errors="replace") as file:
+        began = file.tell()
+        file.write("$ " + shlex.join(command) + "\n")
+        file.flush()
+        process = subprocess.Popen(
+            command,
+            env={**env, "NINJA_STATUS": "[%f/%t] "},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=[int(descriptor)] if descriptor else [],
+        )
+        assert process.stdout is not None
+        try:
+            _follow(process.stdout, file, show_steps=show_steps)
+        except BaseException:
+            # Ctrl-C reached the build too. Whatever else ends us must end it as well.
+            process.terminate()
+            raise
+        finally:
+            status = process.wait()
+        file.flush()
+        file.seek(began)
+        text = file.read()
+    if status:
+        error = first_error(text)
+        print(error, file=sys.stderr)
+        remedy = why(error, folder)
+        raise WorkspaceError(f"{what} failed{': ' + remedy if remedy else ' (above)'}; log: {log}")
+
+
+def _follow(output: IO[str], log: IO[str], *, show_steps: bool) -> None:
+    console = Console(stderr=True)
+    if not (show_steps and console.is_terminal):
+        for line in output:
+            log.write(line)
+            if show_steps and STEP.match(line):
+                print(line.rstrip(), file=sys.stderr, flush=True)
+        return
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+        for line in output:
+            log.write(line)
+            if step := STEP.match(line):
+                done, total, text = step.groups()
+                progress.update(task, completed=int(done), total=int(total), description=text[-60:])

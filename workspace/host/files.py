@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write files and folders that are whole or not there at all, whenever the process dies.
+
+Standard library only: this serves before the environment exists.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workspace.host.errors import WorkspaceError
+
+PARTIAL = ".partial-"
+"""How the name of every unfinished file or folder begins."""
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write `content` beside `path`, then rename it into place.
+
+    Raises:
+        WorkspaceError: the folder is read-only or the disk is full; nothing is left behind.
+    """
+    partial: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, mode)  # mkstemp's 0600 would hide a shared record from others
+        os.replace(partial, path)
+    except OSError as error:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+        raise WorkspaceError(_cannot_write(path, error)) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `path` when the block ends without an error.
+
+    Raises:
+        WorkspaceError: the parent is read-only or the disk is full; nothing is left behind.
+    """
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=PARTIAL))
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():  # made by another run meanwhile, from the same inputs
+            shutil.rmtree(partial)
+        else:
+            partial.rename(path)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        # A closed pipe is not about the folder: nobody reads what we print.
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise WorkspaceError(_cannot_write(path, error)) from error
+        raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed run left in `folder`. Call it only while no other run writes there."""
+    for left in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"cannot write {path}: {reason}; free some space or make the folder writable, run again"

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What messages are made of: a line of progress, numbers of things, commands to copy."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+
+def say(message: str) -> None:
+    print(f"· {message}", file=sys.stderr, flush=True)
+
+
+def plural(count: int, word: str) -> str:
+    """ "1 round", "2 rounds", "2 processes", "3 patches"."""
+    ending = "" if count == 1 else "es" if word.endswith(("s", "ch")) else "s"
+    return f"{count} {word}{ending}"
+
+
+def some(names: list[str]) -> str:
+    """The first three, and how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "4 min", for reading: as exact as an estimate is."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def make_command(verb: str, **variables: object) -> str:
+    """`make VERB NAME=value …` as it is typed into a shell; a variable that is None is left out."""
+    words = [
+        # make expands what a shell hands it: a $ is written twice.
+        f"{name}={shlex.quote(str(value).replace('$', '$$'))}"
+        for name, value in variables.items()
+        if value is not None
+    ]
+    return " ".join(["make", verb, *words])
