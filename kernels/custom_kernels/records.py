@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON record of a kernel benchmark: what it holds, how it is written, read and shown.
 
-benchmarks/README.md describes the schema. Records of schema 1 (one backend against one baseline)
+docs/measuring.md describes the schema. Records of schema 1 (one backend against one baseline)
 are read as what they would be today. Nothing here needs torch or a GPU.
 """
 

@@ -29,7 +29,8 @@ from workspace.pins.model import load
 
 README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md")]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
 
 
 def verbs() -> dict[str, set[str]]:
@@ -42,11 +43,11 @@ def verbs() -> dict[str, set[str]]:
 
 
 def documented() -> dict[str, set[str]]:
-    rows = re.findall(r"^\| `make ([a-z-]+)` \|[^|]*\|(.*)\|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `make ([a-z-]+)` \|[^|]*\|(.*)\|$", REFERENCE, re.MULTILINE)
     return {verb: set(re.findall(r"`([A-Z_]+)", cell)) for verb, cell in rows}
 
 
-def test_makefile_readme_and_command_line_have_the_same_verbs() -> None:
+def test_makefile_reference_and_command_line_have_the_same_verbs() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE)) - {"help"}
     # These run without the environment, so before there is a command line.
     early = {"clean", "fork-status", "fork-diff", "inventory", "unbundle"}
@@ -76,13 +77,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_versions_named_are_the_pinned_ones() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
     for version, release in load().vllm.release.items():
         for words in (
             f"vLLM {version}", f"torch {release.torch}", f"triton {release.triton}",
             f"CUDA {release.cuda.release}",
         ):  # fmt: skip
-            assert words in README
-        assert release.cupy in README
+            assert words in page
+        assert release.cupy in page
 
 
 def figures(name: str) -> tuple[str, str]:
@@ -163,6 +165,15 @@ def choice(tuned: dict[str, Any], labels: dict[str, Any]) -> str:
                 if low <= labels["M"] <= high:
                     return str(backend)
     raise AssertionError(labels)
+
+
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 130
+
+
+def test_the_kernel_on_the_front_page_is_the_one_that_new_kernel_writes() -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert block in (ROOT / "workspace/new_kernel/templates/gemm/triton.py").read_text()
 
 
 def test_the_size_of_the_fork_is_as_said() -> None:
