@@ -28,6 +28,7 @@ from workspace.environment import system_packages, uv
 from workspace.environment.inventory import headers, libnuma
 from workspace.fork import built_from
 from workspace.fork.prepare import GENERATED, upstream_tag
+from workspace.host import plain_path
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
@@ -239,6 +240,7 @@ def ensure_system_files(device: Device) -> None:
     torch.compile and Triton compile at run time includes Python.h: compilers look into CPATH.
     torch.compile has the program openssl hash the headers that it precompiles.
     """
+    _packages_by_a_plain_name()
     if shutil.which("openssl") is None:
         why = "torch.compile calls the program openssl, which this system lacks"
         added = f"{os.pathsep}{system_packages.unpack('openssl', why) / 'usr/bin'}"
@@ -263,6 +265,23 @@ def ensure_system_files(device: Device) -> None:
             "headers",
             f"import os; added = {added!a}; old = os.environ.get('CPATH', ''); "
             "added in old or os.environ.update(CPATH=added + (os.pathsep + old if old else ''))",
+        )
+
+
+def _packages_by_a_plain_name() -> None:
+    """Let a Python that is started directly, not by make, import by the link that make's uses.
+
+    In a checkout with spaces in its path, torch.compile would give the compiler folders that it
+    does not quote. Where the link is gone, packages have the names that they had.
+    """
+    own = Path(sys.prefix).resolve()
+    plain = plain_path.plain(own.parent) / own.name
+    if plain != own:
+        _at_every_start(
+            "plain-name",
+            f"import os, sys; own, plain = {str(own)!a}, {str(plain)!a}; "
+            "os.path.realpath(plain) == own and sys.path.__setitem__(slice(None), "
+            "[plain + p[len(own):] if p.startswith(own + '/') else p for p in sys.path])",
         )
 
 

@@ -286,7 +286,7 @@ def test_torch_takes_its_own_cuda_libraries_and_not_what_lies_in_condas_lib(
 ) -> None:
     """conda's Python has conda's lib in its RPATH, which counts for all that it loads; torch and
     the wheels' libraries name their own places, which count more."""
-    packages = Path(sysconfig.get_path("purelib"))
+    packages = Path(sysconfig.get_path("purelib")).resolve()  # as /proc names what is loaded
     library = tmp_path / "lib"
     shutil.copytree(made.root / ".conda" / "bin", tmp_path / "bin", symlinks=True)
     others = shutil.ignore_patterns("site-packages")

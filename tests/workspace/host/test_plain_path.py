@@ -5,6 +5,7 @@ tests to show: the small checkouts lie in one."""
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,23 @@ def test_what_a_verb_starts_sees_its_environment_and_the_temporary_folder_by_pla
     ):
         assert PLAIN.fullmatch(path), output
         assert Path(path).resolve() == is_really.resolve()
+
+
+def test_a_python_that_is_started_directly_imports_by_plain_names(
+    ready_checkout: Checkout,
+) -> None:
+    own = ready_checkout.root / ".venv"
+
+    def packages() -> Path:
+        command = [own / "bin" / "python", "-c", "import packaging; print(packaging.__file__)"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        return Path(shown.stdout.strip()).parents[1]
+
+    named = packages()
+    assert PLAIN.fullmatch(str(named))
+    assert named.resolve().is_relative_to(own)
+    link = named.parents[3]
+    link.unlink()  # with whatever else the user's cache folder held
+    assert packages().is_relative_to(own)
+    assert ready_checkout.make("dev").returncode == 0
+    assert packages() == named
