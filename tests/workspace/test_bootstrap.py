@@ -121,9 +121,8 @@ def test_uv_is_fetched_through_pip_and_checked(small_checkout: Checkout) -> None
         if path.is_file():
             path.unlink()
     code = (
-        "import sys, tomllib; from pathlib import Path; from workspace import bootstrap; "
-        "pins = tomllib.loads(Path('pins.toml').read_text()); "
-        "print(uv.obtain(find_python(), pins))"
+        "from workspace.environment import python, uv; from workspace.pins import release; "
+        "print(uv.obtain(python.find_python(), release.pins()))"
     )
     result = subprocess.run(
         [BASE_PYTHON, "-c", code],

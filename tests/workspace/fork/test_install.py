@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import wheel_bytes
-from workspace import bootstrap
 from workspace.environment import system_packages
 from workspace.fork import install
 from workspace.host.errors import WorkspaceError
@@ -68,8 +67,8 @@ def test_a_bare_system_gets_what_it_lacks_from_the_distribution(tmp_path: Path) 
     if not shutil.which("apt-get"):
         pytest.skip("needs Debian's or Ubuntu's apt-get")
     code = (
-        "from pathlib import Path; import sys; from workspace import bootstrap; "
-        "bootstrap.TOOLS = Path(sys.argv[1]); "
+        "from pathlib import Path; import sys; from workspace.environment import system_packages; "
+        "system_packages.TOOLS = Path(sys.argv[1]); "
         "print(system_packages.unpack('libnuma1', 'a test'))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
@@ -103,7 +102,7 @@ def test_what_is_brought_along_is_there_in_every_later_python(tmp_path: Path) ->
 def test_without_apt_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bootstrap, "TOOLS", tmp_path)
+    monkeypatch.setattr(system_packages, "TOOLS", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(WorkspaceError, match="a reason; install your distribution's libnuma1"):
         system_packages.unpack("libnuma1", "a reason")
