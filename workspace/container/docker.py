@@ -27,17 +27,17 @@ REMEDIES = [
     (
         r"cannot connect to the docker daemon|is the docker daemon running",
         "the Docker engine does not run; start it (Linux: sudo systemctl start docker, elsewhere "
-        "Docker Desktop) and run this again",
+        "Docker Desktop) and re-run",
     ),
     (
         r"permission denied.*(docker daemon|docker\.sock|docker api)",
         "Docker's engine runs, but not for this user; sudo usermod -aG docker $USER, log in again "
-        "and run this again",
+        "and re-run",
     ),
     (
         r"no space left on device|disk quota exceeded|enough free space",
         "Docker has no disk space left; docker system df shows what takes it, docker system prune "
-        "frees some; then run this again",
+        "frees some; then re-run",
     ),
     (
         r"failed to do request|pull access denied|failed to resolve source metadata|"
@@ -48,11 +48,11 @@ REMEDIES = [
     (
         r"buildx component is missing|buildkit is enabled but|unknown flag: --mount",
         "this Docker client cannot build with BuildKit; install its plugin (docker-buildx-plugin, "
-        "or docker-buildx), or give DOCKER=<path of a client that can>",
+        "or docker-buildx), or set DOCKER=<path of a client that can>",
     ),
     (
         r"could not select device driver|nvidia-container-cli|nvidia-container-runtime",
-        f"Docker cannot hand this machine's GPU to a container; install or mend {TOOLKIT}, or "
+        f"Docker cannot hand this machine's GPU to a container; install or fix {TOOLKIT}, or "
         "go without: make container DEVICE=cpu",
     ),
 ]
@@ -70,7 +70,7 @@ def client() -> str:
     if found is None:
         raise WorkspaceError(
             f"there is no {asked} here; install Docker (Debian, Ubuntu: apt-get install "
-            "docker.io), or give DOCKER=<path of its client>"
+            "docker.io), or set DOCKER=<path of its client>"
         )
     return found
 

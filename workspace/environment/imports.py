@@ -103,7 +103,7 @@ def require_own(vllm: Path) -> None:
     found = [one for one in hidden(vllm) if one.brought_by in OUTSIDE]
     if found:
         more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
-        raise WorkspaceError(f"{found[0]}{more}; {found[0].remedy}, then run this again")
+        raise WorkspaceError(f"{found[0]}{more}; {found[0].remedy}, then re-run")
 
 
 def set_python_path_aside() -> None:
