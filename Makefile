@@ -7,50 +7,51 @@ WORKSPACE := python3 -E workspace/bootstrap.py
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+	@echo "  every option, and ENV, DEVICE, PYTHON, VLLM_VERSION: docs/reference.md"
 
-dev: ## set everything up: environment, vLLM fork, binaries, kernels (BUILD=full, BUILD=precompiled)
+dev: ## set everything up: environment, vLLM fork, binaries, kernels (CUDA_ARCHS=9.0a, JOBS=4, BUILD=full|precompiled, FORCE=1)
 	@$(WORKSPACE) dev
 
 doctor: ## what is ready, what is not, and the remedy (JSON=1)
 	@$(WORKSPACE) doctor
 
-fork-build: ## compile what changed in vLLM's own C++ and CUDA (TARGET=_C, CUDA_ARCHS=9.0a, JOBS)
+fork-build: ## compile what changed in vLLM's own C++ and CUDA (CUDA_ARCHS=9.0a, JOBS=4, TARGET=_C, FORCE=1)
 	@$(WORKSPACE) fork-build
 
 kernels: ## compile the kernels that changed (ARCH=9.0a)
 	@$(WORKSPACE) kernels
 
-bench: ## vLLM, stock against custom GEMM (MODEL, METRIC, BACKEND, TP, REPEATS, ...)
+bench: ## vLLM, stock against custom GEMM (MODEL, METRIC=throughput|latency, BACKEND, TP, ...)
 	@$(WORKSPACE) bench
 
-new-kernel: ## a small kernel that works, to start from (OP=gemm BACKEND=triton|cuda|cupy NAME=mine)
+new-kernel: ## scaffold a working kernel (OP=gemm, BACKEND=triton|cuda|cupy, NAME=mine)
 	@$(WORKSPACE) new-kernel
 
-watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.triton, ARCH, TIMEOUT)
+watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.triton, ARCH=9.0a, TIMEOUT)
 	@$(WORKSPACE) watch
 
-inspect: ## registers, spills, occupancy, instructions of kernels; no GPU (K=gemm.triton, ARCH, JSON=1)
+inspect: ## registers, spills, occupancy, instructions; needs no GPU (K=gemm.triton, ARCH=9.0a, JSON=1)
 	@$(WORKSPACE) inspect
 
-notebook: ## JupyterLab over notebooks/, on this machine only; prints its address
+notebook: ## JupyterLab over notebooks/, on this machine only
 	@$(WORKSPACE) notebook
 
-bench-kernels: ## kernels on the GPU against their baselines (K=gemm, MODEL, M, BACKEND, DTYPE, ...)
+bench-kernels: ## kernels on the GPU against their baselines (K=gemm, MODEL, M=1,16,4096, BACKEND, ...)
 	@$(WORKSPACE) bench-kernels
 
-compare: ## two records: faster, slower, same or ambiguous (A=before.json B=after.json)
+compare: ## two records: faster, slower, same or ambiguous (A=before.json, B=after.json)
 	@$(WORKSPACE) compare
 
-profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, M, ...)
+profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile
 
-test: ## run the tests (K=gemm, gemm.triton, a path or a name)
+test: ## run the tests (K=gemm)
 	@$(WORKSPACE) test
 
-image: ## build the development container's image (BASE_IMAGE, ENV=conda|uv, NETWORK, FORCE=1)
+image: ## build the development container's image (BASE_IMAGE, NETWORK, FORCE=1)
 	@$(WORKSPACE) image
 
-container: ## start the development container, as VS Code does (IMAGE, FORCE=1 and image's)
+container: ## start the development container, as VS Code does (BASE_IMAGE, NETWORK, IMAGE, FORCE=1)
 	@$(WORKSPACE) container
 
 shell: ## a shell in the container, or one command (CMD="make bench")
@@ -70,16 +71,16 @@ snapshot-verify: ## start a snapshot without a network and prove what it holds (
 fork-status: ## release, patches, commits not exported, uncommitted edits (JSON=1)
 	@$(WORKSPACE) fork-status
 
-fork-diff: ## all that differs from the release (STAT=1; OWN=1: from our patches)
+fork-diff: ## all that differs from the release (OWN=1, STAT=1)
 	@$(WORKSPACE) fork-diff
 
-fork-export: ## your commits in vllm-fork/src as patches in vllm-fork/patches/<version>
+fork-export: ## your commits in vllm-fork/src as patches in vllm-fork/patches (FORCE=1)
 	@$(WORKSPACE) fork-export
 
-fork-rebase: ## carry your commits to another release (VERSION=0.26.0; ABORT=1)
+fork-rebase: ## carry your commits to another release (VERSION=0.26.0, ABORT=1, FORCE=1)
 	@$(WORKSPACE) fork-rebase
 
-inventory: ## what this machine has, for a bundle: writes inventory.json (PYTHON); no network
+inventory: ## what this machine has, for a bundle: writes inventory.json; no network
 	@$(WORKSPACE) inventory
 
 bundle: ## what a host without a network needs, in parts (TARGET=inventory.json, PARTS=60M)
@@ -94,5 +95,5 @@ lint: ## run every pre-commit hook
 lock: ## make the locks and environment.yml from pins.toml (UPGRADE=1)
 	@$(WORKSPACE) lock
 
-clean: ## remove what can be made again; your edits stay (FORCE=1: those too)
+clean: ## remove what can be made again; your edits stay (FORCE=1)
 	@$(WORKSPACE) clean

@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from workspace import verbs
 from workspace.fork.tree_state import shown, state
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import PARTIAL
@@ -44,7 +45,7 @@ def _users_work(tree: Path) -> list[str]:
     return found.own_work if found else []
 
 
-def run(*, force: bool) -> int:
+def run(options: verbs.Clean) -> int:
     """Remove environments, tools, caches, and each tree that holds nothing of the user's.
 
     The lock file stays, because this process holds it; recorded results stay, because a
@@ -63,7 +64,7 @@ def run(*, force: bool) -> int:
         if path.is_symlink():
             continue
         work = _users_work(path) if path.exists() else []
-        if work and not force:
+        if work and not options.force:
             print(f"· keeping {path.relative_to(ROOT)}: it holds work of yours:")
             print("\n".join(f"    {line}" for line in work[:20]))
             if len(work) > 20:

@@ -21,30 +21,18 @@ def architectures(asked: str | None) -> list[str]:
     for name in wanted:
         if name not in pinned:
             raise WorkspaceError(
-                f"ARCH={name} is not a pinned architecture; there are {', '.join(pinned)} "
+                f"ARCH={name} is not a pinned architecture; use one of {', '.join(pinned)} "
                 "(pins.toml, [cuda])"
             )
     return wanted
 
 
-def run(arch: str | None = None, operation: str | None = None) -> None:
-    """Bring every kernel (of ``operation``, if given) up to date and say what was compiled.
-
-    Where the release's packages hold no nvcc and there is no other, kernels in CUDA C++ are left
-    out, and that is said.
-
-    Raises:
-        WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
-    """
-    _compile(architectures(arch), operation)
-
-
-def run_for_device(device: str, operation: str | None = None) -> None:
+def compile_for_device(device: str, operation: str | None = None) -> None:
     """Compile what this machine's device can run (of ``operation``, if given): for a CPU nothing,
     for GPUs what no library serves yet, and for their architectures alone.
 
     Raises:
-        WorkspaceError: as `run`.
+        WorkspaceError: as `compile_all`.
     """
     if device == "cpu":
         return
@@ -61,10 +49,19 @@ def run_for_device(device: str, operation: str | None = None) -> None:
         except build.BuildError:
             complete = False  # compiling says why
         if not complete:
-            _compile([arch], operation)
+            compile_all([arch], operation)
 
 
-def _compile(architectures: list[str], operation: str | None) -> None:
+def compile_all(architectures: list[str], operation: str | None = None) -> None:
+    """Bring every kernel (of ``operation``, if given) up to date and say what was compiled.
+
+    Where the release's packages hold no nvcc and there is no other, kernels in CUDA C++ are left
+    out, and that is said.
+
+    Raises:
+        WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
+    """
+
     def report(built: build.Built) -> None:
         if built.compiled:
             spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in built.kernels)

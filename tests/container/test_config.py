@@ -145,7 +145,6 @@ def test_an_environment_that_no_image_has_is_refused(monkeypatch: pytest.MonkeyP
         image.environment()
 
 
-def test_vllms_own_image_is_a_base_by_its_short_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BASE_IMAGE", "vllm")
+def test_vllms_own_image_is_a_base_by_its_short_name() -> None:
     version = load().vllm.default
-    assert image.base_image(pins(), version) == f"vllm/vllm-openai:v{version}"
+    assert image.base_image("vllm", pins(), version) == f"vllm/vllm-openai:v{version}"

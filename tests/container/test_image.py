@@ -184,8 +184,9 @@ def test_the_base_images_own_vllm_makes_room(
     given = {**another.env, "ENV": "uv", "BASE_IMAGE": name}
     told = another.run(
         "python3", "-c",
-        "import json; from workspace.pins import release; from workspace.container import image; "
-        "print(json.dumps(image.arguments(release.selected())))",
+        "import json, os; from workspace.pins import release; "
+        "from workspace.container import image; "
+        "print(json.dumps(image.arguments(release.selected(), os.environ['BASE_IMAGE'])))",
         **given,
     ).output  # fmt: skip
     arguments = [f"--build-arg={key}={value}" for key, value in json.loads(told).items()]

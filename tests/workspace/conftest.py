@@ -31,10 +31,10 @@ from packaging.utils import canonicalize_name
 
 from workspace import doctor
 from workspace.environment import lock
-from workspace.host import setup_lock
+from workspace.host import settings, setup_lock
 from workspace.host.paths import KERNELS, LOCKS, MACHINE, ROOT
 from workspace.pins.model import load
-from workspace.pins.release import ASKED, SELECTED, selected
+from workspace.pins.release import selected
 
 # A port that is taken and on which nobody listens: whoever asks there is refused at once.
 _held = socket.socket()
@@ -247,7 +247,7 @@ def pinned(text: str, path: str, sha256: str) -> str:
 @pytest.fixture(scope="session")
 def doctors_rows() -> list[doctor.Check]:
     """What `make doctor` says of this checkout."""
-    return doctor.checks(os.environ.get("ENV", "uv"))
+    return doctor.checks(settings.current().mode)
 
 
 @pytest.fixture(scope="session")
@@ -358,8 +358,6 @@ def clean_environment() -> dict[str, str]:
         "MAKELEVEL",
         "MFLAGS",
         "K",
-        "ENV",
-        "PYTHON",
         "FORCE",
         "ARCH",
         "BUILD",
@@ -369,8 +367,8 @@ def clean_environment() -> dict[str, str]:
         "WORKSPACE_HOME",
         "CUSTOM_KERNELS_CACHE",
         setup_lock.VARIABLE,
-        ASKED,
-        SELECTED,
+        *settings.HANDED_ON,
+        *settings.HANDED_ON.values(),
     )
     kept = {k: v for k, v in os.environ.items() if k not in drop}
     return kept | {"DEVICE": "cpu", "PYTHON": BASE_PYTHON}

@@ -55,7 +55,9 @@ def test_an_old_python_only_is_one_clear_error(path: Path) -> None:
         find_python()
 
 
-@pytest.mark.parametrize(("version", "says"), [("3.9", "Python 3.9"), (None, "not a Python")])
+@pytest.mark.parametrize(
+    ("version", "says"), [("3.9", "Python 3.9"), (None, "not a working Python")]
+)
 def test_a_wrong_PYTHON_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, says: str
 ) -> None:
@@ -71,9 +73,10 @@ def test_supported_versions_are_read_as_the_pins_have_them() -> None:
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"ENV": "venv"}, "ENV=venv is not known; give ENV=uv, ENV=conda or ENV=system"),
-        ({"DEVICE": "tpu"}, "DEVICE=tpu is not known; give DEVICE=cuda or DEVICE=cpu"),
-        ({"PYTHON": "/no/python"}, "PYTHON=/no/python is not a Python that runs"),
+        ({"ENV": "venv"}, "ENV=venv is not known; use ENV=uv, ENV=conda or ENV=system"),
+        ({"DEVICE": "tpu"}, "DEVICE=tpu is not known; use DEVICE=cuda or DEVICE=cpu"),
+        ({"FORCE": "yes"}, "FORCE=yes is not known; use FORCE=1 or leave it out"),
+        ({"PYTHON": "/no/python"}, "PYTHON=/no/python is not a working Python"),
     ],
 )
 def test_a_wrong_variable_is_one_line_and_no_traceback(

@@ -145,7 +145,7 @@ def test_two_makes_at_once_do_not_meet(small_checkout: Checkout) -> None:
     second = small_checkout.start("dev")
     outputs = [process.communicate()[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), outputs
-    waited = [text for text in outputs if "waiting: another make is at work" in text]
+    waited = [text for text in outputs if "waiting: another make holds this checkout" in text]
     assert len(waited) == 1
     assert "make dev, process" in waited[0]
     assert_whole(small_checkout)

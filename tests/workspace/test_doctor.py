@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,8 +45,8 @@ def test_this_checkout_is_usable_and_says_from_where(doctors_rows: list[doctor.C
 @needs_dev
 def test_the_json_is_the_same_answer() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "workspace", "doctor", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "workspace", "doctor"],
+        cwd=ROOT, env=os.environ | {"JSON": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     answer = json.loads(result.stdout)
     assert answer["usable"] is (result.returncode == 0)

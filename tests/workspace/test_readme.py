@@ -7,66 +7,24 @@ import io
 import json
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 import pytest
-import typer
 from custom_kernels.build import PACKAGE
 from rich.console import Console
 
 from workspace import doctor
 from workspace.bench import record, report
-from workspace.bootstrap import ON_THE_HOST
-from workspace.cli import app
 from workspace.environment.lock import locked
 from workspace.fork import status
 from workspace.host.paths import BENCHMARKS, PATCHES, ROOT, lock_files
 from workspace.pins.model import load
 
 README = (ROOT / "README.md").read_text()
-MAKEFILE = (ROOT / "Makefile").read_text()
-REFERENCE = (ROOT / "docs" / "reference.md").read_text()
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
-
-
-def verbs() -> dict[str, set[str]]:
-    """Each verb of the command line with the make variables it reads."""
-    group = typer.main.get_command(app)
-    return {
-        name: {parameter.envvar for parameter in command.params if parameter.envvar}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
-    }
-
-
-def documented() -> dict[str, set[str]]:
-    rows = re.findall(r"^\| `make ([a-z-]+)` \|[^|]*\|(.*)\|$", REFERENCE, re.MULTILINE)
-    return {verb: set(re.findall(r"`([A-Z_]+)", cell)) for verb, cell in rows}
-
-
-def test_makefile_reference_and_command_line_have_the_same_verbs() -> None:
-    targets = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE)) - {"help"}
-    # These run without the environment, so before there is a command line.
-    early = {"clean", "fork-status", "fork-diff", "inventory", "unbundle"}
-    early |= {*ON_THE_HOST} - {"devcontainer"}
-    assert targets == set(verbs()) | early == set(documented())
-
-
-@pytest.mark.parametrize("verb", sorted(verbs()))
-def test_every_variable_of_a_verb_is_documented(verb: str) -> None:
-    assert verbs()[verb] - documented()[verb] == set()
-
-
-def test_make_help_lists_every_verb() -> None:
-    listed = subprocess.run(
-        ["make", "--no-print-directory", "help"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    for verb in documented():
-        assert f"make {verb} " in listed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

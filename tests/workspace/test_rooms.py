@@ -11,23 +11,24 @@ from pathlib import Path
 import pytest
 
 from workspace.host.paths import ROOT
+from workspace.verbs import VERBS
 
 # From the ground up; those of one floor do not know each other.
 FLOORS = [
     {"host"},
-    {"pins"},
+    {"pins", "verbs"},
     {"environment"},
     {"fork", "credentials"},
     {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "notebook", "clean"},
-    {"doctor"},
+    {"doctor", "set_up", "selection", "reference"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]
 # Run where no package is installed: by bootstrap.py before there is an environment, or on the host
 # of a container. With all that they import.
 BEFORE_AN_ENVIRONMENT = {
-    "bootstrap", "environment.create", "environment.python", "clean", "bundle.place", "fork.diff",
-    "fork.rebase_state", "fork.status", "fork.tree_state",
+    "bootstrap", "environment.create", "environment.enter", "environment.python",
+    "fork.rebase_state", "fork.tree_state", *(verb.host for verb in VERBS.values() if verb.host),
 }  # fmt: skip
 # Copied to machines on which there is nothing else of the workspace.
 ALONE = {"bundle.unbundle", "environment.inventory"}

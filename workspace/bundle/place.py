@@ -21,8 +21,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from workspace import verbs
 from workspace.bundle import repository, unbundle
 from workspace.fork.tree_state import shown, state
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import PARTIAL, remove_partial
 from workspace.host.git import git
@@ -31,16 +33,16 @@ from workspace.host.text import plural, say, some
 from workspace.pins import release
 
 
-def run(source: str) -> dict[str, str]:
-    """Place the bundle in the folder `source`; returns the variables for the `make dev` after it.
+def run(options: verbs.Unbundle) -> settings.Settings:
+    """Place the bundle in the folder FROM=; returns the settings for the `make dev` after it.
 
     Raises:
         WorkspaceError: no bundle, parts missing or damaged, another machine, or work of the user's
             in the way. Nothing was placed then.
     """
-    if not source:
+    if not options.source:
         raise WorkspaceError("name the folder with the parts: make unbundle FROM=<folder>")
-    folder = Path(source).expanduser().absolute()
+    folder = Path(options.source).expanduser().absolute()
     try:
         manifest = unbundle.read_manifest(folder)
         unbundle.require_machine(manifest)
@@ -56,12 +58,7 @@ def run(source: str) -> dict[str, str]:
             _place(folder, manifest, version, place)
     except unbundle.UnbundleError as error:
         raise WorkspaceError(str(error)) from None
-    return {
-        "ENV": "system",
-        "PYTHON": python,
-        "DEVICE": manifest["device"],
-        release.ASKED: version,
-    }
+    return settings.Settings("system", manifest["device"], python, version)
 
 
 def _identity(place: Path) -> str | None:
@@ -80,7 +77,7 @@ def _python(manifest: dict) -> str:
     from workspace.environment.python import version_of
 
     target = manifest["target"]["python"]
-    asked, there = os.environ.get("PYTHON"), target["executable"]
+    asked, there = settings.current().python, target["executable"]
     python = asked or (there if os.access(there, os.X_OK) else sys.executable)
     found = version_of(python)
     if found != target["short"]:

@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workspace import verbs
 from workspace.container import config
 from workspace.container.docker import architecture, docker, inspect, show
 from workspace.container.docker import labels as labels_of
 from workspace.environment import conda, index, uv
 from workspace.environment.device import device
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
@@ -39,20 +41,20 @@ PREFIX = "vllm-kernels"
 
 def environment() -> str:
     """ENV=, which in the image is conda unless uv is asked for."""
-    asked = os.environ.get("ENV") or "conda"
+    asked = settings.current().env or "conda"
     if asked not in ENVIRONMENTS:
         raise WorkspaceError(f"ENV={asked}: an image has ENV=conda or ENV=uv")
     return asked
 
 
-def base_image(pins: Mapping[str, Any], version: str) -> str:
+def base_image(asked: str | None, pins: Mapping[str, Any], version: str) -> str:
     """BASE_IMAGE= if given (vllm: vLLM's own image of the release), else the pinned one."""
-    asked = os.environ.get("BASE_IMAGE") or pins["container"]["base"]
+    asked = asked or pins["container"]["base"]
     return f"vllm/vllm-openai:v{version}" if asked == "vllm" else str(asked)
 
 
-def arguments(version: str) -> dict[str, str]:
-    """The Dockerfile's arguments.
+def arguments(version: str, base: str | None = None) -> dict[str, str]:
+    """The Dockerfile's arguments; `base` as BASE_IMAGE=.
 
     Raises:
         WorkspaceError: no engine, or one of a machine for which uv is not pinned.
@@ -60,7 +62,7 @@ def arguments(version: str) -> dict[str, str]:
     pins = release.pins()
     uid, gid = config.owner()
     return {
-        "BASE_IMAGE": base_image(pins, version),
+        "BASE_IMAGE": base_image(base, pins, version),
         "MICROMAMBA_IMAGE": pins["container"]["micromamba"],
         "ENVIRONMENT": environment(),
         "PREFIX": release.environment(environment(), version).name,
@@ -130,7 +132,7 @@ def _step(line: str) -> str:
     return f"  {text[:100]}\n" if text else ""
 
 
-def ensure(*, anew: bool = False) -> str:
+def ensure(options: verbs.BuildImage, *, anew: bool = False) -> str:
     """The name of the container's image, built where what it is made from has changed; `anew`:
     every step of it.
 
@@ -141,14 +143,14 @@ def ensure(*, anew: bool = False) -> str:
     release.require_pinned(version)
     name = config.load().image
     files = lay_out_context(version)
-    build = arguments(version)
+    build = arguments(version, options.base_image)
     mark = fingerprint(files, build)
     there = labels_of(inspect("image", name))
     if there.get(f"{PREFIX}.fingerprint") == mark and not anew:
         return name
     say(f"building {name} on {build['BASE_IMAGE']} with {build['ENVIRONMENT']}")
     command = ["build", "--file", str(DOCKERFILE), "--tag", name]
-    command += ["--network", os.environ.get("NETWORK") or "default"]
+    command += ["--network", options.network or "default"]
     command += ["--secret", f"id=index,src={INDEX}"]
     for key, value in build.items():
         command += ["--build-arg", f"{key}={value}"]
@@ -165,9 +167,9 @@ def ensure(*, anew: bool = False) -> str:
     return name
 
 
-def run() -> int:
+def run(options: verbs.Image) -> int:
     """Build the image, or say that it is there."""
-    name = ensure(anew=os.environ.get("FORCE") == "1")
+    name = ensure(options, anew=options.force)
     size = int(docker("image", "inspect", "--format", "{{.Size}}", name)) / 1e9
     say(f"{name} is up to date, {size:.1f} GB")
     return 0

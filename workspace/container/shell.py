@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+from workspace import verbs
 from workspace.container import start
 from workspace.container.docker import client
 
@@ -15,7 +16,7 @@ HANDED_ON = ("HF_TOKEN", "HF_ENDPOINT", "TERM", "COLORTERM")
 `docker run` is, is no part of the container's settings, and so of no image."""
 
 
-def run() -> int:
+def run(options: verbs.Shell) -> int:
     """Run CMD=, or an interactive shell; returns its exit status."""
     identity = start.running()["Id"]
     command = [client(), "exec", "--interactive"]
@@ -23,6 +24,5 @@ def run() -> int:
     for name in HANDED_ON:
         # Without a value: Docker takes it from this process, and no process list shows it.
         command += ["--env", name] if os.environ.get(name) else []
-    asked = os.environ.get("CMD")
-    command += [identity, "bash", *(["-lc", asked] if asked else ["-l"])]
+    command += [identity, "bash", *(["-lc", options.cmd] if options.cmd else ["-l"])]
     return subprocess.run(command, check=False).returncode

@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from workspace import verbs
 from workspace.container import config, image, restore, start
 from workspace.container.docker import client, docker, inspect, labels
 from workspace.credentials import search
-from workspace.host import setup_lock
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 from workspace.host.text import say
@@ -48,7 +47,7 @@ def reference(tag: str | None) -> str:
     name = tag if re.search("[:/]", tag) else f"{REPOSITORY}:{tag}"
     if not re.fullmatch(r"[a-z0-9][a-z0-9._/:-]*:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name):
         raise WorkspaceError(
-            f"TAG={tag} cannot name an image; give letters, digits, dots and dashes (TAG=tuned), "
+            f"TAG={tag} cannot name an image; use letters, digits, dots and dashes (TAG=tuned), "
             "or a whole name (TAG=registry/name:tag)"
         )
     return name
@@ -159,14 +158,12 @@ def scan(made: str, below: list[str]) -> None:
         )
 
 
-def run() -> int:
+def run(options: verbs.Snapshot) -> int:
     """Make a snapshot named by TAG=."""
-    name = reference(os.environ.get("TAG"))
+    name = reference(options.tag)
     replaced = inspect("image", name)
-    if replaced and os.environ.get("FORCE") != "1":
-        raise WorkspaceError(
-            f"there is an image {name} already; give another TAG=, or FORCE=1 to replace it"
-        )
+    if replaced and not options.force:
+        raise WorkspaceError(f"the image {name} exists; use another TAG=, or FORCE=1 to replace it")
     container = start.find()
     if container is None:
         raise WorkspaceError("this checkout has no container yet; run: make container")
@@ -175,7 +172,6 @@ def run() -> int:
             "this checkout is a linked worktree, whose repository is elsewhere; make the snapshot "
             "from a clone"
         )
-    setup_lock.take("snapshot")  # nobody changes the trees meanwhile
     remove_unfinished()
     stays_out = refuse_credentials(container)
     # The layers of the image that the container was made from; none known where that is gone.

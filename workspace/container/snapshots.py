@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from datetime import datetime
 
+from workspace import verbs
 from workspace.container.docker import docker
 from workspace.container.image import PREFIX
 from workspace.container.snapshot import SNAPSHOT, UNFINISHED
@@ -40,7 +41,7 @@ def rows() -> list[list[str]]:
     return sorted(table, key=lambda row: row[1], reverse=True)
 
 
-def run() -> int:
+def run(_: verbs.NoOptions) -> int:
     heading = ["snapshot", "made", "size", "versions", "workspace", "own work in the fork"]
     table = [heading, *rows()]
     if len(table) == 1:

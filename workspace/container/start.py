@@ -7,14 +7,13 @@ devcontainer CLI know theirs, so each of them finds what another made.
 
 from __future__ import annotations
 
-import os
-
+from workspace import verbs
 from workspace.container import config, image
 from workspace.container.docker import docker, inspect, labels, show
 from workspace.environment.device import device
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
-from workspace.pins.release import ASKED
 
 
 def find() -> dict | None:
@@ -50,7 +49,7 @@ def running() -> dict:
     return found
 
 
-def create(name: str) -> str:
+def create(name: str, network: str | None) -> str:
     """A new container of the image, running; returns its id. With the GPUs, where there are any.
 
     Raises:
@@ -63,7 +62,7 @@ def create(name: str) -> str:
     for mount in wanted.mounts:
         command += ["--mount", mount]
     command += wanted.run_arguments
-    command += ["--network", os.environ["NETWORK"]] if os.environ.get("NETWORK") else []
+    command += ["--network", network] if network else []
     command += ["--gpus", "all"] if device() == "cuda" else []
     made = docker(*command, name, "sleep", "infinity", failure="the container could not be made")
     try:
@@ -86,16 +85,16 @@ def require_same_user(name: str, found: dict) -> None:
         )
 
 
-def run() -> int:
+def run(options: verbs.Container) -> int:
     """Build the image if need be, start the container, set up what it holds."""
-    name = os.environ.get("IMAGE") or image.ensure()
+    name = options.image or image.ensure(options)
     wanted = inspect("image", name)
     if wanted is None:
-        raise WorkspaceError(f"IMAGE={name}: there is no such image; make snapshots lists yours")
+        raise WorkspaceError(f"IMAGE={name} does not exist; make snapshots lists yours")
     require_same_user(name, wanted)
     found = find()
     if found and found["Image"] != wanted["Id"]:
-        if os.environ.get("FORCE") != "1":
+        if not options.force:
             raise WorkspaceError(
                 f"this checkout's container {found['Id'][:12]} is made from an older or another "
                 f"image than {name}; what you installed in it goes with it, the checkout and the "
@@ -105,14 +104,16 @@ def run() -> int:
         docker("rm", "--force", found["Id"])
         found = None
     if found is None:
-        identity = create(name)
+        identity = create(name, options.network)
     else:
         identity = found["Id"]
         if not found["State"]["Running"]:
             docker("start", identity, failure="the container could not be started")
     say(f"container {identity[:12]} runs")
     command = config.load().after_creation
-    given = [part for name in (ASKED, "DEVICE") if os.environ.get(name) for part in ("--env", name)]
+    chosen = settings.current()
+    given = ["--env", f"VLLM_VERSION={chosen.version}"] if chosen.version else []
+    given += ["--env", f"DEVICE={chosen.device}"] if chosen.device else []
     show("exec", *given, identity, "bash", "-c", command, failure=f"{command} in the container")
     say("make shell opens it; make shell CMD='make bench' runs one command in it")
     return 0

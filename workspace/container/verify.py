@@ -7,8 +7,7 @@ mounted.
 
 from __future__ import annotations
 
-import os
-
+from workspace import verbs
 from workspace.container.docker import client, docker, inspect, labels, show
 from workspace.container.snapshot import BELOW, SNAPSHOT, reference
 from workspace.credentials import search
@@ -17,12 +16,11 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
 
 
-def run() -> int:
+def run(options: verbs.SnapshotVerify) -> int:
     """Prove the snapshot TAG=."""
-    asked = os.environ.get("TAG")
-    if not asked:
+    if not options.tag:
         raise WorkspaceError("which snapshot? TAG=<name>; make snapshots lists them")
-    name = reference(asked)
+    name = reference(options.tag)
     there = inspect("image", name)
     if there is None:
         raise WorkspaceError(f"there is no image {name}; make snapshots lists yours")

@@ -13,7 +13,7 @@ from workspace.host.errors import WorkspaceError
 
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
-    "another index, and run the same command again"
+    "another index, then re-run"
 )
 
 
@@ -33,7 +33,6 @@ def run(
     The set-up lock is passed on: where this process is killed and the command lives on, the
     next run waits for it instead of writing to the same files.
     """
-    descriptor = os.environ.get(setup_lock.VARIABLE)
     result = subprocess.run(
         command,
         env={**os.environ, **(env or {})},
@@ -41,7 +40,7 @@ def run(
         stdout=subprocess.PIPE if quiet else sys.stderr,
         stderr=subprocess.PIPE if quiet else None,
         text=True,
-        pass_fds=[int(descriptor)] if descriptor else [],
+        pass_fds=setup_lock.held(),
         check=False,
     )
     if result.returncode:

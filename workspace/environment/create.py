@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -16,6 +15,7 @@ from workspace.environment import conda, index, uv
 from workspace.environment.commands import INDEX_REMEDY, run
 from workspace.environment.device import device
 from workspace.environment.python import find_python, version_of
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.paths import MACHINE, ROOT, cache_folder, lock_files
@@ -66,8 +66,8 @@ def _conda_environment(prefix: Path, specs: list[str], files: list[Path]) -> Non
         shutil.rmtree(prefix, ignore_errors=True)
         say(f"creating {prefix.name} with {Path(tool).name}: {', '.join(specs)}")
         failure = (
-            f"{Path(tool).name} could not make {prefix.name} (it says why above); check the "
-            f"network, free disk space and where its {conda.CHANNEL} lies, and run the same again"
+            f"{Path(tool).name} could not make {prefix.name} (its output is above); check the "
+            f"network, free disk space and its channel {conda.CHANNEL}, then re-run"
         )
         run(conda.create_command(tool, prefix, specs), failure=failure)
         again = False
@@ -86,7 +86,7 @@ def _install_locks(python: Path, binary: Path, files: list[Path], *, again: bool
     command += ["--reinstall"] if again else []
     for path in files:
         command += ["-r", str(path)]
-    failure = f"the locked packages could not be installed (uv says why above); {INDEX_REMEDY}"
+    failure = f"the locked packages could not be installed (uv's output is above); {INDEX_REMEDY}"
     run(command, env=index.uv_environment(), failure=failure)
 
 
@@ -127,8 +127,19 @@ def _bundle_installer(prefix: Path, python: str, pins: dict) -> list[str]:
     return [own, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--ignore-installed"]
 
 
+def ready(mode: str, version: str) -> Path | None:
+    """The interpreter of a release's environment as it is; None where none was made."""
+    prefix = release.environment(mode, version)
+    return prefix / "bin" / "python" if (prefix / "workspace.json").exists() else None
+
+
+def any_ready(mode: str) -> Path | None:
+    """The interpreter of the first release that has an environment."""
+    return next(filter(None, (ready(mode, one) for one in release.pins()["vllm"]["release"])), None)
+
+
 def ensure(mode: str, version: str) -> Path:
-    """The interpreter of an environment that matches the release's lock, made or mended if need
+    """The interpreter of an environment that matches the release's lock, made or updated if need
     be."""
     prefix = release.environment(mode, version)
     own = prefix / "bin" / "python"
@@ -147,11 +158,11 @@ def ensure(mode: str, version: str) -> Path:
     wanted: dict[str, Any] = {"lock": digest.hexdigest()}
     if mode == "conda":
         wanted["conda"] = conda.specs(pins, version)
-        if os.environ.get("PYTHON"):
+        if settings.current().python:
             raise WorkspaceError(
                 f"ENV=conda brings its own Python, {pins['conda']['python']}; leave PYTHON= out"
             )
-    elif os.environ.get("PYTHON"):
+    elif settings.current().python:
         wanted["python"] = find_python()
     stamp = prefix / "workspace.json"
     made = json.loads(stamp.read_text()) if stamp.exists() else {}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import PINS
 
@@ -39,15 +40,14 @@ def supported_versions() -> list[str]:
 def find_python() -> str:
     """PYTHON= if given, else the most preferred supported version on PATH or under pyenv."""
     supported = supported_versions()
-    asked = os.environ.get("PYTHON")
-    if asked:
+    if asked := settings.current().python:
         path = shutil.which(asked)
         version = version_of(path) if path else None
         if path is None or version not in supported:
             raise WorkspaceError(
                 f"PYTHON={asked} is "
-                + (f"Python {version}" if version else "not a Python that runs")
-                + f"; give one of Python {', '.join(sorted(supported))}"
+                + (f"Python {version}" if version else "not a working Python")
+                + f"; use one of Python {', '.join(sorted(supported))}"
             )
         return path
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
@@ -59,5 +59,5 @@ def find_python() -> str:
                 return candidate
     raise WorkspaceError(
         f"no Python {', '.join(sorted(supported))} found (this is {platform.python_version()}); "
-        "install one, on Debian and Ubuntu: apt-get install python3, or give PYTHON=<path>"
+        "install one, on Debian and Ubuntu: apt-get install python3, or set PYTHON=<path>"
     )

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from workspace import verbs
 from workspace.environment import cuda_home
 from workspace.environment.inventory import headers
 from workspace.fork import build_log, built_from, install, upstream_sources
@@ -44,13 +45,9 @@ GIB_PER_JOB = {"cuda": 8.5, "cpu": 2.0}
 # --- what the machine allows ----------------------------------------------------------------------
 
 
-def jobs(asked: str | None, device: Device, cores: int, gib: float) -> int:
-    """How many compilers at once: JOBS=, else as many as the cores and the memory allow."""
-    if not asked:
-        return max(1, min(cores, int(gib / GIB_PER_JOB[device])))
-    if not asked.isdecimal() or int(asked) < 1:
-        raise WorkspaceError(f"JOBS={asked} is not a number of compilers; give e.g. JOBS=4")
-    return int(asked)
+def jobs(asked: int | None, device: Device, cores: int, gib: float) -> int:
+    """Parallel compile jobs: JOBS=, else as many as the cores and the memory allow."""
+    return asked or max(1, min(cores, int(gib / GIB_PER_JOB[device])))
 
 
 def architectures(asked: str | None, device: Device) -> str:
@@ -237,13 +234,15 @@ def prepare(device: Device, archs: str | None) -> Build:
 # --- into the tree --------------------------------------------------------------------------------
 
 
-def move_into_tree(place: Path, stage: Path, build: dict[str, object], name: str) -> list[str]:
+def move_into_tree(
+    place: Path, stage: Path, build: dict[str, object], name: str, *, force: bool
+) -> list[str]:
     """Put what cmake installed in place, each file by a rename; the names of those that changed.
 
     The manifest speaks of them first: killed in between, the next build finishes the work.
 
     Raises:
-        WorkspaceError: one of them was edited by hand; nothing is replaced.
+        WorkspaceError: one of them was edited by hand; without `force` nothing is replaced.
     """
     manifest = install.read_manifest()
     own: dict[str, dict[str, object]] = manifest.get("own", {})
@@ -257,7 +256,7 @@ def move_into_tree(place: Path, stage: Path, build: dict[str, object], name: str
         if not leaf.endswith(".pyc")
     }
     edited = install.edited(place, manifest, set(installed))
-    if edited and os.environ.get("FORCE") != "1":
+    if edited and not force:
         raise WorkspaceError(
             f"{edited[0]} in {shown(place)} was changed by hand ({len(edited)} such files), and "
             "the build would replace it; save it, then run this again with FORCE=1"
@@ -311,10 +310,8 @@ def rewritten_files(place: Path) -> Iterator[None]:
             install.write_manifest(manifest)
 
 
-def run(
-    device: Device, target: str | None = None, archs: str | None = None, count: str | None = None
-) -> None:
-    """Compile what changed of `target`, or of everything, and put it into the tree.
+def run(device: Device, options: verbs.ForkBuild) -> None:
+    """Compile what changed of TARGET=, or of everything, and put it into the tree.
 
     Raises:
         WorkspaceError: something is missing, a source cannot be had, cmake or a compiler failed.
@@ -322,9 +319,9 @@ def run(
     """
     from custom_kernels.jobs import GIB, available  # installed a step ago
 
-    build = prepare(device, archs)
+    build, target = prepare(device, options.cuda_archs), options.target
     cores, gib = len(os.sched_getaffinity(0)), available() / GIB
-    number = jobs(count, device, cores, gib)
+    number = jobs(options.jobs, device, cores, gib)
     with rewritten_files(build.place):
         build.configure()
         known = build.targets()
@@ -332,7 +329,7 @@ def run(
             names = ", ".join(known)
             raise WorkspaceError(f"TARGET={target} is not an extension; there are {names}")
         sources = built_from.record(build.place)
-        memory = "" if count else f" ({cores} cores, {gib:.0f} GiB free)"
+        memory = "" if options.jobs else f" ({cores} cores, {gib:.0f} GiB free)"
         what = target or ", ".join(known)
         say(f"compiling {what}, {number} at once{memory}; log: {build.log}")
         build.compile(target, number)
@@ -344,5 +341,7 @@ def run(
         "architectures": build.architectures if device == "cuda" else "",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    changed = move_into_tree(build.place, build.stage(target), facts, target or built_from.ALL)
+    changed = move_into_tree(
+        build.place, build.stage(target), facts, target or built_from.ALL, force=options.force
+    )
     say(f"new in the tree: {', '.join(changed)}" if changed else "the tree is up to date")

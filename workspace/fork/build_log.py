@@ -7,7 +7,6 @@ the compiler's messages. The log has the rest.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -83,7 +82,6 @@ def run(
     Raises:
         WorkspaceError: it failed; its first error is printed before.
     """
-    descriptor = os.environ.get(setup_lock.VARIABLE)
     with log.open("a+", errors="replace") as file:
         began = file.tell()
         file.write("$ " + shlex.join(command) + "\n")
@@ -96,7 +94,7 @@ def run(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            pass_fds=[int(descriptor)] if descriptor else [],
+            pass_fds=setup_lock.held(),
         )
         assert process.stdout is not None
         try:

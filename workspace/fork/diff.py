@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from workspace import verbs
 from workspace.fork.tree_state import APPLIED, shown, state
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
@@ -19,8 +20,8 @@ from workspace.host.text import plural
 from workspace.pins import release
 
 
-def run(*, own: bool, stat: bool) -> int:
-    """Print the diff against the release, or (`own`) against the release with our patches.
+def run(options: verbs.ForkDiff) -> int:
+    """Print the diff against the release, or (OWN=1) against the release with our patches.
 
     On a terminal git's own colours and pager; elsewhere plain text that `git apply` takes.
 
@@ -31,9 +32,9 @@ def run(*, own: bool, stat: bool) -> int:
     if found is None:
         raise WorkspaceError(f"{shown(release.tree())} is not there; run: make dev")
     tree = release.tree(found.version)
-    base = APPLIED if own else f"upstream/{found.version}"
+    base = APPLIED if options.own else f"upstream/{found.version}"
     plain = ("--find-renames", "--no-ext-diff", "--no-textconv")
-    command = ["diff", *plain, "--stat" if stat else "--binary", base, "--"]
+    command = ["diff", *plain, "--stat" if options.stat else "--binary", base, "--"]
     with tempfile.TemporaryDirectory() as work:
         # An index of our own, in which new files are known: the user's says what they staged.
         index = Path(work) / "index"
@@ -43,8 +44,8 @@ def run(*, own: bool, stat: bool) -> int:
         names = git("diff", "--name-only", "-z", base, "--", tree=tree, env=env).split("\0")[:-1]
         pager = "--paginate" if sys.stdout.isatty() else "--no-pager"
         result = run_git(pager, *command, tree=tree, env=env, shown=True)
-    what = f"vLLM {found.version}" + (" with the patches applied" if own else " as released")
+    like = "with the patches applied" if options.own else "as released"
     count = plural(len(names), "file") if names else "nothing"
-    print(f"· different from {what}: {count}", file=sys.stderr)
+    print(f"· different from vLLM {found.version} {like}: {count}", file=sys.stderr)
     # A signal ends git where nobody reads on.
     return result.returncode if result.returncode >= 0 else 128 - result.returncode

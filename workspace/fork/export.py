@@ -9,8 +9,7 @@ export sets that right, because the commits are all still there.
 
 from __future__ import annotations
 
-import os
-
+from workspace import verbs
 from workspace.fork import patch_queue, prepare
 from workspace.fork.tree_state import APPLIED, ForkState, require_no_operation, shown, state
 from workspace.host.errors import WorkspaceError
@@ -21,7 +20,7 @@ from workspace.host.text import plural, say
 from workspace.pins import release
 
 
-def run() -> None:
+def run(options: verbs.ForkExport) -> None:
     """Export the commits of the branch that is checked out.
 
     Raises:
@@ -40,7 +39,8 @@ def run() -> None:
         patch_queue.file_name(number, patch): patch_queue.as_file(patch)
         for number, patch in enumerate(patches, 1)
     }
-    _refuse_to_lose_patches(version, named, found)
+    if not options.force:
+        _refuse_to_lose_patches(version, named, found)
     _prove(version, named, found.head)
     changed = _write(version, named)
     digest = patch_queue.digest(patch_queue.files(version))
@@ -57,7 +57,7 @@ def _refuse_to_lose_patches(version: str, named: dict[str, bytes], found: ForkSt
     What a killed export left there are commits of this tree.
     """
     paths = patch_queue.files(version)
-    if os.environ.get("FORCE") == "1" or patch_queue.digest(paths) == found.patches_digest:
+    if patch_queue.digest(paths) == found.patches_digest:
         return
     tree = release.tree(version)
     base = prepare.upstream_tag(version)

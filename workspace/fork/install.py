@@ -123,14 +123,16 @@ def edited(place: Path, record: dict, names: Iterable[str]) -> list[str]:
     ]
 
 
-def place_binaries(artifact: Artifact, device: Device, *, renew: bool = False) -> bool:
+def place_binaries(
+    artifact: Artifact, device: Device, *, renew: bool = False, force: bool = False
+) -> bool:
     """Extract the wheel's compiled files into the tree; True when something was done.
 
     Each file is written beside its place and renamed; the manifest comes last. Files of a build
     of one's own (fork_build) stay, unless another wheel is asked for, or with `renew`.
 
     Raises:
-        WorkspaceError: an extracted file was edited since; it is not overwritten.
+        WorkspaceError: an extracted file was edited since; without `force` it is not overwritten.
     """
     place, before = tree(), read_manifest()
     own = before.get("own", {})
@@ -144,7 +146,7 @@ def place_binaries(artifact: Artifact, device: Device, *, renew: bool = False) -
     brought = bundled(selected()) / artifact.filename
     wheel_path = brought if brought.exists() else fetch(artifact)
     changed = edited(place, before, files)
-    if changed and os.environ.get("FORCE") != "1":
+    if changed and not force:
         raise WorkspaceError(
             f"{changed[0]} in {place.relative_to(ROOT)} was changed after it was taken from "
             f"{before['wheel']} ({len(changed)} such files); save it, then run: make dev FORCE=1"
@@ -298,13 +300,14 @@ def _without_flashinfer() -> None:
     )
 
 
-def install_fork(device: Device, *, renew: bool = False) -> None:
+def install_fork(device: Device, *, renew: bool = False, force: bool = False) -> None:
     """Binaries for the device, then the editable install under a version that names it.
 
-    `renew` brings the released wheel's binaries back where a build of one's own replaced them.
+    `renew` brings the released wheel's binaries back where a build of one's own replaced them;
+    `force` replaces also those that were edited by hand.
     """
     version, release, place = selected(), load().release(), tree()
-    place_binaries(release.binary(device), device, renew=renew)
+    place_binaries(release.binary(device), device, renew=renew, force=force)
     ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
     build = (place / "setup.py").read_bytes() + (place / "pyproject.toml").read_bytes()

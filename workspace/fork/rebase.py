@@ -11,12 +11,12 @@ looks at what is there first, so a run that was killed goes on where it stopped.
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 
+from workspace import verbs
 from workspace.environment import lock
 from workspace.environment.fetch import fetch
 from workspace.fork import patch_queue, pin_release, prepare, rebase_state, tree_state
@@ -36,19 +36,19 @@ HELD = "refs/workspace/rebase"
 """Where the new tree keeps the commits that are carried into it."""
 
 
-def run(version: str | None, *, abort: bool) -> None:
-    """Begin a rebase to `version`, go on with the one under way, or (`abort`) take it back.
+def run(options: verbs.ForkRebase) -> None:
+    """Begin a rebase to VERSION=, go on with the one under way, or (ABORT=1) take it back.
 
     Raises:
         WorkspaceError: it cannot begin; or git stopped at a conflict, and the user is in it.
     """
     rebase = rebase_state.read()
-    if abort:
-        _abort(rebase)
+    if options.abort:
+        _abort(rebase, options.force)
         return
     if rebase is None:
-        rebase = _begin(version)
-    elif version and version != rebase.target:
+        rebase = _begin(options.version)
+    elif options.version not in (None, rebase.target):
         raise WorkspaceError(f"a rebase is under way {rebase_state.summary()}")
     rebase = _unpack(rebase)
     rebase = _replay(rebase)
@@ -180,7 +180,7 @@ def _finish(rebase: Rebase) -> None:
     say(f"next: make dev, make bench, make fork-export (patches/{rebase.target})")
 
 
-def _abort(rebase: Rebase | None) -> None:
+def _abort(rebase: Rebase | None, force: bool) -> None:
     """Show the old tree again, remove what the rebase made."""
     if rebase is None:
         raise WorkspaceError("no rebase is under way")
@@ -188,7 +188,8 @@ def _abort(rebase: Rebase | None) -> None:
         release.activate(rebase.origin)
     tree = rebase.tree
     if tree.exists() and rebase.made:
-        _refuse_to_lose_branches(tree)
+        if not force:
+            _refuse_to_lose_branches(tree)
         gone = tree.with_name(f"{PARTIAL}aborted")
         shutil.rmtree(gone, ignore_errors=True)
         tree.rename(gone)
@@ -210,14 +211,13 @@ def _git_rebase(tree: Path, *arguments: str, editor: str = "true") -> None:
     Raises:
         WorkspaceError: it did not even begin.
     """
-    descriptor = os.environ.get(setup_lock.VARIABLE)
     editors = {"GIT_SEQUENCE_EDITOR": editor, "GIT_EDITOR": "true"}
     result = run_git(
         "rebase",
         *arguments,
         tree=tree,
         env=editors | committer(tree),  # authors stay
-        pass_fds=(int(descriptor),) if descriptor else (),
+        pass_fds=setup_lock.held(),
     )
     if result.returncode and not in_git(tree):
         reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
@@ -278,7 +278,7 @@ def _conflict(rebase: Rebase) -> str:
 def _refuse_to_lose_branches(tree: Path) -> None:
     listed = git("for-each-ref", "--format=%(refname:short)", "refs/heads", "refs/stash", tree=tree)
     own = [name for name in listed.split() if name != "main"]
-    if own and os.environ.get("FORCE") != "1":
+    if own:
         raise WorkspaceError(
             f"{shown(tree)} holds {', '.join(own)}, which would go with it; fetch it from there "
             "into another repository, or give it up: make fork-rebase ABORT=1 FORCE=1"

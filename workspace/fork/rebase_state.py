@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
 from workspace.host.paths import STATE
@@ -55,6 +56,22 @@ def write(rebase: Rebase) -> None:
 
 def remove() -> None:
     PLACE.unlink(missing_ok=True)
+
+
+def release_for(verb: str) -> str:
+    """The release that a verb works on.
+
+    Raises:
+        WorkspaceError: it is not pinned, or a rebase to it is not done.
+    """
+    rebase = read()
+    if rebase and verb == "fork-rebase":
+        return rebase.origin
+    version = release.selected()
+    if rebase and version == rebase.target:
+        raise WorkspaceError(f"a rebase is under way {summary()}")
+    release.require_pinned(version)
+    return version
 
 
 def in_git(tree: Path) -> bool:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from workspace import verbs
 from workspace.fork import patch_queue, rebase_state
 from workspace.fork.tree_state import ForkState, branch, shown, state
 from workspace.host.errors import WorkspaceError
@@ -106,7 +107,7 @@ def _listed(entries: list[str]) -> Iterator[str]:
         yield f"               … and {len(entries) - MOST} more"
 
 
-def run(*, as_json: bool) -> int:
+def run(options: verbs.ForkStatus) -> int:
     """Print the status of the selected release's tree.
 
     Raises:
@@ -116,5 +117,5 @@ def run(*, as_json: bool) -> int:
     if found is None:
         raise WorkspaceError(f"{shown(release.tree())} is not there; run: make dev")
     made = status(found)
-    print(json.dumps(asdict(made), indent=2) if as_json else "\n".join(table(made)))
+    print(json.dumps(asdict(made), indent=2) if options.json else "\n".join(table(made)))
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that verbs raise on purpose, and how whatever ends a verb is told: in one line."""
+"""The one error that verbs raise on purpose, and how the end of a verb is reported: in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 
 CLOSED_PIPE = 141
 """The exit status of a program whose reader left (`| head`): 128 + SIGPIPE, as a shell has it."""
+INTERRUPTED = 130
+"""After Ctrl-C: 128 + SIGINT."""
 
 
 class WorkspaceError(Exception):
@@ -23,7 +25,7 @@ class WorkspaceError(Exception):
 
 
 @contextlib.contextmanager
-def told_in_one_line(place: Path | None = None) -> Iterator[None]:
+def reported_in_one_line(place: Path | None = None) -> Iterator[None]:
     """End the program with one line and an exit status, whatever ends the verb inside.
 
     `place` is named where the system's own error does not say which file it is about.
@@ -32,23 +34,24 @@ def told_in_one_line(place: Path | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # what nobody reads shows here, not when Python is ending
+            sys.stdout.flush()  # a closed pipe is noticed here, not while Python exits
     except WorkspaceError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            null = os.open(os.devnull, os.O_WRONLY)
             for descriptor in (1, 2):  # Python flushes both once more
-                os.dup2(nowhere, descriptor)
+                os.dup2(null, descriptor)
             sys.exit(CLOSED_PIPE)
         where = f": {name}" if (name := error.filename or place) else ""
         what = error.strerror or error
-        sys.exit(f"error: {what}{where}; set that right and run the command again")
+        sys.exit(f"error: {what}{where}; fix that and re-run")
 
 
-def _nobody_reads() -> bool:
+def _output_is_closed() -> bool:
     """Whether our own output goes into a pipe that its reader has closed."""
     poll = select.poll()
     for descriptor in (1, 2):

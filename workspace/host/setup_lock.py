@@ -24,7 +24,7 @@ def take(verb: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        say(f"waiting: another make is at work in this checkout ({holder or 'unknown'})")
+        say(f"waiting: another make holds this checkout ({holder or 'unknown'})")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     if os.geteuid() == 0:  # under sudo it stays the owner's, who takes it next
         os.fchown(descriptor, ROOT.stat().st_uid, ROOT.stat().st_gid)
@@ -34,8 +34,15 @@ def take(verb: str) -> None:
     os.environ[VARIABLE] = str(descriptor)
 
 
+def held() -> tuple[int, ...]:
+    """What a program that changes files is started with (`pass_fds`): where this process is killed
+    and that program lives on, the next run waits for it."""
+    descriptor = os.environ.get(VARIABLE)
+    return (int(descriptor),) if descriptor else ()
+
+
 def release() -> None:
     """Set-up is done: another make may start its own."""
-    descriptor = os.environ.pop(VARIABLE, None)
-    if descriptor:
-        os.close(int(descriptor))
+    for descriptor in held():
+        os.close(descriptor)
+    os.environ.pop(VARIABLE, None)

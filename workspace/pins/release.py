@@ -17,15 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import PARTIAL
 from workspace.host.paths import FORK, HOME, MACHINE, PINS, ROOT, STATE
-
-ASKED = "VLLM_VERSION"
-"""The make variable."""
-SELECTED = "WORKSPACE_RELEASE"
-"""What bootstrap tells the verb. vLLM warns of variables beginning with VLLM_ that it does not
-know, so the make variable itself goes no further."""
 
 
 def pins() -> dict[str, Any]:
@@ -62,8 +57,7 @@ def active() -> str | None:
 
 def selected() -> str:
     """VLLM_VERSION= if given, else the active release, else the default of pins.toml."""
-    told = os.environ.get(SELECTED) or os.environ.get(ASKED)
-    return told or active() or str(pins()["vllm"]["default"])
+    return settings.current().version or active() or str(pins()["vllm"]["default"])
 
 
 def require_pinned(version: str) -> None:
@@ -71,7 +65,7 @@ def require_pinned(version: str) -> None:
     known = pins()["vllm"]["release"]
     if version in known:
         return
-    if version == active() and not os.environ.get(ASKED):
+    if version == active() and settings.current().version is None:
         raise WorkspaceError(
             f"vllm-fork/src shows vLLM {version}, which pins.toml does not have; go back with "
             f"make dev VLLM_VERSION={next(iter(known))}, or carry your commits on from there"

@@ -25,7 +25,6 @@ from workspace.bench.plan import (
 )
 from workspace.host.errors import WorkspaceError
 from workspace.pins.model import load
-from workspace.pins.release import SELECTED
 
 CPU = Device("cpu", 2, "a CPU")
 GPU = Device("cuda", 1, "a GPU")
@@ -151,7 +150,7 @@ def test_command_that_repeats_a_run_names_a_release_that_is_not_the_default(
     default = load().vllm.default
     other = next(version for version in load().vllm.release if version != default)
     for version, named in ((other, True), (default, False)):
-        monkeypatch.setenv(SELECTED, version)
+        monkeypatch.setenv("WORKSPACE_RELEASE", version)
         assert (f" VLLM_VERSION={version}" in repeat_command(sample())) is named
 
 

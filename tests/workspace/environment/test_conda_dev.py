@@ -215,7 +215,7 @@ def test_cut_off_half_way_the_next_run_makes_it_whole(small_checkout: Checkout, 
     result = checkout.make("kernels", STOP_HALF_WAY="1")
     assert result.returncode != 0
     assert "critical libmamba the network went away" in result.stdout
-    assert result.stdout.count("error: micromamba could not make .conda (it says why above)") == 1
+    assert result.stdout.count("error: micromamba could not make .conda (its output is above)") == 1
     assert "Traceback" not in result.stdout
     assert (checkout.root / ".conda" / "bin" / "python").exists()
     assert not (checkout.root / ".conda" / "bin" / "nvcc").exists()

@@ -25,9 +25,11 @@ import pytest
 
 from tests.workspace.conftest import BINARIES, KILLS, UNREACHABLE, Checkout, still_running
 from tests.workspace.test_dev import mounted
+from workspace import verbs
 from workspace.fork import build, build_log, upstream_sources
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
+from workspace.host.options import read
 from workspace.host.paths import ROOT
 from workspace.pins.model import Device, load
 from workspace.pins.release import selected, tree
@@ -335,8 +337,9 @@ def test_cut_off_while_installing_the_doctor_says_so_and_the_next_build_finishes
         "def half(source, target):\n"
         "    target.write_bytes(source.read_bytes()[:1000]); os._exit(9)\n"
         "shutil.copy2 = half\n"
+        "from workspace import verbs\n"
         "from workspace.fork import build\n"
-        "build.run('cpu', '_C')\n"
+        "build.run('cpu', verbs.ForkBuild(target='_C'))\n"
     )
     result = subprocess.run(
         [checkout.python, "-c", code], cwd=checkout.root, capture_output=True, text=True,
@@ -433,13 +436,13 @@ def test_jobs_are_limited_by_memory_as_well_as_cores(
     cores: int, gib: float, device: str, count: int
 ) -> None:
     assert build.jobs(None, device, cores, gib) == count  # type: ignore[arg-type]
-    assert build.jobs("3", device, cores, gib) == 3  # type: ignore[arg-type]
+    assert build.jobs(3, device, cores, gib) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("asked", ["0", "-1", "many", "1.5"])
 def test_jobs_that_are_no_number_are_refused(asked: str) -> None:
     with pytest.raises(WorkspaceError, match=f"JOBS={re.escape(asked)} is not a number"):
-        build.jobs(asked, "cpu", 2, 8.0)
+        read(verbs.ForkBuild, {"JOBS": asked})
 
 
 @pytest.mark.parametrize(

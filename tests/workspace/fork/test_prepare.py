@@ -45,7 +45,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
     monkeypatch.setattr(prepare, "load", lambda: pins.model_copy(update={"vllm": releases}))
     monkeypatch.setattr(releases_module, "FORK", place)
     monkeypatch.setattr(patch_queue, "PATCHES", place / "patches")
-    monkeypatch.setenv(releases_module.SELECTED, VERSION)
+    monkeypatch.setenv("WORKSPACE_RELEASE", VERSION)
     return small
 
 

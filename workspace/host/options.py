@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make variables as the fields of a dataclass, read and checked in one place.
+
+    @dataclass(frozen=True)
+    class Kernels:
+        arch: str | None = text("ARCH", "GPU architectures", default="all that are pinned")
+
+    read(Kernels, os.environ).arch
+
+A variable that is unset or empty counts as not given, because make passes both on alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+from workspace.host.errors import WorkspaceError
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One make variable.
+
+    Args:
+        variable: its name.
+        help: what it means.
+        kind: "text", "number" (a whole number from 1 up), "flag" (1 or 0), or "choice".
+        values: of a choice.
+        example: a value as a user could type it.
+        default: what holds without it, in words.
+    """
+
+    variable: str
+    help: str
+    kind: str = "text"
+    values: tuple[str, ...] = ()
+    example: str = ""
+    default: str = ""
+
+    @property
+    def usage(self) -> str:
+        """`ARCH=9.0a`, `BUILD=full|precompiled`, `FORCE=1`, or the name alone."""
+        value = {"flag": "1", "choice": "|".join(self.values)}.get(self.kind, self.example)
+        return f"{self.variable}={value}" if value else self.variable
+
+    def parse(self, given: str) -> str | int | bool | None:
+        """The value for its field; None (of a flag False) where none is given.
+
+        Raises:
+            WorkspaceError: a value that this variable cannot have; says which it can.
+        """
+        value = given if self.kind == "text" else given.strip()
+        if self.kind == "flag":
+            if value not in ("", "0", "1"):
+                raise WorkspaceError(
+                    f"{self.variable}={value} is not known; use {self.variable}=1 or leave it out"
+                )
+            return value == "1"
+        if not value:
+            return None
+        if self.kind == "choice" and value not in self.values:
+            *first, last = (f"{self.variable}={one}" for one in self.values)
+            raise WorkspaceError(
+                f"{self.variable}={value} is not known; use {', '.join(first)} or {last}"
+            )
+        if self.kind != "number":
+            return value
+        if not (value.isascii() and value.isdecimal() and int(value)):
+            raise WorkspaceError(
+                f"{self.variable}={value} is not a number from 1 up; use e.g. "
+                f"{self.variable}={self.example or 4}"
+            )
+        return int(value)
+
+
+def _declare(option: Option) -> Any:
+    return field(default=option.parse(""), metadata={"option": option})
+
+
+def text(variable: str, help: str, example: str = "", default: str = "") -> Any:
+    return _declare(Option(variable, help, "text", (), example, default))
+
+
+def number(variable: str, help: str, example: str = "", default: str = "") -> Any:
+    return _declare(Option(variable, help, "number", (), example, default))
+
+
+def flag(variable: str, help: str) -> Any:
+    return _declare(Option(variable, help, "flag"))
+
+
+def choice(variable: str, help: str, *values: str, default: str = "") -> Any:
+    return _declare(Option(variable, help, "choice", values, "", default))
+
+
+def declared(kind: type) -> Iterator[tuple[str, Option]]:
+    """The fields of such a dataclass with their variables."""
+    for one in fields(kind):
+        yield one.name, one.metadata["option"]
+
+
+def read(kind: type[Options], variables: Mapping[str, str]) -> Options:
+    """The object with what these variables say.
+
+    Raises:
+        WorkspaceError: the first value that its variable cannot have.
+    """
+    return kind(
+        **{name: one.parse(variables.get(one.variable, "")) for name, one in declared(kind)}
+    )

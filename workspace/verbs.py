@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every verb with its options: the one table that the Makefile, bootstrap, the command line and
+docs/reference.md agree with.
+
+Standard library only: bootstrap reads it before there is an environment.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from workspace.host.errors import WorkspaceError
+from workspace.host.options import choice, declared, flag, number, read, text
+
+ARCH = "GPU architectures, with commas"
+KERNEL = "`OPERATION` or `OPERATION.BACKEND`"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    pass
+
+
+# --- set up ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Of a build of vLLM's own C++ and CUDA."""
+
+    cuda_archs: str | None = text(
+        "CUDA_ARCHS",
+        "what vLLM is compiled for, with commas",
+        example="9.0a",
+        default="this machine's GPUs",
+    )
+    jobs: int | None = number(
+        "JOBS", "parallel compile jobs", example="4", default="by cores and free memory"
+    )
+
+
+@dataclass(frozen=True)
+class Dev(Compile):
+    build: str | None = choice(
+        "BUILD",
+        "`full` compiles all of vLLM here, as `make fork-build` does; `precompiled` brings the "
+        "released wheel's binaries back",
+        "full", "precompiled",
+        default="what is there, at first the wheel's",
+    )  # fmt: skip
+    force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    json: bool = flag("JSON", "print JSON")
+
+
+@dataclass(frozen=True)
+class Clean:
+    force: bool = flag("FORCE", "remove your commits and edits, too")
+
+
+@dataclass(frozen=True)
+class Lock:
+    upgrade: bool = flag("UPGRADE", "take the newest versions that the pins allow")
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernels:
+    arch: str | None = text("ARCH", ARCH, example="9.0a", default="all that are pinned")
+
+
+@dataclass(frozen=True)
+class NewKernel:
+    op: str | None = text("OP", "an operation, existing or new", example="gemm")
+    backend: str | None = choice("BACKEND", "what to write it in", "triton", "cuda", "cupy")
+    name: str | None = text("NAME", "the file's name", example="mine", default="`BACKEND`")
+
+
+@dataclass(frozen=True)
+class Watch:
+    k: str | None = text("K", f"{KERNEL}, several with commas", example="gemm.triton")
+    arch: str | None = text(
+        "ARCH", "compile for this GPU architecture", example="9.0a", default="the GPU's, else 9.0a"
+    )
+    timeout: int | None = number(
+        "TIMEOUT", "seconds after which a kernel that hangs is ended", default="30"
+    )
+
+
+@dataclass(frozen=True)
+class Inspect:
+    k: str | None = text(
+        "K", f"{KERNEL}, several with commas", example="gemm.triton", default="every kernel"
+    )
+    arch: str | None = text("ARCH", ARCH, example="9.0a", default="all that are pinned")
+    json: bool = flag("JSON", "print JSON")
+
+
+@dataclass(frozen=True)
+class BenchKernels:
+    k: str | None = text("K", KERNEL, example="gemm", default="`gemm`")
+    model: str | None = text(
+        "MODEL", "models whose layer shapes are measured, with commas", default="by operation"
+    )
+    m: str | None = text(
+        "M", "numbers of tokens, with commas", example="1,16,4096", default="by operation"
+    )
+    backend: str | None = text("BACKEND", "backends, with commas", default="all that can run")
+    dtype: str | None = text("DTYPE", "a torch dtype", default="the operation's first")
+    pattern: str | None = text(
+        "PATTERN", "sparsity patterns, with commas", example="2:4,6:8", default="by operation"
+    )
+    seconds: str | None = text("SECONDS", "device time per shape", default="0.25")
+    tune: bool = flag("TUNE", "choose backends by these results from now on")
+
+
+@dataclass(frozen=True)
+class Profile:
+    k: str | None = text("K", KERNEL, example="gemm", default="`gemm`")
+    backend: str | None = text("BACKEND", "a backend", default="the best for the device")
+    model: str | None = text("MODEL", "whose layer shapes", default="the largest that is measured")
+    layer: str | None = text("LAYER", "which of its layers", default="the first")
+    m: str | None = text("M", "number of tokens", default="4096")
+    dtype: str | None = text("DTYPE", "a torch dtype", default="the operation's first")
+    pattern: str | None = text("PATTERN", "a sparsity pattern", example="6:8", default="the first")
+
+
+@dataclass(frozen=True)
+class Compare:
+    a: str | None = text("A", "the record before", example="before.json")
+    b: str | None = text("B", "the record after", example="after.json")
+
+
+@dataclass(frozen=True)
+class Test:
+    k: str | None = text(
+        "K", f"{KERNEL}, a path, or words as for `pytest -k`", example="gemm", default="all tests"
+    )
+
+
+# --- vLLM -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    model: str | None = text(
+        "MODEL",
+        "a folder, with whole weights or without any (dummy weights); a hub id, from the local "
+        "cache or the hub; offline, an id of the catalogue (Qwen2.5 0.5B to 14B, Llama-3.2 1B and "
+        "3B) with dummy weights",
+        default="GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
+    )
+    metric: str | None = choice(
+        "METRIC", "what is measured", "throughput", "latency", default="`throughput`"
+    )
+    backend: str | None = text(
+        "BACKEND",
+        "GEMM backend of the custom variant: `cublaslt`, `skinny`, `triton`, `cupy`, `reference` "
+        "or one of your own",
+        default="the best for the device, and for the shape where it was measured",
+    )
+    tp: int | None = number("TP", "tensor-parallel processes", default="1")
+    repeats: int | None = number("REPEATS", "pairs of engine starts", default="2")
+    rounds: int | None = number(
+        "ROUNDS",
+        "measured rounds per engine start",
+        default="5; GPU latency: 30; CPU: 3 where time is short",
+    )
+    input_len: int | None = number(
+        "INPUT_LEN",
+        "prompt tokens per request",
+        default="GPU: by metric; CPU: fitted to model and machine, for 0.5B on two quiet cores "
+        "meant to end within 8 minutes; the first lines say what was chosen and how long it takes",
+    )
+    output_len: int | None = number(
+        "OUTPUT_LEN", "new tokens per request", default="as `INPUT_LEN`"
+    )
+    num_prompts: int | None = number("NUM_PROMPTS", "requests per round", default="as `INPUT_LEN`")
+    layers: str | None = text(
+        "LAYERS",
+        "patterns of the layers that run the custom kernel, as in a shell, with commas: "
+        '`"*.mlp.*,lm_head"`; the table shows the calls of each layer',
+        default="all layers",
+    )
+    quantization: str | None = text(
+        "QUANTIZATION",
+        "a method of this workspace (`sparse_2_4`, `sparse_4_6`, `sparse_6_8`, or "
+        "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
+        "variant, against the unquantized model",
+    )
+    eager: str | None = choice(
+        "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
+    )
+    baseline: str | None = choice(
+        "BASELINE",
+        "`pristine`: the fork with the switch off against the unpatched release",
+        "stock", "pristine",
+        default="`stock`",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ForkBuild(Compile):
+    target: str | None = text("TARGET", "one extension", example="_C", default="all")
+    force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
+
+
+@dataclass(frozen=True)
+class ForkStatus:
+    json: bool = flag("JSON", "print JSON")
+
+
+@dataclass(frozen=True)
+class ForkDiff:
+    own: bool = flag("OWN", "only what differs from our patches")
+    stat: bool = flag("STAT", "files and numbers of lines")
+
+
+@dataclass(frozen=True)
+class ForkExport:
+    force: bool = flag("FORCE", "give up patches that are not among the tree's commits")
+
+
+@dataclass(frozen=True)
+class ForkRebase:
+    version: str | None = text("VERSION", "the vLLM release to go to", example="0.26.0")
+    abort: bool = flag("ABORT", "go back to the release before")
+    force: bool = flag("FORCE", "with `ABORT=1`: give up branches that were made meanwhile")
+
+
+# --- containers and other hosts -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuildImage:
+    base_image: str | None = text(
+        "BASE_IMAGE",
+        "what the image is built on: any Debian or Ubuntu with Python 3.11 to 3.13 in its "
+        "packages; `vllm`: vLLM's own image of the release",
+        default="`nvidia/cuda` 13.0.2, by digest",
+    )
+    network: str | None = text(
+        "NETWORK",
+        "as for `docker build` and `docker run`; `host`: JupyterLab in the container is on this "
+        "machine's loopback",
+        default="Docker's own",
+    )
+
+
+@dataclass(frozen=True)
+class Image(BuildImage):
+    force: bool = flag("FORCE", "build every step again")
+
+
+@dataclass(frozen=True)
+class Container(BuildImage):
+    image: str | None = text(
+        "IMAGE", "an image to start from, such as a snapshot", default="what `make image` builds"
+    )
+    force: bool = flag("FORCE", "replace a container of another image")
+
+
+@dataclass(frozen=True)
+class Shell:
+    cmd: str | None = text("CMD", "one command", example='"make bench"', default="a shell")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    tag: str | None = text(
+        "TAG", "a name, or a whole `registry/name:tag`", example="tuned", default="date and time"
+    )
+    force: bool = flag("FORCE", "replace the image of that name")
+
+
+@dataclass(frozen=True)
+class SnapshotVerify:
+    tag: str | None = text("TAG", "the snapshot's name", example="tuned")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    target: str | None = text("TARGET", "the host's inventory", example="inventory.json")
+    parts: str | None = text(
+        "PARTS", "the largest size of a part, with `K`, `M` or `G`", example="60M", default="2G"
+    )
+
+
+@dataclass(frozen=True)
+class Unbundle:
+    source: str | None = text("FROM", "the folder with the bundle's parts", example="folder")
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb.
+
+    Args:
+        name: as in `make NAME`.
+        help: what it does.
+        options: the dataclass of its options.
+        host: the module in workspace/ whose `run` does it, for a verb that needs no environment and
+            runs in a bare Python; empty for one that runs in the environment.
+        lock: whether it may change what set-up makes, and so waits for another make that does.
+        internal: not for users, so not in the Makefile.
+    """
+
+    name: str
+    help: str
+    options: type = NoOptions
+    host: str = ""
+    lock: bool = True
+    internal: bool = False
+
+    def read(self) -> Any:
+        """Its options from the environment.
+
+        Raises:
+            WorkspaceError: a value that is not known.
+        """
+        return read(self.options, os.environ)
+
+    @property
+    def usage(self) -> str:
+        """The first of its options, for a line of help."""
+        found = [option.usage for _, option in declared(self.options)]
+        return ", ".join([*found[:4], *(["..."] if len(found) > 4 else [])])
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("dev", "set everything up: environment, vLLM fork, binaries, kernels", Dev),
+        Verb("doctor", "what is ready, what is not, and the remedy", Doctor, lock=False),
+        Verb("fork-build", "compile what changed in vLLM's own C++ and CUDA", ForkBuild),
+        Verb("kernels", "compile the kernels that changed", Kernels),
+        Verb("bench", "vLLM, stock against custom GEMM", Bench),
+        Verb("new-kernel", "scaffold a working kernel", NewKernel),
+        Verb("watch", "on saving a kernel: compile, check, time, show what changed", Watch),
+        Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),
+        Verb("notebook", "JupyterLab over notebooks/, on this machine only"),
+        Verb("bench-kernels", "kernels on the GPU against their baselines", BenchKernels),
+        Verb("compare", "two records: faster, slower, same or ambiguous", Compare),
+        Verb("profile", "Nsight Compute on one call of a kernel", Profile),
+        Verb("test", "run the tests", Test),
+        Verb("image", "build the development container's image", Image, "container.image", False),
+        Verb(
+            "container", "start the development container, as VS Code does",
+            Container, "container.start", False,
+        ),
+        Verb(
+            "devcontainer", "what devcontainer.json runs before the container opens",
+            BuildImage, "container.initialize", False, internal=True,
+        ),
+        Verb("shell", "a shell in the container, or one command", Shell, "container.shell", False),
+        Verb(
+            "snapshot", "the container as an image that starts without compiling",
+            Snapshot, "container.snapshot",
+        ),
+        Verb(
+            "snapshots", "list the snapshots: size, date, versions, your commits",
+            host="container.snapshots", lock=False,
+        ),
+        Verb(
+            "snapshot-verify", "start a snapshot without a network and prove what it holds",
+            SnapshotVerify, "container.verify", False,
+        ),
+        Verb(
+            "fork-status", "release, patches, commits not exported, uncommitted edits",
+            ForkStatus, "fork.status", False,
+        ),
+        Verb("fork-diff", "all that differs from the release", ForkDiff, "fork.diff", False),
+        Verb(
+            "fork-export", "your commits in vllm-fork/src as patches in vllm-fork/patches",
+            ForkExport,
+        ),
+        Verb("fork-rebase", "carry your commits to another release", ForkRebase),
+        Verb(
+            "inventory", "what this machine has, for a bundle: writes inventory.json; no network",
+            host="environment.inventory", lock=False,
+        ),
+        Verb("bundle", "what a host without a network needs, in parts", Bundle),
+        Verb(
+            "unbundle", "on that host: check the parts, set everything up from them",
+            Unbundle, "bundle.place",
+        ),
+        Verb("lint", "run every pre-commit hook"),
+        Verb("lock", "make the locks and environment.yml from pins.toml", Lock),
+        Verb("clean", "remove what can be made again; your edits stay", Clean, "clean"),
+    )
+}  # fmt: skip
+
+
+def named(name: str = "") -> Verb:
+    """The verb of that name.
+
+    Raises:
+        WorkspaceError: there is none.
+    """
+    if name not in VERBS:
+        raise WorkspaceError(f"{name or 'nothing'} is not a verb; make help lists them")
+    return VERBS[name]
