@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,25 @@ def test_a_reader_that_leaves_ends_a_verb_without_a_word(command: list[str]) -> 
 def test_another_pipe_that_breaks_is_told() -> None:
     with pytest.raises(SystemExit, match=r"^error: it: Broken pipe"), reported_in_one_line():
         raise BrokenPipeError("it: Broken pipe")
+
+
+def test_ctrl_c_is_one_line_and_the_status_of_a_shell(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, reported_in_one_line():
+        raise KeyboardInterrupt
+    assert end.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted; run the same command again to go on\n"
+
+
+def test_a_package_that_is_missing_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    """As with ENV=system and a PYTHON that lacks it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    result = subprocess.run(
+        [tmp_path / "env" / "bin" / "python", "-m", "workspace", "dev"],
+        cwd=ROOT, env=os.environ | {"WORKSPACE_ENV": "system"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert re.fullmatch(r"error: .*/env lacks the package \w+; set PYTHON= .*\n", result.stderr)
+    assert result.returncode == 1
 
 
 def test_a_closed_pipe_is_not_blamed_on_a_folder(tmp_path: Path) -> None:
