@@ -31,14 +31,9 @@ class Compile:
     """Of a build of vLLM's own C++ and CUDA."""
 
     cuda_archs: str | None = text(
-        "CUDA_ARCHS",
-        "what vLLM is compiled for, with commas",
-        example="9.0a",
-        default="this machine's GPUs",
+        "CUDA_ARCHS", "what vLLM is compiled for, with commas", "this machine's GPUs", "9.0a"
     )
-    jobs: int | None = number(
-        "JOBS", "parallel compile jobs", example="4", default="by cores and free memory"
-    )
+    jobs: int | None = number("JOBS", "parallel compile jobs", "by cores and free memory", "4")
 
 
 @dataclass(frozen=True)
@@ -73,63 +68,59 @@ class Lock:
 
 @dataclass(frozen=True)
 class Kernels:
-    arch: str | None = text("ARCH", ARCH, example="9.0a", default="all that are pinned")
+    arch: str | None = text("ARCH", ARCH, "all that are pinned", "9.0a")
 
 
 @dataclass(frozen=True)
 class NewKernel:
     op: str | None = text("OP", "an operation, existing or new", example="gemm")
     backend: str | None = choice("BACKEND", "what to write it in", "triton", "cuda", "cupy")
-    name: str | None = text("NAME", "the file's name", example="mine", default="`BACKEND`")
+    name: str | None = text("NAME", "the file's name", "`BACKEND`", "mine")
 
 
 @dataclass(frozen=True)
 class Watch:
     k: str | None = text("K", f"{KERNEL}, several with commas", example="gemm.triton")
     arch: str | None = text(
-        "ARCH", "compile for this GPU architecture", example="9.0a", default="the GPU's, else 9.0a"
+        "ARCH", "compile for this GPU architecture", "the GPU's, else 9.0a", "9.0a"
     )
     timeout: int | None = number(
-        "TIMEOUT", "seconds after which a kernel that hangs is ended", default="30"
+        "TIMEOUT", "seconds after which a kernel that hangs is ended", "30"
     )
 
 
 @dataclass(frozen=True)
 class Inspect:
-    k: str | None = text(
-        "K", f"{KERNEL}, several with commas", example="gemm.triton", default="every kernel"
-    )
-    arch: str | None = text("ARCH", ARCH, example="9.0a", default="all that are pinned")
+    k: str | None = text("K", f"{KERNEL}, several with commas", "every kernel", "gemm.triton")
+    arch: str | None = text("ARCH", ARCH, "all that are pinned", "9.0a")
     json: bool = flag("JSON", "print JSON")
 
 
 @dataclass(frozen=True)
 class BenchKernels:
-    k: str | None = text("K", KERNEL, example="gemm", default="`gemm`")
+    k: str | None = text("K", KERNEL, "`gemm`", "gemm")
     model: str | None = text(
-        "MODEL", "models whose layer shapes are measured, with commas", default="by operation"
+        "MODEL", "models whose layer shapes are measured, with commas", "by operation"
     )
-    m: str | None = text(
-        "M", "numbers of tokens, with commas", example="1,16,4096", default="by operation"
-    )
-    backend: str | None = text("BACKEND", "backends, with commas", default="all that can run")
-    dtype: str | None = text("DTYPE", "a torch dtype", default="the operation's first")
+    m: str | None = text("M", "numbers of tokens, with commas", "by operation", "1,16,4096")
+    backend: str | None = text("BACKEND", "backends, with commas", "all that can run")
+    dtype: str | None = text("DTYPE", "a torch dtype", "the operation's first")
     pattern: str | None = text(
-        "PATTERN", "sparsity patterns, with commas", example="2:4,6:8", default="by operation"
+        "PATTERN", "sparsity patterns, with commas", "by operation", "2:4,6:8"
     )
-    seconds: str | None = text("SECONDS", "device time per shape", default="0.25")
+    seconds: str | None = text("SECONDS", "device time per shape", "0.25")
     tune: bool = flag("TUNE", "choose backends by these results from now on")
 
 
 @dataclass(frozen=True)
 class Profile:
-    k: str | None = text("K", KERNEL, example="gemm", default="`gemm`")
-    backend: str | None = text("BACKEND", "a backend", default="the best for the device")
-    model: str | None = text("MODEL", "whose layer shapes", default="the largest that is measured")
-    layer: str | None = text("LAYER", "which of its layers", default="the first")
-    m: str | None = text("M", "number of tokens", default="4096")
-    dtype: str | None = text("DTYPE", "a torch dtype", default="the operation's first")
-    pattern: str | None = text("PATTERN", "a sparsity pattern", example="6:8", default="the first")
+    k: str | None = text("K", KERNEL, "`gemm`", "gemm")
+    backend: str | None = text("BACKEND", "a backend", "the best for the device")
+    model: str | None = text("MODEL", "whose layer shapes", "the largest that is measured")
+    layer: str | None = text("LAYER", "which of its layers", "the first")
+    m: str | None = text("M", "number of tokens", "4096")
+    dtype: str | None = text("DTYPE", "a torch dtype", "the operation's first")
+    pattern: str | None = text("PATTERN", "a sparsity pattern", "the first", "6:8")
 
 
 @dataclass(frozen=True)
@@ -140,9 +131,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Test:
-    k: str | None = text(
-        "K", f"{KERNEL}, a path, or words as for `pytest -k`", example="gemm", default="all tests"
-    )
+    k: str | None = text("K", f"{KERNEL}, a path, or words as for `pytest -k`", "all tests", "gemm")
 
 
 # --- vLLM -----------------------------------------------------------------------------------------
@@ -155,7 +144,7 @@ class Bench:
         "a folder, with whole weights or without any (dummy weights); a hub id, from the local "
         "cache or the hub; offline, an id of the catalogue (Qwen2.5 0.5B to 14B, Llama-3.2 1B and "
         "3B) with dummy weights",
-        default="GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
+        "GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
     )
     metric: str | None = choice(
         "METRIC", "what is measured", "throughput", "latency", default="`throughput`"
@@ -164,30 +153,28 @@ class Bench:
         "BACKEND",
         "GEMM backend of the custom variant: `cublaslt`, `skinny`, `triton`, `cupy`, `reference` "
         "or one of your own",
-        default="the best for the device, and for the shape where it was measured",
+        "the best for the device, and for the shape where it was measured",
     )
-    tp: int | None = number("TP", "tensor-parallel processes", default="1")
-    repeats: int | None = number("REPEATS", "pairs of engine starts", default="2")
+    tp: int | None = number("TP", "tensor-parallel processes", "1")
+    repeats: int | None = number("REPEATS", "pairs of engine starts", "2")
     rounds: int | None = number(
         "ROUNDS",
         "measured rounds per engine start",
-        default="5; GPU latency: 30; CPU: 3 where time is short",
+        "5; GPU latency: 30; CPU: 3 where time is short",
     )
     input_len: int | None = number(
         "INPUT_LEN",
         "prompt tokens per request",
-        default="GPU: by metric; CPU: fitted to model and machine, for 0.5B on two quiet cores "
+        "GPU: by metric; CPU: fitted to model and machine, for 0.5B on two quiet cores "
         "meant to end within 8 minutes; the first lines say what was chosen and how long it takes",
     )
-    output_len: int | None = number(
-        "OUTPUT_LEN", "new tokens per request", default="as `INPUT_LEN`"
-    )
-    num_prompts: int | None = number("NUM_PROMPTS", "requests per round", default="as `INPUT_LEN`")
+    output_len: int | None = number("OUTPUT_LEN", "new tokens per request", "as `INPUT_LEN`")
+    num_prompts: int | None = number("NUM_PROMPTS", "requests per round", "as `INPUT_LEN`")
     layers: str | None = text(
         "LAYERS",
         "patterns of the layers that run the custom kernel, as in a shell, with commas: "
         '`"*.mlp.*,lm_head"`; the table shows the calls of each layer',
-        default="all layers",
+        "all layers",
     )
     quantization: str | None = text(
         "QUANTIZATION",
@@ -208,7 +195,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class ForkBuild(Compile):
-    target: str | None = text("TARGET", "one extension", example="_C", default="all")
+    target: str | None = text("TARGET", "one extension", "all", "_C")
     force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
 
 
@@ -244,13 +231,13 @@ class BuildImage:
         "BASE_IMAGE",
         "what the image is built on: any Debian or Ubuntu with Python 3.11 to 3.13 in its "
         "packages; `vllm`: vLLM's own image of the release",
-        default="`nvidia/cuda` 13.0.2, by digest",
+        "`nvidia/cuda` 13.0.2, by digest",
     )
     network: str | None = text(
         "NETWORK",
         "as for `docker build` and `docker run`; `host`: JupyterLab in the container is on this "
         "machine's loopback",
-        default="Docker's own",
+        "Docker's own",
     )
 
 
@@ -262,20 +249,20 @@ class Image(BuildImage):
 @dataclass(frozen=True)
 class Container(BuildImage):
     image: str | None = text(
-        "IMAGE", "an image to start from, such as a snapshot", default="what `make image` builds"
+        "IMAGE", "an image to start from, such as a snapshot", "what `make image` builds"
     )
     force: bool = flag("FORCE", "replace a container of another image")
 
 
 @dataclass(frozen=True)
 class Shell:
-    cmd: str | None = text("CMD", "one command", example='"make bench"', default="a shell")
+    cmd: str | None = text("CMD", "one command", "a shell", '"make bench"')
 
 
 @dataclass(frozen=True)
 class Snapshot:
     tag: str | None = text(
-        "TAG", "a name, or a whole `registry/name:tag`", example="tuned", default="date and time"
+        "TAG", "a name, or a whole `registry/name:tag`", "date and time", "tuned"
     )
     force: bool = flag("FORCE", "replace the image of that name")
 
@@ -289,7 +276,7 @@ class SnapshotVerify:
 class Bundle:
     target: str | None = text("TARGET", "the host's inventory", example="inventory.json")
     parts: str | None = text(
-        "PARTS", "the largest size of a part, with `K`, `M` or `G`", example="60M", default="2G"
+        "PARTS", "the largest size of a part, with `K`, `M` or `G`", "2G", "60M"
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write files and folders that are whole or not there at all, whenever the process dies.
+"""Atomic writes: a file or folder is complete or absent, whenever the process dies.
 
 Standard library only: this serves before the environment exists.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from workspace.host.errors import WorkspaceError
 
 PARTIAL = ".partial-"
-"""How the name of every unfinished file or folder begins."""
+"""The prefix of every unfinished file or folder."""
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -78,4 +78,4 @@ def remove_partial(folder: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return f"cannot write {path}: {reason}; free some space or make the folder writable, run again"
+    return f"cannot write {path}: {reason}; free some space or make it writable, re-run"

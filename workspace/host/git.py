@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that runs git, so that what git answers and writes is the same on every machine.
+"""The only module that runs git, so that its output is the same on every machine.
 
-Nothing of the user's or the system's has a say in it: their configuration, attributes and ignore
-files, hooks, templates, and GIT_ variables, such as a hook's around us that name its repository. Of
-a tree's own .git, which is the user's too, `info/exclude` counts, and of `config` what says how
-the tree is stored; what would change an answer is overruled by SETTINGS.
+No setting of the user's or the system's affects it: configuration, attributes and ignore files,
+hooks, templates, and GIT_ variables, such as those of a surrounding hook that name its repository.
+Of a tree's own .git, which is the user's too, `info/exclude` counts, and of `config` what says how
+the tree is stored; SETTINGS override what would change the output.
 
 A file that only the user's own ignore file names is therefore uncommitted work here. It is in the
 tree: it must not get lost with it, nor may a record call that tree clean.

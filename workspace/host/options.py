@@ -3,7 +3,7 @@
 
     @dataclass(frozen=True)
     class Kernels:
-        arch: str | None = text("ARCH", "GPU architectures", default="all that are pinned")
+        arch: str | None = text("ARCH", "GPU architectures", "all that are pinned")
 
     read(Kernels, os.environ).arch
 
@@ -81,11 +81,11 @@ def _declare(option: Option) -> Any:
     return field(default=option.parse(""), metadata={"option": option})
 
 
-def text(variable: str, help: str, example: str = "", default: str = "") -> Any:
+def text(variable: str, help: str, default: str = "", example: str = "") -> Any:
     return _declare(Option(variable, help, "text", (), example, default))
 
 
-def number(variable: str, help: str, example: str = "", default: str = "") -> Any:
+def number(variable: str, help: str, default: str = "", example: str = "") -> Any:
     return _declare(Option(variable, help, "number", (), example, default))
 
 

@@ -13,7 +13,7 @@ VARIABLE = "WORKSPACE_LOCK_FD"
 
 
 def take(verb: str) -> None:
-    """Hold the checkout's set-up lock; the verb lets go of it when its set-up is done.
+    """Acquire the checkout's set-up lock; the verb releases it when its set-up is done.
 
     The lock belongs to the open file, so it ends with the last process that holds it, however
     that process ends.
