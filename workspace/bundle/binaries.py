@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a released wheel, compressed better than the wheel does it.
+"""The files of a released wheel, compressed better than in the wheel.
 
-Of vLLM 0.25.1's CUDA wheel that saves 63 of 250 MB, for four minutes of one core; the result is
-kept beside the wheel, so it is made once. Names and contents of the files are the wheel's, CRC by
-CRC, and `make dev` takes them out of it as out of the wheel.
+For vLLM 0.25.1's CUDA wheel that saves 63 of 250 MB and takes one core four minutes; the result is
+kept next to the wheel, so it is made once. The files have the same names and CRCs as in the wheel,
+and `make dev` reads them as it reads the wheel.
 """
 
 from __future__ import annotations
@@ -13,29 +13,27 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+from workspace.environment.progress import bytes_progress
 from workspace.host.text import say
 
 
 def recompressed(wheel: Path) -> Path:
-    """The file in the cache, made if it is not there."""
+    """The recompressed file in the cache, made if missing."""
     target = wheel.with_name(f"{wheel.name}.lzma")
     if target.exists():
         return target
-    say(f"compressing the files of {wheel.name} once more, for this and later bundles")
+    say(f"recompressing the files of {wheel.name}, for this and later bundles")
     handle, name = tempfile.mkstemp(dir=wheel.parent, prefix="partial-")
     os.close(handle)
     partial = Path(name)
-    columns = (TextColumn("· {task.percentage:3.0f} %"), BarColumn(), TimeRemainingColumn())
     try:
         with (
             zipfile.ZipFile(wheel) as source,
             zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as sink,
-            Progress(*columns, transient=True) as bar,
+            bytes_progress() as bar,
         ):
             members = [member for member in source.infolist() if not member.is_dir()]
-            task = bar.add_task("", total=sum(member.file_size for member in members))
+            task = bar.add_task("compressing", total=sum(member.file_size for member in members))
             for member in members:
                 entry = zipfile.ZipInfo(member.filename, member.date_time)
                 entry.external_attr, entry.compress_type = member.external_attr, zipfile.ZIP_LZMA

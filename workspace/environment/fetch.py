@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pinned files of the package index, kept in a cache that all checkouts share.
 
-A file enters the cache under its sha256 and only when that sha256 was seen, so what lies there
-under its own name is whole. It is checked again whenever it is used.
+A file enters the cache only after its sha256 was checked, so a file under its final name is whole.
+It is checked again whenever it is used.
 """
 
 from __future__ import annotations
@@ -26,18 +26,10 @@ from pypi_simple.errors import UnparsableFilenameError, UnsupportedRepoVersionEr
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 from requests.utils import get_auth_from_url, get_netrc_auth
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from urllib3.util import Retry
 
 from workspace.environment import index
+from workspace.environment.progress import bytes_progress
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import cache_folder
 from workspace.pins.model import Artifact
@@ -73,16 +65,16 @@ def listing(project: str) -> list[Listed]:
 
 
 class _Credentials(AuthBase):
-    """The index's user and password, wherever it links to a file of its own host; for another host
-    those that its address or .netrc has, as pip does it."""
+    """The index's user and password for files on its own host; for another host those in its URL or
+    in .netrc, as pip does it."""
 
     def __init__(self) -> None:
         self.known = index.credentials()
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         assert request.url
-        place = index.origin(request.url)
-        own = self.known.get(place) if place else None
+        origin = index.origin(request.url)
+        own = self.known.get(origin) if origin else None
         user, password = own or get_auth_from_url(request.url)
         netrc = None if password else get_netrc_auth(request.url)
         if netrc and user in ("", netrc[0]):
@@ -102,20 +94,6 @@ def _client() -> PyPISimple:
     return PyPISimple(index.address() or PYPI_SIMPLE_ENDPOINT, session=session)
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("· {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 def _download(artifact: Artifact, target: Path) -> None:
     with _client() as client:
         page = client.get_project_page(artifact.project, timeout=60)
@@ -126,7 +104,10 @@ def _download(artifact: Artifact, target: Path) -> None:
                 f"the package index has {artifact.project}, but no {artifact.filename}; point "
                 "UV_DEFAULT_INDEX (or pip's index-url) to one that has it"
             ) from None
-        with client.s.get(package.url, stream=True, timeout=60) as response, _progress() as bar:
+        with (
+            client.s.get(package.url, stream=True, timeout=60) as response,
+            bytes_progress() as bar,
+        ):
             response.raise_for_status()
             total = int(response.headers.get("content-length") or 0) or None
             task = bar.add_task(f"fetching {artifact.filename}", total=total)
@@ -137,25 +118,25 @@ def _download(artifact: Artifact, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(project: str, what: str, otherwise: str = "") -> Iterator[None]:
-    """Errors in one line that says what could not be had, and what else to do."""
+def _clear_errors(project: str, what: str, alternative: str = "") -> Iterator[None]:
+    """Turn errors into one line: what could not be fetched, and what to do."""
     try:
         yield
     except NoSuchProjectError:
         raise WorkspaceError(
             f"the package index has no project {project}; point UV_DEFAULT_INDEX (or pip's "
-            f"index-url) to one that has it{otherwise}"
+            f"index-url) to one that has it{alternative}"
         ) from None
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise WorkspaceError(
             f"the package index answered {status} for {what}; try again later, "
-            f"point UV_DEFAULT_INDEX (or pip's index-url) to another{otherwise}"
+            f"point UV_DEFAULT_INDEX (or pip's index-url) to another{alternative}"
         ) from None
     except requests.RequestException as error:
         raise WorkspaceError(
             f"{what} could not be fetched ({type(error).__name__}); check the "
-            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror{otherwise}"
+            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror{alternative}"
         ) from None
     except (
         UnsupportedContentTypeError,
@@ -164,8 +145,8 @@ def _clear_errors(project: str, what: str, otherwise: str = "") -> Iterator[None
         ValueError,
     ) as error:
         raise WorkspaceError(
-            f"the address set as package index does not answer like one "
-            f"({index.hide(str(error))}); check UV_DEFAULT_INDEX or pip's index-url"
+            f"the URL set as package index does not answer as one ({index.hide(str(error))}); "
+            "check UV_DEFAULT_INDEX or pip's index-url"
         ) from None
 
 
@@ -196,7 +177,7 @@ def fetch(artifact: Artifact) -> Path:
             raise WorkspaceError(
                 f"{artifact.filename} from the package index has sha256 {found[:16]}…, pinned is "
                 f"{artifact.sha256[:16]}…; the download was damaged or the index serves another "
-                "file: run the command again, then check the index"
+                "file: re-run, then check the index"
             )
         partial.replace(target)
     finally:

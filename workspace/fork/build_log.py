@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run cmake and show what it does: a bar in a terminal, plain lines elsewhere, all of it in a log.
+"""Run cmake and show its progress: a bar on a terminal, plain lines elsewhere; all output in a log.
 
-What went wrong is shown as the tool wrote it: cmake's first error, or the first failed step with
-the compiler's messages. The log has the rest.
+An error is shown as the tool wrote it: cmake's first one, or the first failed step with the
+compiler's messages. The log has the rest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+from workspace.environment.progress import LoggedProgress
 from workspace.host import setup_lock
 from workspace.host.errors import WorkspaceError
 
@@ -50,17 +50,17 @@ def first_error(log: str) -> str:
 
 
 def why(text: str, folder: Path) -> str:
-    """What to do about a failure whose cause is the machine, else empty.
+    """What to do about a failure caused by the machine, else empty.
 
-    Not every tool says that the disk is full: cmake finds its own files cut off and wonders.
+    Not every tool reports a full disk: cmake complains about its own truncated files.
     """
-    for place in (folder, Path(tempfile.gettempdir())):
-        if shutil.disk_usage(place).free < FULL:
-            return f"the disk that holds {place} is full; free some space and run it again"
+    for written in (folder, Path(tempfile.gettempdir())):
+        if shutil.disk_usage(written).free < FULL:
+            return f"the disk that holds {written} is full; free some space and re-run"
     if "No space left on device" in text:
-        return "a disk is full; free some space and run it again"
+        return "a disk is full; free some space and re-run"
     if re.search(r"\bKilled\b|out of memory|cannot allocate memory", text, re.IGNORECASE):
-        return "a compiler ran out of memory; run it again with fewer at once: JOBS=1"
+        return "a compiler ran out of memory; re-run with fewer parallel compile jobs: JOBS=1"
     return ""
 
 
@@ -73,11 +73,11 @@ def run(
     env: dict[str, str],
     show_steps: bool = False,
 ) -> None:
-    """Run `command`, which writes to `folder`, with its output in `log` (appended); `show_steps` as
-    they are done.
+    """Run `command`, which writes to `folder`, and append its output to `log`; with `show_steps`,
+    show ninja's steps as they finish.
 
-    The set-up lock is passed on: where this process is killed and the build lives on, the next
-    run waits for it.
+    The set-up lock is passed on: if this process is killed and the build lives on, the next run
+    waits for it.
 
     Raises:
         WorkspaceError: it failed; its first error is printed before.
@@ -100,7 +100,7 @@ def run(
         try:
             _follow(process.stdout, file, show_steps=show_steps)
         except BaseException:
-            # Ctrl-C reached the build too. Whatever else ends us must end it as well.
+            # Ctrl-C reaches the build, too; anything else that ends this process must end it.
             process.terminate()
             raise
         finally:
@@ -116,20 +116,17 @@ def run(
 
 
 def _follow(output: IO[str], log: IO[str], *, show_steps: bool) -> None:
-    console = Console(stderr=True)
-    if not (show_steps and console.is_terminal):
-        for line in output:
-            log.write(line)
-            if show_steps and STEP.match(line):
-                print(line.rstrip(), file=sys.stderr, flush=True)
+    if not show_steps:
+        log.writelines(output)
         return
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    description = TextColumn("{task.description}", markup=False)
+    with LoggedProgress(*columns, description, transient=False) as progress:
         task = progress.add_task("", total=None)
         for line in output:
             log.write(line)
             if step := STEP.match(line):
                 done, total, text = step.groups()
                 progress.update(task, completed=int(done), total=int(total), description=text[-60:])
+                if not progress.redraws:
+                    print(line.rstrip(), file=sys.stderr, flush=True)

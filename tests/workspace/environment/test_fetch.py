@@ -258,7 +258,7 @@ def test_another_host_is_not_told_the_indexs_password(
 @pytest.mark.parametrize(
     ("fault", "login", "says"),
     [
-        ("no index", f"{USER}:{quote(PASSWORD, safe='')}", "does not answer like one"),
+        ("no index", f"{USER}:{quote(PASSWORD, safe='')}", "does not answer as one"),
         ("absent", f"{USER}:{quote(PASSWORD, safe='')}", "no thing-1.0.tar.gz"),
         ("", f"{USER}:wrong-one", "answered 401"),
         ("", f"{USER}:wrong/one", "cannot be read; .* written as %2F"),
