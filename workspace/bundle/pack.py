@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packaging.utils import parse_wheel_filename
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from workspace.bundle import packages, parts, repository, unbundle
 from workspace.bundle import target as hosts
 from workspace.bundle.binaries import recompressed
 from workspace.bundle.packages import Choice
 from workspace.bundle.target import Host
-from workspace.credentials import search
+from workspace.credentials.content import listed
+from workspace.credentials.files import search_tar
 from workspace.environment import uv
 from workspace.environment.fetch import fetch, listing, sha256
 from workspace.environment.lock import Entry, locked
+from workspace.environment.progress import bytes_progress
 from workspace.fork import prepare
 from workspace.fork.tree_state import (
     APPLIED,
@@ -113,9 +114,9 @@ def refuse_credentials(tree: Path) -> None:
                 if (tree / name).is_file() and not (tree / name).is_symlink():
                     archive.add(tree / name, name)
         file.seek(0)
-        if found := search.in_tar(file):
+        if found := search_tar(file):
             raise WorkspaceError(
-                f"no bundle was made: {shown(tree)} holds {search.listed(found)}, not "
+                f"no bundle was made: {shown(tree)} holds {listed(found)}, not "
                 "committed and not ignored, so it would travel along; ignore or move it"
             )
 
@@ -236,14 +237,8 @@ def _write(work: Path, made: Path, manifest: dict[str, Any], limit: int) -> None
     manifest["size"] = total
     manifest["identity"] = unbundle.identity_of(manifest)
     sink = parts.Parts(made, manifest["identity"], total, limit)
-    columns = (
-        TextColumn("· {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-    )
     with (
-        Progress(*columns, transient=True) as bar,
+        bytes_progress() as bar,
         tarfile.open(fileobj=sink, mode="w|", format=TAR) as archive,
     ):
         task = bar.add_task("writing parts", total=total)

@@ -25,7 +25,9 @@ from typing import Any
 from workspace import verbs
 from workspace.container import config, image, restore, start
 from workspace.container.docker import client, docker, inspect, labels
-from workspace.credentials import search
+from workspace.credentials.content import listed
+from workspace.credentials.files import search_paths
+from workspace.credentials.image import search_configuration, search_image
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 from workspace.host.text import say
@@ -65,13 +67,13 @@ def remove_unfinished() -> None:
 def refuse_credentials(container: dict[str, Any]) -> list[str]:
     """Raise where the container's settings or files hold what must not get into an image; returns
     the files that can be left out of it without asking, such as a shell's history."""
-    found = search.in_configuration({"Env": container["Config"]["Env"]})
+    found = search_configuration({"Env": container["Config"]["Env"]})
     changed = docker("diff", container["Id"]).splitlines()
-    found += search.in_paths(line[2:] for line in changed if line[0] in "AC")
+    found += search_paths(line[2:] for line in changed if line[0] in "AC")
     stays_out = [one.path for one in found if one.scrubbed]
     if held := [one for one in found if not one.scrubbed]:
         raise WorkspaceError(
-            f"no snapshot was made: the container holds {search.listed(held)}. Settings "
+            f"no snapshot was made: the container holds {listed(held)}. Settings "
             "stay out if they are given to make shell, not to the container (make container "
             "FORCE=1 makes a new one); files, if they are moved to /cache or removed"
         )
@@ -151,9 +153,9 @@ def disowned(container: dict[str, Any]) -> dict[str, str]:
 def scan(made: str, below: list[str]) -> None:
     """Raise where the image holds credentials: in its configuration, in its history, or in a layer
     that is not among those `below`."""
-    if found := search.in_image(client(), made, below):
+    if found := search_image(client(), made, below):
         raise WorkspaceError(
-            f"the snapshot was removed: it would hold {search.listed(found)}; remove them "
+            f"the snapshot was removed: it would hold {listed(found)}; remove them "
             "from the container or the checkout, and run this again"
         )
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from workspace import verbs
 from workspace.container.docker import client, docker, inspect, labels, show
 from workspace.container.snapshot import BELOW, SNAPSHOT, reference
-from workspace.credentials import search
+from workspace.credentials.content import listed
+from workspace.credentials.image import search_image
 from workspace.environment.device import device
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
@@ -39,7 +40,7 @@ def run(options: verbs.SnapshotVerify) -> int:
         docker("rm", "--force", made)
     say("searching it for credentials")
     below = int(labels(there).get(BELOW, 0))
-    if found := search.in_image(client(), name, there["RootFS"]["Layers"][:below]):
-        raise WorkspaceError(f"{name} holds {search.listed(found)}; remove it: docker rmi {name}")
+    if found := search_image(client(), name, there["RootFS"]["Layers"][:below]):
+        raise WorkspaceError(f"{name} holds {listed(found)}; remove it: docker rmi {name}")
     say(f"{name} is whole, and no credentials were found in it")
     return 0

@@ -27,14 +27,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workspace.credentials import search
-from workspace.credentials.search import (
-    in_configuration,
-    in_environment,
-    in_paths,
-    in_saved,
-    in_tar,
-)
+from workspace.credentials import files as searched_files
+from workspace.credentials.content import listed, search_environment
+from workspace.credentials.files import search_paths, search_tar
+from workspace.credentials.image import search_configuration, search_image, search_saved_image
 from workspace.host.errors import WorkspaceError
 
 # Characters of a token, by the letter that stands for them below.
@@ -220,7 +216,7 @@ def layer(files: dict[str, str | bytes]) -> io.BytesIO:
 
 
 def kinds(files: dict[str, str | bytes]) -> dict[str, str]:
-    return {finding.path: finding.kind for finding in in_tar(layer(files))}
+    return {finding.path: finding.kind for finding in search_tar(layer(files))}
 
 
 # --- variables ---------------------------------------------------------------------------------
@@ -244,10 +240,10 @@ def kinds(files: dict[str, str | bytes]) -> dict[str, str]:
 )
 def test_a_variable_named_like_a_credential_is_found_but_not_without_a_value(name: str) -> None:
     value = password()
-    (found,) = in_environment({name: value})
+    (found,) = search_environment({name: value})
     assert str(found) == f"credential in variable {name}"
-    assert in_environment({name: ""}) == []
-    assert in_environment({name: "$ELSEWHERE"}) == []
+    assert search_environment({name: ""}) == []
+    assert search_environment({name: "$ELSEWHERE"}) == []
 
 
 def test_ordinary_variables_are_none() -> None:
@@ -278,12 +274,12 @@ def test_ordinary_variables_are_none() -> None:
         "LS_COLORS": "rs=0:di=01;34:ln=01;36",
         "PATH": "/usr/local/bin:/usr/bin",
     }
-    assert in_environment(ordinary) == []
+    assert search_environment(ordinary) == []
 
 
 @pytest.mark.parametrize("name", ["PIP_INDEX_URL", "UV_DEFAULT_INDEX", "http_proxy", "ANY"])
 def test_a_password_in_an_address_is_found(name: str) -> None:
-    (found,) = in_environment({name: f"https://me:{password()}@index.invalid/simple"})
+    (found,) = search_environment({name: f"https://me:{password()}@index.invalid/simple"})
     assert found.kind == "password in an address"
 
 
@@ -310,11 +306,11 @@ def test_a_token_of_each_kind_is_found_wherever_it_stands(form: str) -> None:
     files: dict[str, str | bytes] = {
         name: text.format(value) for name, text in SURROUNDINGS.items()
     }
-    told = in_tar(layer(files))
+    told = search_tar(layer(files))
     assert {one.path: one.kind for one in told} == {f"/{name}": FORMATS[form] for name in files}, (
         f"{form} with seed {seed}"
     )
-    told += in_environment({"MY_SETTING": f"x={value}"})
+    told += search_environment({"MY_SETTING": f"x={value}"})
     assert told[-1].kind == FORMATS[form]
     assert value[4:] not in repr(told)
 
@@ -466,7 +462,7 @@ def test_an_image_that_happens_to_hold_the_shape_of_a_token_is_none() -> None:
 
 
 def test_keys_and_web_tokens_are_found_under_any_name() -> None:
-    found = in_environment({"A": private_key(), "B": web_token(), "C": repr(private_key())})
+    found = search_environment({"A": private_key(), "B": web_token(), "C": repr(private_key())})
     assert [one.kind for one in found] == ["private key", "JSON web token", "private key"]
 
 
@@ -476,7 +472,7 @@ around = st.text(alphabet=string.printable, max_size=300)
 @given(st.sampled_from(sorted(FORMATS)), st.integers(0, 2**32), around, around)
 def test_a_token_is_found_in_any_text(form: str, seed: int, before: str, after: str) -> None:
     content = f"{before} {drawn(form, seed)}\n{after}"
-    (found,) = in_tar(layer({"notes.txt": content}))
+    (found,) = search_tar(layer({"notes.txt": content}))
     assert found.path == "/notes.txt"
 
 
@@ -546,7 +542,7 @@ HISTORIES = [
 @pytest.mark.parametrize("home", ["/srv", "/srv/someone", "/"])
 def test_places_of_credentials_are_found_by_their_path(home: str) -> None:
     paths = [str(Path(home) / path) for path in BY_PATH]
-    found = in_paths(paths)
+    found = search_paths(paths)
     assert [one.path for one in found] == paths
     assert not any(one.scrubbed for one in found)
     assert sorted(kinds(dict.fromkeys(paths, "x"))) == sorted(paths)
@@ -554,12 +550,12 @@ def test_places_of_credentials_are_found_by_their_path(home: str) -> None:
 
 @pytest.mark.parametrize("path", HISTORIES)
 def test_histories_are_found_and_may_be_removed(path: str) -> None:
-    (found,) = in_paths([f"/srv/someone/{path}"])
+    (found,) = search_paths([f"/srv/someone/{path}"])
     assert found.scrubbed
 
 
 def test_mounted_secrets_are_found_and_folders_are_not() -> None:
-    assert [one.path for one in in_paths(["/run", "/run/secrets", "/run/secrets/index"])] == [
+    assert [one.path for one in search_paths(["/run", "/run/secrets", "/run/secrets/index"])] == [
         "/run/secrets/index"
     ]
 
@@ -571,7 +567,7 @@ def test_other_files_in_the_same_folders_are_none() -> None:
         *(".cache/huggingface/hub/version.txt", "vllm/tokenizers/token.py", ".netrc.md", ".ssh"),
     ]
     paths = [f"/srv/someone/{path}" for path in paths]
-    assert in_paths(paths) == []
+    assert search_paths(paths) == []
     assert kinds(dict.fromkeys(paths, "text")) == {}
 
 
@@ -620,7 +616,7 @@ def place(path: str) -> str:
 @pytest.mark.parametrize("path", WITH_CONTENT)
 def test_settings_with_a_credential_are_found(path: str) -> None:
     value = password()
-    (found,) = in_tar(layer({place(path): WITH_CONTENT[path].format(value)}))
+    (found,) = search_tar(layer({place(path): WITH_CONTENT[path].format(value)}))
     assert found.path == place(path)
     assert value not in repr(found)
 
@@ -653,7 +649,7 @@ def test_a_private_key_is_found_under_any_name_and_deep_in_a_large_file() -> Non
 
 def test_a_token_across_the_borders_of_what_is_read_at_once_is_found() -> None:
     for shift in (5, 17, 33):
-        filler = " " * (search._CHUNK - shift)
+        filler = " " * (searched_files.CHUNK - shift)
         assert kinds({"big.txt": filler + token() + " "}) == {"/big.txt": "Hugging Face token"}
 
 
@@ -669,7 +665,7 @@ def test_a_token_in_a_small_binary_is_found() -> None:
 
 def test_a_value_in_a_file_name_is_not_shown() -> None:
     value = token()
-    (found,) = in_tar(layer({f"x/{value}.txt": token("ghp_")}))
+    (found,) = search_tar(layer({f"x/{value}.txt": token("ghp_")}))
     assert value not in str(found)
 
 
@@ -733,7 +729,7 @@ def test_a_file_beside_a_package_is_no_sample() -> None:
 def test_a_value_in_a_step_of_the_history_is_found(step: str, kind: str) -> None:
     value = password()
     steps = [{"created_by": "RUN make"}, {"created_by": step.format(value)}]
-    (found,) = in_configuration({"history": steps})
+    (found,) = search_configuration({"history": steps})
     assert str(found) == f"{kind} in step 2 of the history"
     assert value not in repr(found)
 
@@ -752,7 +748,7 @@ def test_commands_and_steps_without_one_are_none() -> None:
             {"created_by": "RUN --mount=type=secret,id=token TOKEN=$(cat /run/secrets/token) make"},
         ],
     }
-    assert in_configuration(configuration) == []
+    assert search_configuration(configuration) == []
 
 
 # --- a real engine -------------------------------------------------------------------------------
@@ -863,7 +859,7 @@ def test_every_place_of_an_image_is_looked_into(engine: Engine, base: str) -> No
         "upper/notes.txt": f"mine: {values[4]}\n",
     }
     image = engine.build(lines, files)
-    found = search.in_image(engine.client, image, engine.layers(base))
+    found = search_image(engine.client, image, engine.layers(base))
     places = {one.where for one in found}
     own = [one for one in found if one.path]
     assert {one.path for one in own} == {"/srv/removed.txt", "/srv/.netrc", "/srv/notes.txt"}
@@ -871,7 +867,7 @@ def test_every_place_of_an_image_is_looked_into(engine: Engine, base: str) -> No
     assert any("of the history" in place for place in places)
     last = len(engine.layers(image))
     assert f"/srv/notes.txt in layer {last} of {last}" in places
-    told = search.listed(found, most=100) + repr(found)
+    told = listed(found, most=100) + repr(found)
     assert not any(value in told for value in values)
 
 
@@ -887,7 +883,7 @@ def test_the_same_image_without_them_holds_none(engine: Engine, base: str) -> No
         'CMD ["serve"]',
     ]
     image = engine.build(lines, {"upper/notes.txt": "nothing\n", "upper/.bashrc": "alias l=ls\n"})
-    assert search.in_image(engine.client, image) == []
+    assert search_image(engine.client, image) == []
 
 
 @pytest.mark.container
@@ -896,8 +892,8 @@ def test_layers_of_the_base_are_left_out_and_its_configuration_is_not(
 ) -> None:
     lines = [f"FROM {base}", f"ENV HF_TOKEN={token()}", "COPY lower/ /srv/"]
     image = engine.build(lines, {"lower/.netrc": "machine x.invalid password y\n"})
-    assert len(search.in_image(engine.client, image)) == 3
-    found = search.in_image(engine.client, image, engine.layers(image))
+    assert len(search_image(engine.client, image)) == 3
+    found = search_image(engine.client, image, engine.layers(image))
     assert {one.path for one in found} == {""}
     assert "variable HF_TOKEN" in {one.where for one in found}
 
@@ -910,7 +906,7 @@ def test_a_commit_is_looked_into(engine: Engine, base: str) -> None:
     image = engine("commit", "--message", f"with {token('ghp_')}", container)
     engine.made.append(image)
     engine("rm", container)
-    found = search.in_image(engine.client, image, engine.layers(base))
+    found = search_image(engine.client, image, engine.layers(base))
     assert {(one.kind, one.where) for one in found} >= {
         ("Hugging Face token", "variable HF_TOKEN"),
         ("private key", "/srv/id in layer 2 of 2"),
@@ -930,9 +926,9 @@ def test_of_an_image_with_tar_only_its_own_layers_are_read(
     image = engine.build([f"FROM {base}", "COPY x /srv/x"], {"x": token()})
     if "without tar" in request.node.name:
         with pytest.raises(WorkspaceError, match="docker save failed"):
-            search.in_image(str(client), image)
+            search_image(str(client), image)
     else:
-        (found,) = search.in_image(str(client), image, engine.layers(base))
+        (found,) = search_image(str(client), image, engine.layers(base))
         assert found.where == "/srv/x in layer 2 of 2"
 
 
@@ -941,7 +937,7 @@ def test_an_image_that_is_not_there_is_said(engine: Engine) -> None:
     with pytest.raises(
         WorkspaceError, match=r"could not be searched for credentials: .*no-such-image"
     ):
-        search.in_image(engine.client, "no-such-image:at-all")
+        search_image(engine.client, "no-such-image:at-all")
 
 
 @pytest.fixture
@@ -960,7 +956,7 @@ def test_a_stream_that_breaks_off_is_never_taken_for_clean(
     size = len(stream)
     for kept in (0, 100, 512, size // 3, size // 2 // 512 * 512, size * 9 // 10):
         with pytest.raises(WorkspaceError, match="not a whole image"):
-            in_saved(io.BytesIO(stream[:kept]))
+            search_saved_image(io.BytesIO(stream[:kept]))
 
 
 def as_oci(stream: bytes, *, compress: bool) -> bytes:
@@ -994,6 +990,6 @@ def test_an_archive_of_a_newer_engine_is_read_as_well(
     saved: tuple[bytes, list[str]], compress: bool
 ) -> None:
     stream, of_base = saved
-    before = in_saved(io.BytesIO(stream), of_base)
+    before = search_saved_image(io.BytesIO(stream), of_base)
     assert len(before) == 1
-    assert in_saved(io.BytesIO(as_oci(stream, compress=compress)), of_base) == before
+    assert search_saved_image(io.BytesIO(as_oci(stream, compress=compress)), of_base) == before
