@@ -9,19 +9,19 @@ __all__ = ["BenchOptions", "options", "run"]
 
 
 def options(given: Mapping[str, object]) -> BenchOptions:
-    """The options from the variables that were given, by their lower-case names.
+    """The options from the given variables, by their lower-case names.
 
     Raises:
-        WorkspaceError: a value that cannot be; one line that names the variable.
+        WorkspaceError: an invalid value; names the variable.
     """
     return BenchOptions(**given)
 
 
 def run(options: BenchOptions) -> None:
-    """Resolve the model, run the variants, check, record, draw, print. See workspace.bench.runner.
+    """Resolve the model, run the variants, check, record, plot, print: see workspace.bench.runner.
 
     Raises:
-        WorkspaceError: the run could not be made, or its result is not valid.
+        WorkspaceError: the benchmark could not be run, or its result is not valid.
     """
     from workspace.bench import runner
 

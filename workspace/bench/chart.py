@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a run: one bar a variant (the median), every round as a dot, the ratio above."""
+"""The plot of a run: one bar per variant (the median), every round as a dot, the ratio as title."""
 
 import io
 from pathlib import Path
 
 from workspace.bench.record import Record
+from workspace.bench.report import number
 from workspace.host.files import write_file
 
 GREY, ACCENT, INK = "#7b8794", "#2f6fde", "#1f2933"
@@ -19,12 +20,12 @@ def draw(record: Record, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    for place, (variant, colour) in enumerate(zip(record.variants, (GREY, ACCENT), strict=True)):
-        axes.bar(place, variant.median, width=0.55, color=colour, zorder=2)
-        figures = [value for process in variant.processes for value in process.figures]
+    for position, (variant, colour) in enumerate(zip(record.variants, (GREY, ACCENT), strict=True)):
+        axes.bar(position, variant.median, width=0.55, color=colour, zorder=2)
+        figures = variant.figures
         spread = [0.16 * (2 * i / max(1, len(figures) - 1) - 1) for i in range(len(figures))]
         axes.scatter(
-            [place + s for s in spread],
+            [position + s for s in spread],
             figures,
             s=14,
             color=INK,
@@ -33,8 +34,8 @@ def draw(record: Record, path: Path) -> None:
             zorder=3,
         )
         axes.annotate(
-            _number(variant.median),
-            (place, 0),
+            number(variant.median, record.unit),
+            (position, 0),
             xytext=(0, 10),
             textcoords="offset points",
             ha="center",
@@ -85,7 +86,3 @@ def _label(record: Record, index: int) -> str:
     variant = record.variants[index]
     kernels = ", ".join(variant.launches) or "vLLM's own kernels"
     return f"{variant.name}\n{kernels}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -11,18 +11,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 
-from pydantic import BaseModel, ConfigDict
-
-from workspace.bench.engine_run import Generation, Result, Step
+from workspace.bench.messages import Generation, Result, Step
 from workspace.bench.plan import Plan
 from workspace.bench.provenance import Expected
+from workspace.bench.record import Agreement
 from workspace.host.text import some
 
 REAL_TOKENIZER_SLACK = 0.01
-"""Share by which prompts may miss the length asked for when a real tokenizer makes them.
+"""Share by which the number of prompt tokens may be off with a real tokenizer.
 
-vLLM's random dataset decodes random ids and encodes the text again; with a real vocabulary this
-does not always give the same number of tokens. With our own tokenizer it does.
+vLLM's random dataset decodes random ids and encodes the text again; with a real vocabulary the
+number of tokens may change. With the synthetic tokenizer it does not.
 """
 
 
@@ -40,34 +39,8 @@ TOLERANCES = {
     "bfloat16": Tolerance(largest=0.5, mean=0.06),
 }
 FLAT = 4.0
-"""The likeliest token must stand out from a uniform guess by FLAT times the largest difference
-that is tolerated; otherwise a kernel that returns zeros would pass."""
-
-
-class Agreement(BaseModel):
-    """How far greedy outputs of two variants agree, up to each prompt's first different token.
-
-    `tokens` were compared, `matched` of them are the same; `diverged` prompts stop early.
-    Differences are those of log-probabilities in nats, over the likeliest tokens of each step.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
-    prompts: int
-    tokens: int
-    matched: int
-    diverged: int
-    largest: float
-    mean: float
-    allowed_largest: float
-    allowed_mean: float
-    failures: list[str]
-    lossy: bool = False
-    """A figure and no proof: one side computes something else on purpose."""
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
+"""The likeliest token must exceed a uniform guess by FLAT times the largest tolerated difference;
+otherwise a kernel that returns zeros would pass."""
 
 
 def agreement(
@@ -108,7 +81,7 @@ def agreement(
     elif largest > tolerance.largest or mean > tolerance.mean:
         failures.append(
             f"outputs: log-probabilities differ by up to {largest:.3g} and {mean:.3g} on average; "
-            f"{tolerance.largest:g} and {tolerance.mean:g} are tolerated"
+            f"allowed are {tolerance.largest:g} and {tolerance.mean:g}"
         )
     elif median(margins) < FLAT * tolerance.largest:
         failures.append("outputs: all tokens are about equally likely, so agreement proves nothing")
@@ -128,26 +101,26 @@ def agreement(
 def distance(
     baseline: Sequence[Generation], candidate: Sequence[Generation], vocab_size: int
 ) -> Agreement:
-    """How far greedy outputs of a lossy variant are from those of stock. Nothing is tolerated or
-    forbidden but what is no number."""
+    """How far greedy outputs of a lossy variant are from those of stock. Any finite distance
+    passes."""
     found = agreement(baseline, candidate, Tolerance(math.inf, math.inf), vocab_size)
     failures = [] if math.isfinite(found.mean) else ["outputs: a log-probability is not finite"]
     return found.model_copy(update={"failures": failures, "lossy": True})
 
 
 def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
-    """Every round processed what was asked for, by vLLM's report and by the request outputs."""
+    """Every round processed the planned tokens, by vLLM's report and by the request outputs."""
     asked_in, asked_out = plan.tokens
     slack = REAL_TOKENIZER_SLACK * asked_in if plan.model.weights == "real" else 0
     failures = []
     if len(result.rounds) != plan.rounds:
-        failures.append(f"{variant}: {len(result.rounds)} rounds measured, {plan.rounds} asked for")
+        failures.append(f"{variant}: {len(result.rounds)} rounds measured, {plan.rounds} expected")
     for number, done in enumerate(result.rounds, 1):
         where = f"{variant}, round {number}"
         if abs(done.prompt_tokens - asked_in) > slack:
-            failures.append(f"{where}: {done.prompt_tokens} prompt tokens, {asked_in} asked for")
+            failures.append(f"{where}: {done.prompt_tokens} prompt tokens, {asked_in} expected")
         if done.output_tokens != asked_out:
-            failures.append(f"{where}: {done.output_tokens} new tokens, {asked_out} asked for")
+            failures.append(f"{where}: {done.output_tokens} new tokens, {asked_out} expected")
         total = done.prompt_tokens + done.output_tokens
         if done.reported_tokens not in (None, total):
             failures.append(f"{where}: vLLM reports {done.reported_tokens} tokens, not {total}")
@@ -155,48 +128,48 @@ def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
 
 
 def same_prompts(baseline: Result, candidate: Result) -> list[str]:
-    """Round by round, both sides got equally many prompt tokens."""
-    counts = [[r.prompt_tokens for r in side.rounds] for side in (baseline, candidate)]
+    """Round by round, both variants got the same number of prompt tokens."""
+    counts = [[r.prompt_tokens for r in one.rounds] for one in (baseline, candidate)]
     return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
 
 
 def same_versions(results: Sequence[Result]) -> list[str]:
-    """Nothing else was installed between the first and the last process."""
+    """Installed versions did not change between the first and the last process."""
     found = {tuple(sorted(r.environment.items())) for r in results}
-    return [] if len(found) == 1 else ["installed versions changed during the run; run again"]
+    return [] if len(found) == 1 else ["installed versions changed during the run; re-run"]
 
 
 def same_kernels(results: Sequence[Result]) -> list[str]:
-    """The kernels were not edited between these processes, which are those that run them."""
+    """The kernels were not edited between these processes, the ones that ran them."""
     found = {r.kernels_source_hash for r in results}
-    return [] if len(found) <= 1 else ["the kernels' sources changed during the run; run again"]
+    return [] if len(found) <= 1 else ["the kernels' sources changed during the run; re-run"]
 
 
 def same_files(results: Sequence[Result]) -> list[str]:
     """vLLM's files were not edited between the first and the last process that ran them."""
     found = {(r.vllm_folder, r.vllm_files) for r in results}
     same = len(found) == len({folder for folder, _ in found})
-    return [] if same else ["vLLM's sources changed during the run; run again"]
+    return [] if same else ["vLLM's sources changed during the run; re-run"]
 
 
 def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:
     """The custom kernel ran in every worker process, or, for stock, in none.
 
     Args:
-        expected: whether this variant is to launch kernels of ours.
+        expected: whether this variant is to launch custom kernels.
     """
     counted = result.launches
     if not expected:
         if not counted:
             return []
-        return [f"{variant}: launched custom kernels ({sum_launches(result)}), it must not"]
+        return [f"{variant}: launched custom kernels ({result.total_launches()}), it must not"]
     named = f"gemm.{plan.backend}" if plan.backend else "gemm."
     if plan.quantization:
-        named = ""  # whatever the method is made of
+        named = ""  # any kernels that the method uses
     running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
     failures = []
     if len(running) != plan.tp:
-        what = named.rstrip(".") or "a kernel of ours"
+        what = named.rstrip(".") or "a custom kernel"
         remedy = "is the fork patched? run make doctor"
         if plan.quantization:
             remedy = f"does {plan.quantization} count its launches? see kernels/README.md"
@@ -210,15 +183,15 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
 
 
 def layers(patterns: str, variant: str, result: Result) -> list[str]:
-    """In every worker process each layer that a pattern matches ran our kernel, and no other
-    did."""
+    """In every worker process, the layers that ran a custom kernel are those that a pattern
+    matches."""
     failures = []
     for counted in result.layers.values():
         wanted = {name for one in split_patterns(patterns) for name in matching(one, counted)}
         ran = {name for name, counts in counted.items() if any(counts.values())}
         for names, what in (
-            (wanted - ran, "did not run our kernel"),
-            (ran - wanted, "ran our kernel and matches no pattern"),
+            (wanted - ran, "did not run a custom kernel"),
+            (ran - wanted, "ran a custom kernel and matches no pattern"),
         ):
             if names:
                 more = f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -237,7 +210,7 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def imports(variant: str, result: Result, tree: Path, expected: Expected) -> list[str]:
-    """The process ran vLLM from `tree`, our kernels, and the environment's packages as locked."""
+    """The process ran vLLM from `tree`, this checkout's kernels, and the locked packages."""
     failures = []
     for name, folder in (("vllm", tree), ("custom_kernels", expected.kernels)):
         found = Path(result.modules.get(name, "nowhere")).resolve()
@@ -247,12 +220,12 @@ def imports(variant: str, result: Result, tree: Path, expected: Expected) -> lis
         f"{name} from {file}"
         for name, file in sorted(result.modules.items())
         if name in expected.modules - {"vllm", "custom_kernels"}
-        # Where it was found counts, not what it links to: Debian's sitecustomize is a link.
+        # The folder it was found in counts, not a link's target: Debian's sitecustomize is a link.
         and not any(Path(file).parent.resolve().is_relative_to(p) for p in expected.paths)
     ]
     if others:
         failures.append(
-            f"{variant}: imported {some(others)} in place of the environment's; is PYTHONPATH "
+            f"{variant}: imported {some(others)} instead of the environment's; is PYTHONPATH "
             "set, or something in the user's site-packages?"
         )
     wrong = [
@@ -263,15 +236,6 @@ def imports(variant: str, result: Result, tree: Path, expected: Expected) -> lis
     if wrong:
         failures.append(f"{variant}: packages are not as locked: {some(wrong)}; run make dev")
     return failures
-
-
-def sum_launches(result: Result) -> dict[str, int]:
-    """Launches by operation and backend, over all processes."""
-    total: dict[str, int] = {}
-    for counts in result.launches.values():
-        for name, count in counts.items():
-            total[name] = total.get(name, 0) + count
-    return total
 
 
 def _ran(counts: dict[str, int], named: str) -> list[str]:

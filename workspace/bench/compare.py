@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ten rounds a side say about the ratio custom / stock.
+"""The ratio custom / stock, and the verdict on it.
 
 Round k of pair i runs the same prompts in both variants, one process after the other, so the
 ratio is taken pair by pair: r[i][k] = custom[i][k] / stock[i][k]. The result is their median with
@@ -9,39 +9,20 @@ a distribution-free interval from order statistics.
 import math
 from collections.abc import Sequence
 from statistics import median, quantiles
-from typing import Literal
 
 from custom_kernels.intervals import CONFIDENCE, median_interval
-from pydantic import BaseModel
 
-Verdict = Literal["same", "faster", "slower", "ambiguous"]
+from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison, Verdict
 
 SAME_WITHIN = 0.02
 """A ratio whose whole interval lies within 2 % of 1 counts as "same"."""
 
 
-class Comparison(BaseModel):
-    """The ratio candidate / baseline of the measured figure.
-
-    `interval` covers the true median with probability `coverage`; `pairs` are the medians of the
-    single pairs of processes; `scatter` is that of the noisier side; `verdict` speaks of speed,
-    whichever way the figure points.
-    """
-
-    ratio: float
-    interval: tuple[float, float]
-    coverage: float
-    pairs: list[float]
-    scatter: float
-    verdict: Verdict
-    because: str
-
-
 def scatter(values: Sequence[float]) -> float:
-    """How far rounds of one variant lie apart: the interquartile range of their logarithms.
+    """Spread of one variant's rounds: the interquartile range of their logarithms.
 
-    0.05 means about 5 %. Rounds of one process are not independent of each other, so the interval
-    alone would take a machine that was busy for a minute for a slow kernel; this notices it.
+    0.05 means about 5 %. Rounds of one process are not independent, so by the interval alone a
+    machine that was busy for a minute would look like a slow kernel.
     """
     if len(values) < 2:
         return 0.0
@@ -66,7 +47,7 @@ def compare(
     """
     shapes = [[len(rounds) for rounds in side] for side in (baseline, candidate)]
     if shapes[0] != shapes[1] or not shapes[0] or 0 in shapes[0]:
-        raise ValueError(f"cannot pair rounds of shape {shapes[0]} with {shapes[1]}")
+        raise ValueError(f"cannot pair rounds of shapes {shapes[0]} and {shapes[1]}")
     figures = [value for side in (baseline, candidate) for rounds in side for value in rounds]
     if not all(math.isfinite(value) and value > 0 for value in figures):
         raise ValueError("a figure is not positive and finite")
@@ -101,19 +82,17 @@ def _verdict(
     higher_is_better: bool,
 ) -> tuple[Verdict, str]:
     if len(pairs) < 2:
-        return (
-            "ambiguous",
-            "one pair does not show how much processes differ; use REPEATS=2 or more",
-        )
+        because = "one pair does not show how much processes differ; use REPEATS=2 or more"
+        return "ambiguous", because
     if coverage < CONFIDENCE:
         return "ambiguous", "too few rounds for a 95 % interval"
     if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN:
-        return "same", f"the interval lies within {SAME_WITHIN:.0%} of 1"
+        return "same", f"{WITHIN} {SAME_WITHIN:.0%} of 1"
     if low <= 1 <= high:
-        return "ambiguous", "the interval holds 1 and is wide"
+        return "ambiguous", INCLUDES_1
     if min(abs(math.log(low)), abs(math.log(high))) < noise:
         return "ambiguous", f"rounds of one variant scatter by {noise:.0%}; is the machine busy?"
     above = low > 1
     if any((pair > 1) != above for pair in pairs):
         return "ambiguous", "the pairs point in different directions"
-    return ("faster" if above == higher_is_better else "slower"), "the interval leaves out 1"
+    return ("faster" if above == higher_is_better else "slower"), EXCLUDES_1

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 UPSTREAM = "vLLM's own"
-"""What runs a layer in which no kernel of ours does."""
+"""What runs a layer without a custom kernel."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers whose names differ in their indices only, and what one kernel did in them."""
+    """Layers whose names differ only in their indices, and the calls of one kernel in them."""
 
     name: str
     kernel: str
@@ -29,7 +29,7 @@ def folded(name: str) -> str:
 
 
 def one_of_each(names: Iterable[str], most: int = 8) -> list[str]:
-    """The first name of each kind, of at most so many kinds."""
+    """The first name of each kind, for the first `most` kinds."""
     first = {folded(name): name for name in sorted(names, reverse=True)}
     return sorted(first.values())[:most]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From MODEL to a folder that vLLM can load, and what to say about its weights.
+"""From MODEL to a folder that vLLM can load, and whether its weights are real.
 
 In this order: a local folder, the hub's local cache, the hub, the catalogue of architectures
 (dummy weights). Without MODEL: the bundled tiny model on the CPU, Qwen2.5-0.5B on a GPU.
@@ -11,14 +11,13 @@ import os
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from workspace.bench import synthetic_tokenizer, tiny_model, weights
+from workspace.bench.record import Weights
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import new_folder
 from workspace.host.paths import STATE
-
-Weights = Literal["real", "dummy", "random"]
 
 GPU_DEFAULT = "Qwen/Qwen2.5-0.5B"
 TINY = "tiny-qwen2"
@@ -36,16 +35,16 @@ CONFIG = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
     *("attention_bias", "tie_word_embeddings"),
 )
-"""What the bench asks of a configuration. Files may use other names: GPT-2's has n_embd."""
+"""What is read of a configuration. Files may use other names: GPT-2's has n_embd."""
 TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A folder for vLLM and what it is.
+    """A model folder for vLLM.
 
-    `source` says in words where it came from; `seed` is set for weights that are drawn; `config`
-    has the values named in CONFIG, where the model has them.
+    `source` says where it came from; `seed` is set for weights that are drawn; `config` has the
+    values named in CONFIG that the model has.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Model:
 
     @property
     def weights_label(self) -> str:
-        """For table, record and picture: "real weights", "dummy weights (seed 1)", …"""
+        """ "real weights", "dummy weights (seed 1)", …"""
         return f"{self.weights} weights" + (f" (seed {self.seed})" if self.seed is not None else "")
 
     @property
@@ -82,14 +81,14 @@ class Model:
 
 
 def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
-    """The model that `name` means on `device` ("cpu" or "cuda").
+    """The model called `name` on `device` ("cpu" or "cuda").
 
     Args:
         name: a local folder, a hub id, "tiny-qwen2", or None for the device's default.
         folder: where generated models are kept.
 
     Raises:
-        WorkspaceError: nothing by that name; the message lists what there is.
+        WorkspaceError: no such model; the message lists the known ones.
     """
     if name is None:
         name = TINY if device == "cpu" else GPU_DEFAULT
@@ -104,8 +103,8 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
     if downloaded:
         if not weights.there(downloaded, name):
             raise WorkspaceError(
-                f"MODEL={name}: the hub has no safetensors weights of it, which alone are fetched; "
-                "fetch it by other means and pass the folder"
+                f"MODEL={name}: the hub has no safetensors weights of it, the only format that is "
+                "fetched; download it yourself and pass the folder"
             )
         return _real(name, downloaded, "hub")
     if broken:
@@ -155,7 +154,7 @@ def parameters(config: dict[str, Any]) -> int | None:
 
 
 def _tiny(folder: Path) -> Model:
-    # A change of the recipe must not meet a folder made by the old one.
+    # A changed recipe gets a new folder.
     recipe = hashlib.sha256(
         Path(tiny_model.__file__).read_bytes() + Path(synthetic_tokenizer.__file__).read_bytes()
     ).hexdigest()
@@ -173,7 +172,7 @@ def _local(path: Path, folder: Path) -> Model:
     if whole and not has_tokenizer:
         raise WorkspaceError(
             f"MODEL={path}: it has weights and no tokenizer (none of {', '.join(TOKENIZERS)}); "
-            "put the model's own there"
+            "add the model's own"
         )
     if whole:
         return Model(path.name, path, tokenizer, "real", "local folder", config)
@@ -191,9 +190,9 @@ def _real(name: str, path: Path, source: str) -> Model:
 def _dummy(
     name: str, file: dict[str, Any], folder: Path, source: str, config: dict[str, Any] | None = None
 ) -> Model:
-    """A folder with the configuration and a tokenizer of our own; the engine draws the weights.
+    """A folder with the configuration and a synthetic tokenizer; the engine draws the weights.
 
-    `config` has what the bench asks of the file, where that is not in it under the same names.
+    `config` has the values of CONFIG if the file has them under other names.
     """
     values = {key: value for key, value in file.items() if key != "parameters"}
     config = config or values
@@ -223,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The values of CONFIG, by the class that vLLM reads the file with, which knows the names."""
+    """The values of CONFIG, read by the class that vLLM uses, which knows the names."""
     from transformers import AutoConfig
 
     named = "model_type" in _read_json(path)
@@ -236,7 +235,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             from vllm.transformers_utils.config import get_config
 
             config = get_config(path, trust_remote_code=False)
-    except Exception as error:  # what a class makes of a wrong value depends on the class
+    except Exception as error:  # which exception a wrong value raises depends on the class
         raise WorkspaceError(
             f"MODEL={path}: vLLM cannot read its config.json "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
@@ -250,7 +249,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    """Whether there are files of a tokenizer, which are as they should be."""
+    """Whether the folder has tokenizer files; raises if one is damaged."""
     files = [p for pattern in TOKENIZERS for p in folder.glob(pattern) if not p.is_dir()]
     for path in files:
         if reason := weights.damage(path):
@@ -259,7 +258,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _from_cache(name: str) -> tuple[Path | None, str]:
-    """The whole snapshot, or None and what is wrong with it, "" where there is nothing of it."""
+    """The complete snapshot, or None and what is wrong with it, "" if it is not in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -279,7 +278,7 @@ def _from_cache(name: str) -> tuple[Path | None, str]:
 
 
 def _from_hub(name: str) -> tuple[Path | None, str]:
-    """The downloaded folder, or None and why not, in words that fit into a sentence."""
+    """The downloaded folder, or None and why not, as part of a sentence."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
@@ -297,13 +296,13 @@ def _from_hub(name: str) -> tuple[Path | None, str]:
     except HFValidationError:
         return None, "not a valid hub id"
     except GatedRepoError:
-        return None, "the hub wants an accepted licence and HF_TOKEN for it"
+        return None, "the hub requires an accepted licence and HF_TOKEN for it"
     except RepositoryNotFoundError:
-        return None, "the hub does not have it (or wants HF_TOKEN)"
+        return None, "the hub does not have it (or requires HF_TOKEN)"
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         return None, f"the hub answered {status}"
-    except Exception as error:  # what a dead network raises depends on the HTTP library below
+    except Exception as error:  # which exception a dead network raises depends on the HTTP library
         if isinstance(error, OSError) and error.filename:
             raise WorkspaceError(
                 f"MODEL={name}: cannot be downloaded, {error.filename} cannot be written "

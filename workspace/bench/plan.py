@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make bench` can be told, and what it takes when it is not told."""
+"""The options of `make bench` and their defaults."""
 
 import os
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from workspace.bench.models import Model, parameters
 from workspace.bench.provenance import cpu_name
+from workspace.bench.record import DeviceKind, Metric
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import make_command
 from workspace.pins.model import load
 from workspace.pins.release import selected
 
-Metric = Literal["throughput", "latency"]
 Sizes = dict[str, int]
 """Defaults: input_len, output_len, num_prompts, rounds."""
 
 
 class BenchOptions(BaseModel):
-    """The variables of `make bench`; None (or an empty string) stands for the default.
+    """The variables of `make bench`; None (or an empty string) means the default.
 
     Raises:
-        WorkspaceError: a value that cannot be; one line that names the variable.
+        WorkspaceError: an invalid value; names the variable.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,7 +53,7 @@ class BenchOptions(BaseModel):
         given = [name for name, value in others.items() if value]
         if self.quantization and given:
             raise WorkspaceError(
-                f"QUANTIZATION={self.quantization} brings kernels of its own and is held against "
+                f"QUANTIZATION={self.quantization} selects its own kernels and is compared with "
                 f"stock; leave out {' and '.join(given)}"
             )
 
@@ -65,12 +65,9 @@ class BenchOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Device:
-    """What vLLM is installed for and how much of it there is.
+    """What vLLM is installed for; `count` is GPUs, or the cores that this process may use."""
 
-    `kind` is "cpu" or "cuda"; `count` is GPUs, or the cores this process may use.
-    """
-
-    kind: Literal["cpu", "cuda"]
+    kind: DeviceKind
     count: int
     name: str
 
@@ -79,7 +76,7 @@ class Device:
 class Plan:
     """The options with every default filled in.
 
-    `repeats` is how many pairs of processes run; `rounds` how often each of them measures.
+    `repeats` is the number of pairs of processes, `rounds` the measured rounds of each process.
     """
 
     model: Model
@@ -90,9 +87,9 @@ class Plan:
     num_prompts: int
     backend: str | None
     layers: str | None
-    """Patterns of the layers that run our kernel, with commas; None takes them all."""
+    """Comma-separated patterns of the layers that run the custom kernel; None means all."""
     quantization: str | None
-    """The method of the custom variant, which then does not run our GEMM."""
+    """The method of the custom variant, which then does not run the custom GEMM."""
     repeats: int
     rounds: int
     tp: int
@@ -101,13 +98,13 @@ class Plan:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """Input and output tokens that one round has to process."""
+        """Input and output tokens of one round."""
         return self.num_prompts * self.input_len, self.num_prompts * self.output_len
 
 
-# On the CPU what a small model gets; workspace.bench.workload has smaller ones. On a GPU rounds of
-# two seconds (512 requests) and of 0.4 s were seen to scatter by 20 and 40 % on an H100, so
-# throughput takes more requests and latency more rounds.
+# On the CPU for a small model; workspace.bench.workload has smaller ones. On a GPU, rounds of two
+# seconds (512 requests) and of 0.4 s scattered by 20 and 40 % on an H100, so throughput has more
+# requests and latency more rounds.
 DEFAULTS: dict[tuple[str, Metric], Sizes] = {
     ("cpu", "throughput"): {"input_len": 64, "output_len": 64, "num_prompts": 64, "rounds": 5},
     ("cpu", "latency"): {"input_len": 32, "output_len": 32, "num_prompts": 1, "rounds": 5},
@@ -117,14 +114,14 @@ DEFAULTS: dict[tuple[str, Metric], Sizes] = {
     ("cuda", "latency"): {"input_len": 512, "output_len": 128, "num_prompts": 8, "rounds": 30},
 }  # fmt: skip
 REPEATS = 2
-"""Two processes a variant."""
+"""Two processes per variant."""
 
 
 def detect_device() -> Device:
     """The device of the installed vLLM.
 
     Raises:
-        WorkspaceError: no vLLM, or one for CUDA and no GPU in sight.
+        WorkspaceError: no vLLM, or one for CUDA without a visible GPU.
     """
     try:
         vllm_version = version("vllm")
@@ -145,8 +142,8 @@ def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | Non
     """Fill in the defaults, or these `sizes`, and check what depends on device and model.
 
     Raises:
-        WorkspaceError: more tensor-parallel workers than the device has, or than the model can
-            be split into; or more tokens than the model takes.
+        WorkspaceError: more tensor-parallel workers than devices, or a number that does not
+            divide the attention heads; or more tokens than the model's maximum length.
     """
     metric: Metric = options.metric or "throughput"
     sizes = sizes or DEFAULTS[device.kind, metric]
@@ -165,7 +162,7 @@ def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | Non
     if input_len + output_len > model.max_length:
         raise WorkspaceError(
             f"INPUT_LEN={input_len} + OUTPUT_LEN={output_len} is more than the "
-            f"{model.max_length} tokens that {model.name} takes; lower one of them"
+            f"{model.max_length} tokens that {model.name} supports; lower one of them"
         )
     return Plan(
         model=model,
@@ -189,7 +186,7 @@ def check_backend(backend: str | None, device: Device) -> None:
     """Raise unless the kernels package can run `backend` for the gemm operation on `device`.
 
     Raises:
-        WorkspaceError: an unknown backend, or one that this machine cannot run; names the others.
+        WorkspaceError: an unknown backend, or one that this machine cannot run; names usable ones.
     """
     if backend is None:
         return
@@ -212,7 +209,7 @@ def check_quantization(name: str | None) -> None:
     """Raise unless the kernels package has a quantization method of this name.
 
     Raises:
-        WorkspaceError: it has none; names those there are.
+        WorkspaceError: unknown; names the known methods.
     """
     if name is None:
         return
@@ -222,17 +219,17 @@ def check_quantization(name: str | None) -> None:
         known = ", ".join(quantization.names())
         raise WorkspaceError(
             f"QUANTIZATION={name}: no such method in kernels/custom_kernels/vllm/quantization; "
-            f"there are: {known}"
+            f"known: {known}"
         )
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise when the weights alone cannot fit into the memory that is free on the CPU.
+    """Raise if the weights do not fit into free memory on the CPU.
 
-    The custom variant holds each weight twice at most: plain, and packed by vLLM.
+    The custom variant holds each weight at most twice: plain, and packed by vLLM.
 
     Raises:
-        WorkspaceError: not enough memory; says how much is needed and how much is free.
+        WorkspaceError: not enough memory; how much is needed and how much is free.
     """
     count = parameters(plan.model.config)
     if plan.device.kind != "cpu" or count is None:
@@ -247,7 +244,7 @@ def check_memory(plan: Plan) -> None:
 
 
 def repeat_command(plan: Plan) -> str:
-    """The `make` line that runs the same benchmark again, every default written out."""
+    """The `make` command that runs the same benchmark, every default written out."""
     default = load().vllm.default
     return make_command(
         "bench",
@@ -278,7 +275,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _gpu_names() -> list[str]:
-    """Names of the GPUs that CUDA_VISIBLE_DEVICES leaves, asked of the driver without using it."""
+    """Names of the GPUs in CUDA_VISIBLE_DEVICES, from NVML, which does not initialize CUDA."""
     try:
         import pynvml
 
@@ -286,7 +283,7 @@ def _gpu_names() -> list[str]:
         count = pynvml.nvmlDeviceGetCount()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
         names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    except Exception:  # no package, no driver, no permission: all mean "no GPU for us"
+    except Exception:  # no package, no driver, no permission: all mean no usable GPU
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

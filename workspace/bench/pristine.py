@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BASELINE=pristine: the fork with its switch unset against the release without our patches.
+"""BASELINE=pristine: the fork with its switch unset against the release without the patches.
 
 The release's Python files come from its tag in the fork's git and are unpacked under .workspace;
-the compiled files, which git does not track, are linked in from the fork. The two
-sides then differ in nothing but our patches.
+the compiled files, which git does not track, are linked in from the fork. The variants then differ
+in nothing but the patches.
 """
 
 import shutil
@@ -21,14 +21,14 @@ from workspace.pins.model import load
 
 TREE = STATE / "pristine"
 IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
-"""What git ignores is what the installation put there; a user's own new file is not."""
+"""Files that git ignores were put there by the installation; a user's new file is not ignored."""
 
 
 def sides(plan: Plan) -> tuple[Variant, Variant]:
-    """(pristine, stock): neither runs kernels of ours.
+    """(pristine, stock): neither launches custom kernels.
 
     Raises:
-        WorkspaceError: the fork's git has not the release as it is pinned, or cannot write it.
+        WorkspaceError: the release in the fork's git is not the pinned one, or cannot be written.
     """
     version = release.selected()
     tag, pinned = upstream_tag(version), load().release(version).tree
@@ -41,8 +41,8 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
 
     Args:
         source: the fork's tree.
-        tag: the release there.
-        pinned: hash of the release's git tree; empty where none is pinned.
+        tag: the release's tag.
+        pinned: hash of the release's git tree; empty if none is pinned.
 
     Raises:
         WorkspaceError: git cannot write the tree, or it is not the pinned one.
@@ -53,13 +53,13 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     if pinned and found != pinned:
         raise WorkspaceError(
             f"BASELINE=pristine: {tag} in {source} is tree {found[:12]}, pinned is {pinned[:12]}, "
-            "so it is not the release; move the tag back, or your work away and run make dev"
+            "so it is not the release; restore the tag, or move your work away and run make dev"
         )
     partial = tree.with_name(f"{tree.name}.partial")
     for left in (tree, partial):
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
-    # An archive instead of `git worktree`: nothing of it is left behind in the user's repository.
+    # An archive, not `git worktree`, which would leave entries in the user's repository.
     archive = git_bytes("archive", tag, "vllm", tree=source)
     unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], input=archive, check=False)
     if unpacked.returncode != 0:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from workspace.bench.engine_log import explain
-from workspace.bench.engine_run import Event, Job, Result
+from workspace.bench.messages import EVENTS, JOB, RESULT, Event, Job, Result
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
@@ -27,16 +27,16 @@ def run(
 ) -> Result:
     """Run the job of variant `name` in a process of its own and return its result.
 
-    The process leads a session of its own, so that it and its workers can be ended together,
-    which happens whatever this call ends with. `on_step` is called for each step that begins and,
-    with None, several times a second in between.
+    The process leads a session of its own and is killed with all its workers before this returns
+    or raises. `on_step` is called for each step that begins and, with None, several times a second
+    in between.
 
     Raises:
         WorkspaceError: the process failed; the line that says why, and where its log is.
     """
     job.folder.mkdir(parents=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    job_file = job.folder / "job.json"
+    job_file = job.folder / JOB
     job_file.write_text(job.model_dump_json())
     command = [sys.executable, "-m", "workspace.bench.engine_run", str(job_file)]
     with log.open("wb") as output:
@@ -50,10 +50,10 @@ def run(
             start_new_session=True,
         )
         try:
-            _follow(process, job.folder / "events.jsonl", on_step)
+            _follow(process, job.folder / EVENTS, on_step)
         finally:
             _end(process)
-    result = job.folder / "result.json"
+    result = job.folder / RESULT
     if process.returncode != 0 or not result.is_file():
         text = log.read_text(errors="replace")
         raise WorkspaceError(f"{name}: {explain(text, process.returncode)}; log: {log}")
@@ -79,6 +79,7 @@ def _follow(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    # By process group: psutil's children() misses a worker whose parent has died already.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both variants continue greedily for the comparison of outputs: one batch of prompts."""
+"""The prompts of the output comparison: one batch that both variants continue greedily."""
 
 from workspace.bench.plan import Plan
 from workspace.bench.variants import max_model_len
 
 NEW_TOKENS = (8, 24)
-"""At least and at most so many greedy tokens per prompt; a request's OUTPUT_LEN in between."""
+"""Fewest and most greedy tokens per prompt; OUTPUT_LEN if in between."""
 TOP = 8
-"""How many log-probabilities of each step are compared."""
+"""Log-probabilities compared per step."""
 
 PROMPTS = [
     "The fastest way to multiply two matrices is",
@@ -19,9 +19,9 @@ PROMPTS = [
     "Once the train had left the station,",
     "To sort a list in place, one can",
 ]
-"""What models with real weights continue; others get fixed token ids."""
+"""For models with real weights; others get fixed token ids."""
 PROMPT_LENGTHS = (1, 2, 3, 5, 8, 13, 17, 32)
-"""Lengths of the prompts made of token ids; odd ones on purpose."""
+"""Lengths of the prompts made of token ids, deliberately uneven."""
 
 
 def new_tokens(plan: Plan) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which sources, on what machine: what a record needs to be repeated."""
+"""The sources, versions and machine of a run: what it takes to repeat a record."""
 
 import hashlib
 import json
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from pydantic import BaseModel
-
+from workspace.bench.record import GitState, Provenance
 from workspace.fork import tree_state
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
@@ -24,39 +23,12 @@ CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
 """The flags by which vLLM and oneDNN choose their CPU code."""
 
 
-class GitState(BaseModel):
-    """A git tree: its commit, and whether anything in it is not committed."""
-
-    commit: str
-    dirty: bool
-
-
-class Provenance(BaseModel):
-    """Sources, versions and machine of a run.
-
-    `environment` holds the versions as the engine's process saw them; `locks` the SHA-256 of the
-    requirement locks; `kernels` the SHA-256 over all kernel sources.
-    """
-
-    workspace: GitState | None
-    fork: GitState | None
-    locks: dict[str, str]
-    kernels: str
-    environment: dict[str, str]
-    cpu: str
-    cpu_flags: list[str]
-    cores: int
-    system: str
-    load_before: float
-    """Processes that were running or waiting in the minute before the run, not ours."""
-
-
 @dataclass(frozen=True)
 class Expected:
-    """What an engine of this environment imports where nothing goes before the environment.
+    """What an engine imports if nothing shadows the environment's packages.
 
-    `paths` is where the environment's Python looks, `modules` what it finds there of those asked
-    for, `versions` the locked version of each package.
+    `paths` is the module path of the environment's Python, `modules` the requested modules that it
+    finds there, `versions` the locked version of each package.
     """
 
     paths: list[Path]
@@ -67,13 +39,13 @@ class Expected:
 
 @cache
 def expected(device: str, modules: frozenset[str]) -> Expected:
-    """Ask the environment's Python, kept apart from PYTHONPATH and the user's own packages.
+    """Ask the environment's Python, isolated from PYTHONPATH and the user's site-packages.
 
     Args:
         device: "cpu" or "cuda", which the environment was made for.
-        modules: names of modules at the top level that are of interest.
+        modules: names of top-level modules.
     """
-    from workspace.environment.lock import locked  # and with it all that talks to a package index
+    from workspace.environment.lock import locked  # imports the package index's clients
 
     code = (
         "import json, sys; from importlib.util import find_spec\n"
@@ -91,7 +63,7 @@ def expected(device: str, modules: frozenset[str]) -> Expected:
     paths, found = json.loads(done.stdout.splitlines()[-1])
     version = release.selected()
     if release.environment("system", version).resolve() == Path(sys.prefix).resolve():
-        versions = {}  # the host's own packages, whatever they are
+        versions = {}  # the host's own packages, of any version
     else:
         versions = {n: entry.version for n, entry in locked(lock_files(version, device)).items()}
     return Expected([Path(path).resolve() for path in paths], set(found), versions)
@@ -115,7 +87,7 @@ def fork_state() -> GitState:
     """
     found = tree_state.state()
     if found is None:
-        raise WorkspaceError(f"{release.tree()} is not there; run: make dev")
+        raise WorkspaceError(f"{release.tree()} does not exist; run: make dev")
     return GitState(commit=found.head, dirty=bool(found.uncommitted))
 
 
@@ -128,15 +100,20 @@ def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:
 def collect(
     kernels: str, environment: dict[str, str], load_before: float
 ) -> tuple[Provenance, list[str]]:
-    """Everything about this run that the engine's process did not already say, and which sources
-    could not be read."""
-    unknown: list[str] = []
+    """The run's provenance, and an error for each source that cannot be read.
+
+    Args:
+        kernels: SHA-256 over all kernel sources.
+        environment: versions that the engine's process reported.
+        load_before: the machine's load average before the run.
+    """
+    errors: list[str] = []
 
     def read(name: str, state: Callable[[], GitState]) -> GitState | None:
         try:
             return state()
         except WorkspaceError as error:
-            unknown.append(f"the commit of the {name} cannot be read: {error}")
+            errors.append(f"cannot read the commit of the {name}: {error}")
             return None
 
     return Provenance(
@@ -150,11 +127,11 @@ def collect(
         cores=len(os.sched_getaffinity(0)),
         load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
-    ), unknown
+    ), errors
 
 
 def cpu_name() -> str:
-    """The model name that the CPU gives itself."""
+    """The CPU's model name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -1,22 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON record of a run: its schema, and how it is written."""
+"""The record of a run: its models, and how it is written and read."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from workspace.bench.checks import Agreement
-from workspace.bench.compare import Comparison
-from workspace.bench.engine_run import Round
-from workspace.bench.models import Weights
-from workspace.bench.plan import Metric
-from workspace.bench.provenance import Provenance
 from workspace.host.files import write_file
+
+Metric = Literal["throughput", "latency"]
+Unit = Literal["tokens/s", "s"]
+Weights = Literal["real", "dummy", "random"]
+Verdict = Literal["same", "faster", "slower", "ambiguous"]
+DeviceKind = Literal["cpu", "cuda"]
+
+CPU_NOTE = "CPU run: only the ratio is meaningful"
+EXCLUDES_1 = "95 % CI excludes 1"
+INCLUDES_1 = "95 % CI includes 1 and is wide"
+WITHIN = "95 % CI within"
+REWORDED = {
+    "CPU: only the ratio means something": CPU_NOTE,
+    "the interval leaves out 1": EXCLUDES_1,
+    "the interval holds 1 and is wide": INCLUDES_1,
+    "the interval lies within": WITHIN,
+}
+
+
+def _reword(text: object) -> object:
+    for old, new in REWORDED.items():
+        text = text.replace(old, new) if isinstance(text, str) else text
+    return text
+
+
+Message = Annotated[str, BeforeValidator(_reword)]
+"""A message in a record; one with an earlier version's wording is shown with today's."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class Round(_Strict):
+    """One timed call of vLLM's benchmark: its figures, and the token counts of the requests."""
+
+    seed: int
+    elapsed_s: float
+    prompt_tokens: int
+    output_tokens: int
+    reported_tokens: int | None
+    """vLLM's own total; its latency benchmark reports none."""
 
 
 class ModelRecord(_Strict):
@@ -31,7 +63,7 @@ class ModelRecord(_Strict):
 
 
 class ProcessRecord(_Strict):
-    """One process: `order` counts from 1 over the whole run; `figures` are one per round."""
+    """One process: `order` counts from 1 over the whole run; `figures` has one value per round."""
 
     order: int
     pair: int
@@ -42,11 +74,11 @@ class ProcessRecord(_Strict):
     figures: list[float]
     launches: dict[int, dict[str, int]]
     layers: dict[int, dict[str, dict[str, int]]] = {}
-    """Launches by worker process and layer; absent from records made before there was LAYERS."""
+    """Launches by worker process and layer; not in records from before LAYERS existed."""
 
 
 class VariantRecord(_Strict):
-    """One side: what was set and run, and its figures over all processes."""
+    """One variant: what was set and run, and its figures over all processes."""
 
     name: str
     environment: dict[str, str]
@@ -56,6 +88,11 @@ class VariantRecord(_Strict):
     lowest: float
     highest: float
     launches: dict[str, int]
+
+    @property
+    def figures(self) -> list[float]:
+        """Of all rounds of all processes."""
+        return [figure for process in self.processes for figure in process.figures]
 
 
 class Settings(_Strict):
@@ -76,6 +113,74 @@ class Settings(_Strict):
     output_tokens_per_round: int
 
 
+class Comparison(_Strict):
+    """The ratio candidate / baseline of the measured figure.
+
+    `interval` contains the true median with probability `coverage`; `pairs` are the medians of the
+    single pairs of processes; `scatter` is that of the noisier variant; `verdict` is about speed,
+    whether a higher figure is better or worse.
+    """
+
+    ratio: float
+    interval: tuple[float, float]
+    coverage: float
+    pairs: list[float]
+    scatter: float
+    verdict: Verdict
+    because: Message
+
+
+class Agreement(_Strict):
+    """How far greedy outputs of two variants agree, up to each prompt's first different token.
+
+    `tokens` were compared, `matched` of them are equal; `diverged` prompts stop early.
+    Differences are those of log-probabilities in nats, over the likeliest tokens of each step.
+    """
+
+    prompts: int
+    tokens: int
+    matched: int
+    diverged: int
+    largest: float
+    mean: float
+    allowed_largest: float
+    allowed_mean: float
+    failures: list[str]
+    lossy: bool = False
+    """One variant computes something else on purpose: a distance is reported, nothing proven."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+class GitState(_Strict):
+    """A git tree: its commit, and whether anything in it is uncommitted."""
+
+    commit: str
+    dirty: bool
+
+
+class Provenance(_Strict):
+    """Sources, versions and machine of a run.
+
+    `environment` has the versions that the engine's process reported; `locks` the SHA-256 of each
+    requirement lock; `kernels` the SHA-256 over all kernel sources.
+    """
+
+    workspace: GitState | None
+    fork: GitState | None
+    locks: dict[str, str]
+    kernels: str
+    environment: dict[str, str]
+    cpu: str
+    cpu_flags: list[str]
+    cores: int
+    system: str
+    load_before: float
+    """Processes running or waiting in the minute before the run."""
+
+
 class Record(_Strict):
     """One run of `make bench`.
 
@@ -94,9 +199,9 @@ class Record(_Strict):
     settings: Settings
     model: ModelRecord
     device: str
-    device_kind: Literal["cpu", "cuda"]
-    note: str
-    unit: Literal["tokens/s", "s"]
+    device_kind: DeviceKind
+    note: Message
+    unit: Unit
     variants: list[VariantRecord]
     comparison: Comparison
     agreement: Agreement
@@ -106,12 +211,12 @@ class Record(_Strict):
 
 
 def write(record: Record, path: Path) -> None:
-    """Write the record; a kill or a full disk leaves the old file or none, never a half one."""
+    """Write the record; a kill or a full disk leaves the old file or none, never half a file."""
     write_file(path, record.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read(path: Path) -> Record:
-    """Read a record back.
+    """Read a record.
 
     Raises:
         pydantic.ValidationError: not a record of this schema version.

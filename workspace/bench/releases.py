@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between releases of vLLM for a benchmark; all of it is here."""
+"""All differences between releases of vLLM that matter to the benchmark."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def random_lengths(tree: Path, input_len: int, output_len: int) -> list[str]:
     """Options of `vllm bench throughput` for the lengths of its random prompts.
 
-    0.13.0 has --input-len and --output-len alone; later releases add the --random-… ones, and
-    0.25.1 ignores the others without a word. So the release in `tree` is asked for what it reads.
+    0.13.0 has only --input-len and --output-len; later releases add --random-input-len and
+    --random-output-len, and 0.25.1 silently ignores the former. So the source in `tree` decides.
     """
     source = (tree / "vllm" / "benchmarks" / "throughput.py").read_text()
     prefix = "--random-" if "random_input_len" in source else "--"
@@ -25,10 +25,10 @@ def random_lengths(tree: Path, input_len: int, output_len: int) -> list[str]:
 
 @contextmanager
 def loaded_layer(layer: torch.nn.Module) -> Iterator[None]:
-    """A layer of a model in an engine, while its weights are written in place.
+    """A layer of a model in an engine while its weights are written in place.
 
-    Where the layer is quantized as it is loaded, its weights are on the meta device: they get
-    memory at the beginning, and are quantized at the end. 0.13.0 gives all weights memory at once.
+    If the layer is quantized while it is loaded, its weights are on the meta device: they get
+    memory on entry and are quantized on exit. 0.13.0 allocates all weights at once.
     """
     try:
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info

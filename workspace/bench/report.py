@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the user sees: live progress while it runs, a table at the end."""
+"""What the user sees: progress while it runs, a table at the end."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from workspace.bench import layers
-from workspace.bench.checks import Agreement
-from workspace.bench.engine_run import Event
+from workspace.bench.messages import Event
 from workspace.bench.plan import BenchOptions, Plan
-from workspace.bench.record import Record, VariantRecord
+from workspace.bench.record import Agreement, Record, Unit, VariantRecord
 from workspace.bench.time_left import TimeLeft
-from workspace.host.paths import ROOT
+from workspace.environment.progress import LoggedProgress
+from workspace.fork.tree_state import shown
 from workspace.host.text import duration, plural
 
 console = Console(highlight=False, soft_wrap=True)
@@ -25,45 +25,37 @@ console = Console(highlight=False, soft_wrap=True)
 COLOURS = {"faster": "green", "slower": "red", "same": "cyan", "ambiguous": "yellow"}
 
 
-LOG_SECONDS = 25.0
-"""A log gets a line at least so often while an engine is at work."""
-
-
 def say(text: str) -> None:
     console.print(escape(text))
 
 
 def announce(plan: Plan, options: BenchOptions, seconds: float | None) -> None:
-    """What is measured, how long it takes (None: nobody can tell yet) and what changes it."""
+    """Print the workload, how long it takes (None: unknown) and which variables change it."""
     names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
     given = [name.upper() for name in names if getattr(options, name)]
     values = " ".join(f"{name.upper()}={getattr(plan, name)}" for name in names)
-    whose = "given" if len(given) == len(names) else "chosen for this model and machine"
+    origin = "given" if len(given) == len(names) else "chosen for this model and machine"
     if given and len(given) < len(names):
-        whose = f"{', '.join(given)} given, the others {whose}"
-    say(f"workload: {values} ({whose}; set any of them to change it)")
+        origin = f"{', '.join(given)} given, the others {origin}"
+    say(f"workload: {values} ({origin}; set any of them to change it)")
     processes = plural(2 * plan.repeats, "process")
     if seconds is None:
-        say(f"time:     the first of {processes} will tell")
+        say(f"time:     known after the first of {processes}")
     else:
         say(f"time:     about {duration(seconds)} for {processes}")
 
 
 class Live:
-    """Progress of a run: which process, which step, how long it still takes.
+    """Progress of a run: which process, which step, how much longer it takes."""
 
-    On a terminal one line that changes; elsewhere a line for each process that has ended, and
-    one every `LOG_SECONDS`.
-    """
-
-    def __init__(self, variants: Sequence[str], bar: Progress | None, clock: TimeLeft) -> None:
+    def __init__(self, variants: Sequence[str], progress: LoggedProgress, clock: TimeLeft) -> None:
         self.clock = clock
         self._variants = variants
-        self._bar = bar
-        self._task: TaskID | None = None
+        self._progress = progress
+        self._task = progress.add_task("", total=None, visible=False)
         self._number = 0
         self._step = ""
-        self._begin = self._said = time.monotonic()
+        self._begin = time.monotonic()
 
     def start(self) -> None:
         """The next process starts."""
@@ -71,8 +63,7 @@ class Live:
         self._begin = time.monotonic()
         self.clock.start(self._begin)
         self._step = "starting"
-        if self._bar is not None:
-            self._task = self._bar.add_task(self._line(self._begin), total=None)
+        self._progress.reset(self._task, visible=True, description=self._line(self._begin))
 
     def step(self, event: Event | None) -> None:
         """A step begins, or (None) time has passed."""
@@ -80,22 +71,18 @@ class Live:
         if event is not None:
             self.clock.step(event, now)
             self._step = str(event)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=self._line(now))
-        elif now - self._said >= LOG_SECONDS:
-            self._print(self._line(now), now)
+        self._progress.update(self._task, description=self._line(now))
 
     def end(self, rounds: int) -> None:
-        """The process has ended; from now on so many rounds are measured."""
+        """The process has ended; from now on `rounds` are measured per process."""
         now = time.monotonic()
         self.clock.end(now)
         self._step = f"done in {now - self._begin:.0f} s"
         if rounds < self.clock.rounds:
             self._step += f", {rounds} rounds of {self.clock.rounds} because time is short"
         self.clock.rounds = rounds
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-        self._print(self._line(now), now)
+        self._progress.update(self._task, visible=False)
+        console.print(f"  {self._line(now)}")
 
     def _line(self, now: float) -> str:
         text = (
@@ -103,28 +90,20 @@ class Live:
         )
         left = self.clock.left(now)
         if left is None:
-            return f"{text}, the first process will tell how long it takes"
+            return f"{text}, time left known after the first process"
         return f"{text}, about {duration(left)} left" if left > 0 else text
-
-    def _print(self, line: str, now: float) -> None:
-        console.print(f"  {line}")
-        self._said = now
 
 
 @contextmanager
 def progress(variants: Sequence[str], clock: TimeLeft) -> Iterator[Live]:
     """Show progress over processes of these variants."""
-    # A log may be told to take colours (FORCE_COLOR); it still cannot redraw a line.
-    if not (console.is_interactive and console.file.isatty()):
-        yield Live(variants, None, clock)
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield Live(variants, bar, clock)
+    columns = (SpinnerColumn(), TextColumn("  {task.description}"), TimeElapsedColumn())
+    with LoggedProgress(*columns, console=console) as shown_progress:
+        yield Live(variants, shown_progress, clock)
 
 
-def show(record: Record, path: Path, picture: Path) -> None:
-    """Print the table, the verdict, the proofs and where everything is."""
+def show(record: Record, path: Path, plot: Path) -> None:
+    """Print the table, the verdict, the proofs and the paths."""
     console.print(table(record))
     for variant in record.variants:
         for line in layer_lines(variant):
@@ -140,23 +119,23 @@ def show(record: Record, path: Path, picture: Path) -> None:
     if record.note:
         console.print(f"[yellow]{record.note}[/yellow]")
     if record.agreement.lossy:
-        far = distance_line(record.agreement)
-        console.print(f"distance of {names[1]} from {names[0]}, a figure and no proof: {far}")
+        distance = distance_line(record.agreement)
+        console.print(f"distance of {names[1]} from {names[0]}, not a proof: {distance}")
     else:
         console.print(f"outputs: {agreement_line(record.agreement)}")
     itself = (record.baseline_with_itself, record.candidate_with_itself)
-    for name, found in zip(names, itself, strict=True):
-        if found is not None:
-            console.print(f"[dim]{name} against itself: {agreement_line(found)}[/dim]")
+    for name, agreement in zip(names, itself, strict=True):
+        if agreement is not None:
+            console.print(f"[dim]{name} against itself: {agreement_line(agreement)}[/dim]")
     for failure in record.failures:
         console.print(f"[bold red]INVALID[/bold red] {escape(failure)}")
     console.print(f"record:  {escape(shown(path))}")
-    console.print(f"picture: {escape(shown(picture))}")
-    console.print(f"again:   {escape(record.command)}")
+    console.print(f"plot:    {escape(shown(plot))}")
+    console.print(f"re-run:  {escape(record.command)}")
 
 
 def table(record: Record) -> Table:
-    """The figures of both variants."""
+    """The figures of both variants, as a table."""
     settings, model = record.settings, record.model
     seed = f" (seed {model.seed})" if model.seed is not None else ""
     title = (
@@ -165,23 +144,24 @@ def table(record: Record) -> Table:
         f"{'eager' if settings.eager else 'compiled'}"
     )
     caption = (
-        f"a round: {plural(settings.num_prompts, 'request')}, "
+        f"per round: {plural(settings.num_prompts, 'request')}, "
         f"{settings.input_tokens_per_round} tokens in, {settings.output_tokens_per_round} out; "
-        f"{plural(settings.repeats, 'process')} a variant, {plural(settings.rounds, 'round')} each"
+        f"{plural(settings.repeats, 'process')} per variant, "
+        f"{plural(settings.rounds, 'round')} each"
     )
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.add_column("variant")
     result.add_column(f"{settings.metric}, {record.unit}", justify="right")
     result.add_column("lowest", justify="right")
     result.add_column("highest", justify="right")
-    result.add_column("kernels of ours that ran", justify="right")
+    result.add_column("custom kernel launches", justify="right")
     for variant in record.variants:
         figures = (variant.median, variant.lowest, variant.highest)
         result.add_row(variant.name, *(number(f, record.unit) for f in figures), launched(variant))
     return result
 
 
-def number(value: float, unit: str) -> str:
+def number(value: float, unit: Unit) -> str:
     """A figure for reading: 12,345 or 1.23 tokens/s, 0.1234 s."""
     if unit != "tokens/s":
         return f"{value:.4f}"
@@ -189,16 +169,16 @@ def number(value: float, unit: str) -> str:
 
 
 def launched(variant: VariantRecord) -> str:
-    """ "gemm.reference: 1,234 launches in 2 processes", or "none"."""
+    """ "gemm.reference: 1,234 in 2 processes", or "none"."""
     if not variant.launches:
         return "none"
     count = sum(len(process.launches) for process in variant.processes)
     parts = [f"{name}: {launches:,}" for name, launches in variant.launches.items()]
-    return f"{', '.join(parts)} launches in {plural(count, 'process')}"
+    return f"{', '.join(parts)} in {plural(count, 'process')}"
 
 
 def layer_lines(variant: VariantRecord) -> list[str]:
-    """What ran in which layers of this variant, a line for each kind of layer."""
+    """The kernels that ran in this variant's layers, one line per kind of layer."""
     workers = [counted for process in variant.processes for counted in process.layers.values()]
     if not workers:
         return []
@@ -222,8 +202,8 @@ def layer_lines(variant: VariantRecord) -> list[str]:
 
 
 def agreement_line(agreement: Agreement) -> str:
-    """How far the outputs agree, in one line."""
-    diverged = f", {plural(agreement.diverged, 'prompt')} parted" if agreement.diverged else ""
+    """How far the outputs agree."""
+    diverged = f", {plural(agreement.diverged, 'prompt')} diverged" if agreement.diverged else ""
     if diverged and agreement.passed:
         diverged += " at a near tie"
     return (
@@ -235,14 +215,9 @@ def agreement_line(agreement: Agreement) -> str:
 
 
 def distance_line(agreement: Agreement) -> str:
-    """How far the outputs of a lossy variant are from those of stock."""
+    """How far the outputs of a lossy variant are from stock's."""
     return (
-        f"{agreement.matched} of {agreement.tokens} greedy tokens match, each prompt up to its "
-        f"first that does not; log-probabilities differ by at most {agreement.largest:.3f}, "
+        f"{agreement.matched} of {agreement.tokens} greedy tokens match, up to each prompt's "
+        f"first different one; log-probabilities differ by at most {agreement.largest:.3f}, "
         f"{agreement.mean:.4f} on average"
     )
-
-
-def shown(path: Path) -> str:
-    """A path relative to the checkout where it lies in it."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

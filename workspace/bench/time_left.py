@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run still takes: by the estimate at first, then by what it has measured itself."""
+"""How long a run still takes: estimated at first, then from the durations measured so far."""
 
 from collections.abc import Mapping, Sequence
-from typing import get_args
 
-from workspace.bench.engine_run import WARM_ROUNDS, Event, Stage
-
-STAGES: tuple[Stage, ...] = get_args(Stage)
+from workspace.bench.messages import STAGES, WARM_ROUNDS, Event, Stage
 
 
 class TimeLeft:
@@ -45,25 +42,25 @@ class TimeLeft:
         self.start(time)
 
     def left(self, time: float) -> float | None:
-        """Seconds until all processes have ended; None as long as nobody can tell."""
-        gone = time - self._since
+        """Seconds until all processes have ended; None while unknown."""
+        elapsed = time - self._since
         total = 0.0
-        for place, variant in enumerate(self._order):
-            for stage in STAGES if place else STAGES[STAGES.index(self._now.stage) :]:
+        for index, variant in enumerate(self._order):
+            for stage in STAGES if index else STAGES[STAGES.index(self._now.stage) :]:
                 seconds = self._seconds(variant, stage)
                 repeats = self._repeats(stage)
-                if place == 0 and stage == self._now.stage:
+                if index == 0 and stage == self._now.stage:
                     repeats = max(0, repeats - self._now.number) if self._now.number else 0
-                    # A step may take longer than it did before; this one has begun already.
-                    seconds = None if seconds is None else max(seconds, gone)
-                    total += (seconds or 0.0) - gone
+                    # The current step may take longer than it did before.
+                    seconds = None if seconds is None else max(seconds, elapsed)
+                    total += (seconds or 0.0) - elapsed
                 if seconds is None:
                     return None
                 total += repeats * seconds
         return total
 
     def of_stage(self, variant: str, stage: Stage) -> float:
-        """Seconds of this stage in a process of this variant, as far as is known."""
+        """Seconds of this stage in a process of this variant; 0 if unknown."""
         return self._seconds(variant, stage) or 0.0
 
     def _ended(self, time: float) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sides of a comparison: what each one's process is started with."""
+"""The variants of a comparison: environment and arguments of their processes."""
 
 import math
 import os
@@ -20,25 +20,22 @@ LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
 SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
 PLUGINS, PLUGIN = "VLLM_PLUGINS", "custom_kernels"
-"""The variable that says which plugins vLLM loads, and the name of ours (kernels/pyproject.toml).
-"""
+"""The variable that names the plugins vLLM loads, and this one's name (kernels/pyproject.toml)."""
 
 GIB = 2**30
 LENGTH_STEP = 128
 """vLLM's KV blocks hold up to 128 tokens; the length limit is rounded up to whole blocks."""
-
-
 VLLM_SEQUENCES, VLLM_BATCHED = 256, 4096
 """vLLM's defaults for `vllm bench` on the CPU."""
 COMPARED_PROMPTS = 8
-"""Prompts of the output comparison, which are one batch."""
+"""Prompts of the output comparison, one batch."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One side: its name, the switches and arguments it adds, and whether kernels of ours must run.
+    """One variant: its name, switches and arguments, and whether it must launch custom kernels.
 
-    `python_path` goes before everything else on the module path: another vLLM tree, say.
+    `python_path` comes first on the module path, for example another vLLM tree.
     """
 
     name: str
@@ -49,7 +46,7 @@ class Variant:
 
 
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
-    """vLLM with the switch unset, and with it set, or with a quantization method of ours."""
+    """vLLM with the switch unset; and with it set, or with a custom quantization method."""
     if plan.quantization:
         method = ("--quantization", plan.quantization)
         return Variant("stock"), Variant("custom", launches=True, arguments=method)
@@ -60,7 +57,7 @@ def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
 
 
 def common_settings(plan: Plan) -> dict[str, str]:
-    """Environment of both variants, beyond what the user's own environment has."""
+    """Environment of both variants, in addition to the user's own."""
     settings = {
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
         "VLLM_HOST_IP": "127.0.0.1",
@@ -81,13 +78,13 @@ def common_settings(plan: Plan) -> dict[str, str]:
 def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str]:
     """The whole environment of a variant's process.
 
-    A switch of ours, or vLLM setting of `common_settings`, that the user has set is replaced: the
-    two sides differ in nothing but the variant's switches.
+    Switches and `common_settings` that the user has set are replaced: the variants differ in
+    nothing but their switches.
     """
-    # Triton's interpreter is for tests on machines without a GPU: in it, vLLM's own Triton kernels
-    # would run a thousand times slower, or fail.
-    ours = (*SWITCHES, "TRITON_INTERPRET")
-    inherited = {k: v for k, v in os.environ.items() if k not in ours}
+    # Triton's interpreter is for tests without a GPU: vLLM's own Triton kernels would run a
+    # thousand times slower in it, or fail.
+    removed = (*SWITCHES, "TRITON_INTERPRET")
+    inherited = {k: v for k, v in os.environ.items() if k not in removed}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
     if variant.python_path is not None:
@@ -97,7 +94,7 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
 
 
 def check_surroundings() -> None:
-    """Raise where the user's settings keep every engine from doing its work.
+    """Raise if the user's environment keeps any engine from working.
 
     Raises:
         WorkspaceError: the variable, and what to set it to.
@@ -105,10 +102,10 @@ def check_surroundings() -> None:
     plugins = os.environ.get(PLUGINS)
     if plugins is not None and PLUGIN not in plugins.split(","):
         raise WorkspaceError(
-            f"{PLUGINS}={plugins} leaves out {PLUGIN}, by which vLLM comes to know our kernels; "
+            f"{PLUGINS}={plugins} leaves out {PLUGIN}, which registers the custom kernels in vLLM; "
             f"unset {PLUGINS}, or add {PLUGIN} to it"
         )
-    # Where vLLM looks for it; what else an engine writes is below HOME by default, too.
+    # As vLLM chooses it; everything else that an engine writes is below HOME by default, too.
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = Path(os.environ.get("VLLM_CACHE_ROOT") or home / "vllm").expanduser()
     try:
@@ -139,7 +136,7 @@ def arguments(plan: Plan, variant: Variant) -> list[str]:
     if plan.device.kind == "cpu":
         sequences, batched = batch_limits(plan)
         result += ["--max-num-seqs", str(sequences), "--max-num-batched-tokens", str(batched)]
-    result += ["--no-enable-prefix-caching"]  # a prompt seen before must not be cheaper
+    result += ["--no-enable-prefix-caching"]  # a repeated prompt must not be cheaper
     if plan.eager:
         result += ["--enforce-eager"]
     if plan.model.weights == "dummy":
@@ -149,10 +146,10 @@ def arguments(plan: Plan, variant: Variant) -> list[str]:
 
 
 def command_line(plan: Plan, variant: Variant) -> str:
-    """The variant as a shell command, for the record: run it in the root of the checkout."""
+    """The variant as a shell command to run in the root of the checkout."""
     settings = {**common_settings(plan), **variant.switches}
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
-    # A record may be published, and where the checkout lies is nobody's business.
+    # A record may be published: without the checkout's absolute path.
     given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan, variant)]
     return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
 
@@ -162,10 +159,10 @@ def sum_lengths(plan: Plan) -> int:
 
 
 def batch_limits(plan: Plan) -> tuple[int, int]:
-    """Most requests and most tokens of one engine step on the CPU.
+    """Maximum requests and tokens of one engine step on the CPU.
 
-    As vLLM's own limits, but no more than the run can use: the engine warms up with a batch of
-    that many tokens, which takes minutes for 4096 of a real model on a small machine.
+    vLLM's own limits, but no more than the run can use: the engine warms up with a batch of that
+    many tokens, which takes minutes for 4096 tokens of a real model on a small machine.
     """
     sequences = min(VLLM_SEQUENCES, max(plan.num_prompts, COMPARED_PROMPTS))
     whole = max(plan.num_prompts * plan.input_len, max_model_len(plan), sequences)

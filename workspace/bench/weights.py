@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model folder holds its weights: all of them, whole; or none at all.
+"""Whether a model folder has its weights: all of them, complete; or none at all.
 
-In between lies a download that was cut off, and a folder that must not be measured with weights
-that somebody made up.
+Anything in between is an interrupted download, which must not be measured with dummy weights.
 """
 
 import json
@@ -13,15 +12,15 @@ from pathlib import Path
 from workspace.host.errors import WorkspaceError
 
 FORMATS = ("safetensors", "bin", "pt")
-"""File name endings in vLLM's order: the first of which there are files is the one it loads."""
+"""File name endings in vLLM's order: it loads the first of which there are files."""
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt)")
-"""What training leaves in the same folder, and vLLM leaves aside."""
+"""Files of a training run in the same folder, which vLLM ignores."""
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 _POINTER = b"version https://git-lfs"
 
 
 def there(folder: Path, asked: str) -> bool:
-    """Whether the folder holds weights; False where there is nothing of any.
+    """Whether the folder has weights; False if it has no file of any format.
 
     Args:
         asked: the MODEL that the folder is for.
@@ -31,8 +30,8 @@ def there(folder: Path, asked: str) -> bool:
     """
     files = {ending: _files(folder, ending) for ending in FORMATS}
     indices = {ending: sorted(folder.glob(f"*.{ending}.index.json")) for ending in FORMATS}
-    # Hubs keep the same weights in several formats, of which one is fetched: beside files, the
-    # index of another format is no sign of missing ones.
+    # Hubs keep the same weights in several formats, of which one is fetched: the index of another
+    # format does not mean that files are missing.
     ending = next((one for one in FORMATS if files[one]), None)
     ending = ending or next((one for one in FORMATS if indices[one]), None)
     if ending is None:
@@ -53,9 +52,9 @@ def there(folder: Path, asked: str) -> bool:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of a model, in words that follow its name; None for nothing."""
+    """What is wrong with a model's file, as the end of a sentence; None if nothing."""
     if path.is_symlink() and not path.exists():
-        return "is a link to a file that is not there"
+        return "is a link to a missing file"
     if not path.is_file():
         return "is missing"
     try:
@@ -66,7 +65,7 @@ def damage(path: Path) -> str | None:
     if not begin:
         return "is empty"
     if begin == _POINTER:
-        return "is a pointer of Git LFS, and not the file itself (git lfs pull brings it)"
+        return "is a Git LFS pointer, not the file itself (run git lfs pull)"
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -74,12 +73,12 @@ def damage(path: Path) -> str | None:
             with safe_open(path, framework="np"):
                 return None
         except SafetensorError as error:
-            return f"is damaged or not complete ({error})"
-    # The directory of a zip archive is at its end, so one that was cut off has none. Before
-    # torch 1.6 the format was a pickle, which says nothing about its length.
+            return f"is damaged or incomplete ({error})"
+    # The directory of a zip archive is at its end, so a truncated one has none. Before torch 1.6
+    # the format was a pickle, which does not record its length.
     archive = path.suffix in (".bin", ".pt") and not begin.startswith(b"\x80")
     if archive and not zipfile.is_zipfile(path):
-        return "is damaged or not complete (not what torch.save writes)"
+        return "is damaged or incomplete (not a torch.save archive)"
     return None
 
 
@@ -98,7 +97,7 @@ def _named_by(index: Path, asked: str) -> set[str]:
 
 
 def _shards(name: str) -> set[str]:
-    """All shards, from the name of one: model-00001-of-00002.safetensors has one more."""
+    """Names of all shards, from the name of one such as model-00001-of-00002.safetensors."""
     if not (match := _SHARD.fullmatch(name)):
         return set()
     stem, number, count, suffix = match.groups()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How large a run on the CPU is: what was not given is fitted to the model and to this machine.
+"""The size of a run on the CPU: whatever was not given is fitted to the model and this machine.
 
-What a run takes is estimated from how long this machine, as busy as it is now, multiplies a matrix
-of the model's width and dtype with 1, 8 and 64 tokens. The largest of a few workloads that fits
-into `FITTED_SECONDS` is taken. An engine process takes
+The duration is estimated from how long this machine, as busy as it is now, takes to multiply a
+matrix of the model's width and dtype with 1, 8 and 64 tokens. The largest of a few workloads that
+fits into `FITTED_SECONDS` is chosen. An engine process takes
 
     start + T(engine's own warm-up) + (warm-up rounds + rounds) · round + comparison,
     round = T(all prompts) + (OUTPUT_LEN - 1) · T(one token of each prompt)
@@ -22,9 +22,10 @@ from itertools import pairwise
 from pydantic import BaseModel
 
 from workspace.bench import prompts
-from workspace.bench.engine_run import WARM_ROUNDS, Stage
+from workspace.bench.messages import WARM_ROUNDS, Stage
 from workspace.bench.models import Model, parameters
-from workspace.bench.plan import BenchOptions, Device, Metric, Plan, Sizes, plan
+from workspace.bench.plan import BenchOptions, Device, Plan, Sizes, plan
+from workspace.bench.record import Metric
 from workspace.bench.variants import COMPARED_PROMPTS, batch_limits
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -32,9 +33,9 @@ from workspace.host.paths import ROOT
 LIMIT_SECONDS = 460.0
 """For all processes: with measuring and the record a run takes at most 8 minutes."""
 FITTED_SECONDS = 360.0
-"""What the estimate may come to: it is not exact."""
+"""Limit for the estimate, lower because it is not exact."""
 FEWEST_RATIOS = 6
-"""Rounds of all pairs that an interval of 95 % needs."""
+"""Rounds over all pairs that a 95 % interval needs."""
 
 SMALLER: dict[Metric, tuple[Sizes, ...]] = {
     "throughput": (
@@ -51,35 +52,35 @@ SMALLER: dict[Metric, tuple[Sizes, ...]] = {
         {"input_len": 8, "output_len": 4, "num_prompts": 1, "rounds": 3},
     ),
 }  # fmt: skip
-"""What is tried after the default of the CPU, from large to small."""
+"""Tried after the CPU's default, from large to small."""
 
-# Measured with vLLM 0.25.1 on two cores of an AMD EPYC; only the first estimate rests on them,
-# the time left is that of what the run itself has measured since.
+# Measured with vLLM 0.25.1 on two cores of an AMD EPYC. Only the first estimate uses them; later
+# ones use the durations measured in the run itself.
 STARTS_PER_IMPORT = 6.0
-"""Importing vLLM and starting the engine, by the time that `import torch` takes."""
+"""Importing vLLM and starting the engine, in units of the time of `import torch`."""
 STEP_SECONDS = 0.01
-"""What a step of the engine takes beside the matrix products."""
+"""An engine step apart from the matrix products."""
 COMPILE_SECONDS = 60.0
 """torch.compile, with EAGER=0."""
 QUANTIZED_SECONDS = 1e-8
-"""What the reference of a quantization method takes for a weight in a step, beside the product."""
+"""The reference of a quantization method, per weight and step, apart from the product."""
 WEIGHTS = 2**25
 MEASURED_TOKENS = (1, 8, 64)
-"""The matrix that is multiplied, and with how many tokens at once."""
+"""Size of the measured matrix, and the numbers of tokens."""
 SMALL_MODEL = 10_000_000
 """A model with fewer weights is not worth measuring: starting the engine takes longer."""
 
 
 class Speed(BaseModel):
-    """How fast this machine is: `import torch` in seconds, and seconds per weight of a layer, to
-    draw it and to multiply so many tokens with it."""
+    """Speed of this machine: seconds of `import torch`, and seconds per weight to draw it and, by
+    number of tokens, to multiply with it."""
 
     import_s: float
     draw_s: float
     product_s: dict[int, float]
 
     def product(self, tokens: int) -> float:
-        """Seconds per weight for so many tokens at once."""
+        """Seconds per weight for `tokens` at once."""
         known = sorted(self.product_s.items())
         (least, first), (most, last) = known[0], known[-1]
         if tokens <= least:
@@ -94,14 +95,13 @@ class Speed(BaseModel):
 
 
 UNMEASURED = Speed(import_s=3.0, draw_s=0.0, product_s={1: 0.0})
-"""For a model whose matrix products take no time to speak of."""
+"""For a model whose matrix products take negligible time."""
 
 
 def fit(options: BenchOptions, device: Device, model: Model) -> tuple[Plan, dict[Stage, float]]:
-    """The plan, and seconds of each stage of one engine process; none where only a first process
-    can tell.
+    """The plan, and estimated seconds of each stage of one engine process; empty if unknown.
 
-    On a GPU the defaults stay as they are. What was given is taken as it is.
+    On a GPU the defaults are not changed, nor is any option that was given.
 
     Raises:
         WorkspaceError: as `plan`; or this machine's speed could not be measured.
@@ -109,7 +109,7 @@ def fit(options: BenchOptions, device: Device, model: Model) -> tuple[Plan, dict
     largest = plan(options, device, model)
     if device.kind != "cpu":
         return largest, {}
-    speed = measure(model) if _weights(model)[0] > SMALL_MODEL else UNMEASURED
+    speed = measure_speed(model) if _weights(model)[0] > SMALL_MODEL else UNMEASURED
     smaller = (plan(options, device, model, sizes) for sizes in SMALLER[largest.metric])
     for made in (largest, *smaller):
         expected = estimate(made, speed)
@@ -122,7 +122,7 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
     """Seconds of each stage of one engine process; for "round" and "warming up" of one round."""
     layers, head = _weights(plan.model)
 
-    # Half of the processes run it; the other half has that much less to do.
+    # Averaged: only half of the processes run it.
     quantized = QUANTIZED_SECONDS / 2 if plan.quantization else 0.0
 
     def step(tokens: int, sequences: int) -> float:
@@ -151,7 +151,7 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
 
 
 def total(plan: Plan, expected: Mapping[Stage, float]) -> float | None:
-    """Seconds of all processes; None where nothing is known of them."""
+    """Seconds of all processes; None if unknown."""
     if not expected:
         return None
     repeated = {"warming up": WARM_ROUNDS[0], "round": plan.rounds}
@@ -160,15 +160,15 @@ def total(plan: Plan, expected: Mapping[Stage, float]) -> float | None:
 
 
 def fewest_rounds(plan: Plan) -> int:
-    """Rounds of a process without which there is no verdict."""
+    """Rounds of a process that a verdict needs."""
     return min(plan.rounds, math.ceil(FEWEST_RATIOS / max(2, plan.repeats)))
 
 
-def measure(model: Model) -> Speed:
+def measure_speed(model: Model) -> Speed:
     """Time the matrix products of `model` in a process of its own, in a few seconds.
 
     Raises:
-        WorkspaceError: that process failed; its last line.
+        WorkspaceError: that process failed.
     """
     dtype = str(model.config.get("torch_dtype") or model.config.get("dtype"))
     command = [sys.executable, "-m", "workspace.bench.workload", str(_width(model)), dtype]
@@ -184,7 +184,7 @@ def _width(model: Model) -> int:
 
 
 def _weights(model: Model) -> tuple[int, int]:
-    """Weights of all layers, which every token is multiplied with, and of the output head."""
+    """Number of weights of all layers, and of the output head."""
     width = _width(model)
     head = int(model.config["vocab_size"]) * width
     layers = 12 * int(model.config["num_hidden_layers"]) * width**2  # the usual transformer
@@ -199,7 +199,7 @@ def main(width: int, dtype: str) -> None:
     from torch.nn.functional import linear
 
     import_s = time.perf_counter() - begin
-    # Large enough to come from memory, as the layers of a model do, one after the other.
+    # Larger than the cache, like the layers of a model one after the other.
     count = max(1, WEIGHTS // width)
     weight = torch.empty(count, width, dtype=getattr(torch, dtype, torch.bfloat16))
     begin = time.perf_counter()
@@ -208,7 +208,7 @@ def main(width: int, dtype: str) -> None:
     product_s = {}
     for tokens in MEASURED_TOKENS:
         x = torch.ones(tokens, width, dtype=weight.dtype)
-        linear(x, weight[:8])  # the first call makes the threads
+        linear(x, weight[:8])  # the first call starts the threads
         begin = time.perf_counter()
         linear(x, weight)
         product_s[tokens] = (time.perf_counter() - begin) / weight.numel()

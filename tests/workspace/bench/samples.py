@@ -5,15 +5,16 @@ import functools
 import os
 from pathlib import Path
 
-from workspace.bench import engine_run
-from workspace.bench.engine_run import Generation, Result, Round, Step
+from workspace.bench import loaded
+from workspace.bench.messages import Generation, Result, Step
 from workspace.bench.models import Model
 from workspace.bench.plan import Device, Plan
+from workspace.bench.record import Round
 from workspace.bench.tiny_model import CONFIG, SEED
 from workspace.host.paths import KERNELS
 from workspace.pins.release import tree
 
-packages = functools.cache(engine_run._packages)
+packages = functools.cache(loaded.packages)
 
 
 def plan(**changes: object) -> Plan:

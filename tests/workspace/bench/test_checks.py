@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.workspace.bench.samples import generation, plan, result
-from workspace.bench import checks, engine_run, provenance
-from workspace.bench.engine_run import Generation, Result, Step
+from workspace.bench import checks, loaded, provenance
+from workspace.bench.messages import Generation, Result, Step
 from workspace.pins.release import tree
 
 TOLERANCE = checks.Tolerance(largest=0.5, mean=0.06)
@@ -149,7 +149,7 @@ def test_tokens_asked_for_pass_and_any_other_number_fails() -> None:
         bad = good.model_copy(deep=True)
         setattr(bad.rounds[1], field, getattr(bad.rounds[1], field) - 1)
         assert "round 2" in checks.tokens(plan(), "custom", bad)[0]
-    assert "2 rounds measured, 3 asked for" in checks.tokens(plan(), "x", result((1.0, 1.0)))[0]
+    assert "2 rounds measured, 3 expected" in checks.tokens(plan(), "x", result((1.0, 1.0)))[0]
 
 
 def test_latency_has_no_total_of_its_own() -> None:
@@ -168,10 +168,10 @@ def test_both_sides_must_get_the_same_prompts() -> None:
 
 def test_sources_must_not_change_during_the_run(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("1")
-    before = engine_run._files(tmp_path)
-    assert engine_run._files(tmp_path) == before
+    before = loaded.files_hash(tmp_path)
+    assert loaded.files_hash(tmp_path) == before
     (tmp_path / "a.py").write_text("22")
-    newer = result().model_copy(update={"vllm_files": engine_run._files(tmp_path)})
+    newer = result().model_copy(update={"vllm_files": loaded.files_hash(tmp_path)})
     older = result().model_copy(update={"vllm_files": before})
     assert checks.same_files([older, older]) == []
     assert checks.same_files([older, newer]) != []
@@ -211,7 +211,7 @@ def test_custom_kernels_ran_in_every_worker(
     ("launches", "says"),
     [
         ({11: {"sparse_gemm.reference": 5, "quant_expand.reference": 5}}, None),
-        ({}, "a kernel of ours ran in 0 of 1 worker processes; does mine count its launches?"),
+        ({}, "a custom kernel ran in 0 of 1 worker processes; does mine count its launches?"),
     ],
 )
 def test_a_quantization_method_ran_whatever_it_is_made_of(

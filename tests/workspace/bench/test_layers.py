@@ -4,7 +4,9 @@
 import pytest
 
 from tests.workspace.bench.samples import plan, result
-from workspace.bench import checks, layers, report, runner
+from workspace.bench import checks, layers, report
+from workspace.bench.evaluate import variant_record
+from workspace.bench.measure import ProcessRun, require_matching_layers
 from workspace.bench.variants import stock_and_custom
 from workspace.host.errors import WorkspaceError
 
@@ -43,8 +45,8 @@ def test_kinds_tell_what_ran_in_how_many_layers_and_how_often() -> None:
 def test_the_lines_show_one_kind_each() -> None:
     made = plan(layers=PATTERNS)
     _, custom = stock_and_custom(made)
-    ran = runner.Ran(1, 0, custom, result(layers={11: COUNTED, 12: COUNTED}))
-    assert report.layer_lines(runner._variant(made, custom, [ran])) == [
+    ran = ProcessRun(1, 0, custom, result(layers={11: COUNTED, 12: COUNTED}))
+    assert report.layer_lines(variant_record(made, custom, [ran])) == [
         "layers of custom, calls in 2 processes:",
         "  model.layers.*.self_attn.o_proj  vLLM's own      2 layers",
         "  model.layers.*.mlp.down_proj     gemm.reference  2 layers, 60 to 62 calls each",
@@ -56,8 +58,14 @@ def test_the_lines_show_one_kind_each() -> None:
     ("counted", "says"),
     [
         (COUNTED, None),
-        (COUNTED | {"lm_head": {"gemm.reference": 1}}, "layer lm_head ran our kernel and matches"),
-        (COUNTED | {"model.layers.1.mlp.down_proj": {}}, "1.mlp.down_proj did not run our kernel"),
+        (
+            COUNTED | {"lm_head": {"gemm.reference": 1}},
+            "layer lm_head ran a custom kernel and matches",
+        ),
+        (
+            COUNTED | {"model.layers.1.mlp.down_proj": {}},
+            "1.mlp.down_proj did not run a custom kernel",
+        ),
         ({"lm_head": {}}, None),
     ],
 )
@@ -76,10 +84,10 @@ def test_a_worker_that_names_no_layers_proves_nothing() -> None:
 
 def test_a_pattern_that_matches_no_layer_ends_the_run_in_one_line() -> None:
     counted = result(layers={11: COUNTED})
-    runner._stop_if_no_layer_matches("*.mlp.*, lm_head", counted)
+    require_matching_layers("*.mlp.*, lm_head", counted)
     with pytest.raises(WorkspaceError) as caught:
-        runner._stop_if_no_layer_matches("*.mlp.*,*.mpl.*", counted)
+        require_matching_layers("*.mlp.*,*.mpl.*", counted)
     assert str(caught.value) == (
-        "LAYERS: '*.mpl.*' matches none of the model's 5 linear layers; there are, for example, "
+        "LAYERS: '*.mpl.*' matches none of the model's 5 linear layers; examples: "
         "lm_head, model.layers.0.mlp.down_proj, model.layers.0.self_attn.o_proj"
     )

@@ -44,7 +44,10 @@ MODEL = sample().model
         ({"eager": "perhaps"}, "EAGER=perhaps"),
         ({"baseline": "mine"}, "BASELINE=mine"),
         ({"modle": "x"}, "MODLE=x"),
-        ({"quantization": "sparse_2_4", "layers": "*"}, "QUANTIZATION=sparse_2_4 brings kernels"),
+        (
+            {"quantization": "sparse_2_4", "layers": "*"},
+            "QUANTIZATION=sparse_2_4 selects its own kernels",
+        ),
         ({"quantization": "sparse_2_4", "backend": "reference"}, "leave out BACKEND"),
         ({"quantization": "sparse_2_4", "baseline": "pristine"}, "leave out BASELINE"),
         ({"input_len": "0", "metric": "foo"}, "INPUT_LEN=0"),
@@ -92,7 +95,7 @@ def test_default_rounds_are_enough_for_an_interval() -> None:
     ("options", "says"),
     [
         (BenchOptions(tp=3), "TP=3: this machine has 2 CPU cores"),
-        (BenchOptions(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 takes"),
+        (BenchOptions(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 supports"),
     ],
 )
 def test_more_than_there_is_is_one_line(options: BenchOptions, says: str) -> None:
@@ -123,7 +126,7 @@ def test_unknown_backend_names_those_there_are() -> None:
 def test_unknown_quantization_methods_name_those_there_are() -> None:
     check_quantization(None)
     check_quantization("sparse_6_8")
-    with pytest.raises(WorkspaceError, match=r"no such method in .*; there are: .*sparse_2_4, "):
+    with pytest.raises(WorkspaceError, match=r"no such method in .*; known: .*sparse_2_4, "):
         check_quantization("sparse")
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.workspace.conftest import still_running
 from workspace.bench import processes
-from workspace.bench.engine_run import Job
+from workspace.bench.messages import Job
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
@@ -48,8 +48,8 @@ def test_a_killed_bench_takes_its_engine_along(tmp_path: Path) -> None:
     engine = tmp_path / "engine.py"
     engine.write_text(
         "import subprocess, sys, time\n"
-        "from workspace.bench.engine_run import _die_with_parent\n"
-        "_die_with_parent()\n"
+        "from workspace.bench.engine_run import end_with_parent\n"
+        "end_with_parent()\n"
         "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "open(sys.argv[1], 'w').close()\n"
         "time.sleep(600)\n"

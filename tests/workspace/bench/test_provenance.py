@@ -49,7 +49,7 @@ def test_sources_that_cannot_be_read_are_named(
     found, unknown = provenance.collect("0" * 64, {}, load_before=0.1)
     assert (found.workspace, found.fork) == (None, None)
     workspace, fork = unknown
-    assert workspace.startswith("the commit of the workspace cannot be read: git rev-parse")
+    assert workspace.startswith("cannot read the commit of the workspace: git rev-parse")
     assert "the fork" in fork
     assert "this workspace did not make it" in fork
 

@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tests.workspace.bench.samples import generation, plan, result
-from workspace.bench import chart, record, report, runner
+from workspace.bench import chart, record, report
+from workspace.bench.evaluate import evaluate
+from workspace.bench.measure import ProcessRun
 from workspace.bench.variants import stock_and_custom
 from workspace.host.paths import BENCHMARKS
 
@@ -20,21 +22,21 @@ RAN = {11: {"gemm.reference": 40}}
 
 
 def make(
-    change: Callable[[list[runner.Ran]], None] = lambda _: None, **settings: object
+    change: Callable[[list[ProcessRun]], None] = lambda _: None, **settings: object
 ) -> record.Record:
     """The record of a run S C C S of the sample plan, after `change` to its processes."""
     made = plan(**settings)
     stock, custom = stock_and_custom(made)
     fast, slow = (0.8, 0.81, 0.82), (1.0, 1.01, 1.02)
     done = [
-        runner.Ran(1, 0, stock, result(slow)),
-        runner.Ran(2, 0, custom, result(fast, RAN)),
-        runner.Ran(3, 1, custom, result(fast, RAN)),
-        runner.Ran(4, 1, stock, result(slow)),
+        ProcessRun(1, 0, stock, result(slow)),
+        ProcessRun(2, 0, custom, result(fast, RAN)),
+        ProcessRun(3, 1, custom, result(fast, RAN)),
+        ProcessRun(4, 1, stock, result(slow)),
     ]
     change(done)
     started = datetime(2026, 11, 23, tzinfo=UTC)
-    return runner._make_record(made, (stock, custom), done, "20261123-tiny", started, load=0.1)
+    return evaluate(made, (stock, custom), done, "20261123-tiny", started, load=0.1)
 
 
 def test_sound_run_is_valid_and_its_ratio_is_custom_over_stock() -> None:
@@ -55,15 +57,20 @@ def test_record_survives_the_file(tmp_path: Path) -> None:
     assert record.read(tmp_path / "r.json") == made
 
 
-def test_records_made_before_layers_were_counted_are_still_read() -> None:
-    for path in sorted((BENCHMARKS / "engine").glob("*.json")):
-        assert record.read(path).variants[1].processes
+def test_every_record_in_git_is_still_read_and_shown_with_todays_wording() -> None:
+    paths = sorted((BENCHMARKS / "engine").glob("*.json"))
+    assert len(paths) >= 15
+    for path in paths:
+        read = record.read(path)
+        assert read.variants[1].processes
+        assert not any(old in read.note + read.comparison.because for old in record.REWORDED)
+        assert read.note.startswith(record.CPU_NOTE) == (read.device_kind == "cpu")
 
 
 def test_record_names_weights_device_sources_and_how_to_repeat_it() -> None:
     made = make()
     assert (made.model.weights, made.model.seed) == ("random", plan().model.seed)
-    assert made.note == "CPU: only the ratio means something"
+    assert made.note == "CPU run: only the ratio is meaningful"
     assert made.command.startswith("make bench MODEL=tiny-qwen2 ")
     assert made.variants[1].command.startswith("HF_HUB_OFFLINE=1")
     assert "VLLM_USE_CUSTOM_GEMM=1" in made.variants[1].command
@@ -83,19 +90,19 @@ def test_record_of_another_schema_is_refused(tmp_path: Path) -> None:
             record.read(path)
 
 
-def drop_launches(done: list[runner.Ran]) -> None:
+def drop_launches(done: list[ProcessRun]) -> None:
     done[2].result.launches.clear()
 
 
-def launch_in_stock(done: list[runner.Ran]) -> None:
+def launch_in_stock(done: list[ProcessRun]) -> None:
     done[3].result.launches.update(RAN)
 
 
-def lose_a_token(done: list[runner.Ran]) -> None:
+def lose_a_token(done: list[ProcessRun]) -> None:
     done[1].result.rounds[2].output_tokens -= 1
 
 
-def disagree(done: list[runner.Ran]) -> None:
+def disagree(done: list[ProcessRun]) -> None:
     done[2].result.generations[0] = generation((7, 99, 9))
 
 
@@ -104,12 +111,12 @@ def disagree(done: list[runner.Ran]) -> None:
     [
         (drop_launches, "custom (process 3): gemm ran in 0 of 1 worker processes"),
         (launch_in_stock, "stock (process 4): launched custom kernels"),
-        (lose_a_token, "custom (process 2), round 3: 11 new tokens, 12 asked for"),
+        (lose_a_token, "custom (process 2), round 3: 11 new tokens, 12 expected"),
         (disagree, "log-probabilities differ"),
     ],
 )
 def test_each_planted_fault_makes_the_run_invalid(
-    fault: Callable[[list[runner.Ran]], None], says: str, tmp_path: Path
+    fault: Callable[[list[ProcessRun]], None], says: str, tmp_path: Path
 ) -> None:
     made = make(fault)
     assert not made.valid
@@ -119,19 +126,19 @@ def test_each_planted_fault_makes_the_run_invalid(
     assert not record.read(tmp_path / "r.json").valid
 
 
-def quantized(done: list[runner.Ran]) -> None:
+def quantized(done: list[ProcessRun]) -> None:
     for ran in (done[1], done[2]):
         ran.result.launches = {11: {"sparse_gemm.reference": 9, "quant_expand.reference": 9}}
         ran.result.layers = {11: {"model.layers.0.mlp.down_proj": {"sparse_gemm.reference": 9}}}
         ran.result.generations = [generation((7, 99, 9))]
 
 
-def quantized_and_idle(done: list[runner.Ran]) -> None:
+def quantized_and_idle(done: list[ProcessRun]) -> None:
     quantized(done)
     done[1].result.layers[11]["lm_head"] = {}
 
 
-def quantized_at_random(done: list[runner.Ran]) -> None:
+def quantized_at_random(done: list[ProcessRun]) -> None:
     quantized(done)
     done[2].result.generations = [generation((7, 8, 9))]
 
@@ -147,11 +154,11 @@ def test_a_quantized_run_shows_its_distance_from_stock_and_proves_the_rest(
     monkeypatch.setattr(report, "console", console := Console(width=200, record=True))
     report.show(made, tmp_path / "r.json", tmp_path / "r.png")
     text = console.export_text()
-    for words in ("a figure and no proof: 1 of 2 greedy", "custom is quantized (sparse_2_4)",
+    for words in ("not a proof: 1 of 2 greedy", "custom is quantized (sparse_2_4)",
                   "custom against itself: 3 of 3", "QUANTIZATION=sparse_2_4"):  # fmt: skip
         assert words in text
     (failure,) = make(quantized_and_idle, quantization="sparse_2_4").failures
-    assert failure == "custom (process 2): layer lm_head did not run our kernel"
+    assert failure == "custom (process 2): layer lm_head did not run a custom kernel"
     (failure,) = make(quantized_at_random, quantization="sparse_2_4").failures
     assert failure.startswith("custom against itself: outputs: ")
 
@@ -207,7 +214,7 @@ def test_table_shows_both_sides_with_their_weights_and_launches(
     monkeypatch.setattr(report, "console", console := Console(width=120, record=True))
     report.show(make(), tmp_path / "r.json", tmp_path / "r.png")
     text = console.export_text()
-    expected = ("random weights (seed 20251)", "stock", "custom", "gemm.reference: 80 launches")
+    expected = ("random weights (seed 20251)", "stock", "custom", "gemm.reference: 80 in")
     for words in (*expected, "only the ratio", "faster", "make bench MODEL=", "r.json", "r.png"):
         assert words in text
     assert "INVALID" not in text

@@ -15,8 +15,10 @@ import pytest
 
 from tests.workspace.conftest import still_running
 from workspace import bench
-from workspace.bench import record, report, runner, workload
+from workspace.bench import record, runner, workload
+from workspace.bench.guards import only_bench
 from workspace.bench.plan import BenchOptions
+from workspace.environment import progress
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
@@ -53,7 +55,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
-    monkeypatch.setattr(report, "LOG_SECONDS", 1.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 1.0)
     bench.run(BenchOptions(input_len=16, output_len=8, num_prompts=4, repeats=1))
     (path,) = (here / "results").glob("*.json")
     made = record.read(path)
@@ -148,12 +150,12 @@ def test_an_engine_that_dies_is_one_line_with_its_log(tmp_path: Path) -> None:
 
 def test_a_second_bench_in_the_checkout_says_who_holds_it(here: Path) -> None:
     with (
-        runner._only_bench(),
+        only_bench(runner.LOCK),
         pytest.raises(WorkspaceError, match=f"process {os.getpid()}") as caught,
     ):
         bench.run(BenchOptions())
     assert "\n" not in str(caught.value)
-    with runner._only_bench():
+    with only_bench(runner.LOCK):
         pass  # given back
 
 
@@ -184,7 +186,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
     def fail(*_: object) -> None:
         raise full
 
-    monkeypatch.setattr(runner, "_run_all", fail)
+    monkeypatch.setattr(runner, "measure", fail)
     with pytest.raises(WorkspaceError, match=r"job\.json: No space left on device; free") as caught:
         bench.run(BenchOptions())
     assert "\n" not in str(caught.value)

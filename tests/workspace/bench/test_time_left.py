@@ -14,9 +14,10 @@ from rich.console import Console
 
 from tests.workspace.bench.samples import plan
 from workspace.bench import processes, report
-from workspace.bench.engine_run import Event, Stage
+from workspace.bench.messages import Event, Stage
 from workspace.bench.plan import BenchOptions
 from workspace.bench.time_left import TimeLeft
+from workspace.environment import progress
 
 STEPS: list[tuple[Stage, int]] = [
     ("importing vLLM", 0), ("starting the engine", 0), ("warming up", 1), ("warming up", 2),
@@ -85,8 +86,8 @@ def follow(tmp_path: Path, seconds: float) -> None:
 def test_a_log_gets_lines_while_the_engine_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert report.LOG_SECONDS + processes.POLL_SECONDS <= 30
-    monkeypatch.setattr(report, "LOG_SECONDS", 0.3)
+    assert progress.LOG_SECONDS + processes.POLL_SECONDS <= 30
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.3)
     # A log that takes colours, as FORCE_COLOR makes it, is still a log.
     log = io.StringIO()
     monkeypatch.setattr(report, "console", Console(file=log, force_terminal=True, highlight=False))
@@ -141,4 +142,4 @@ def test_the_first_lines_say_what_is_measured_how_long_it_takes_and_what_changes
     assert says in first
     assert "set any of them to change it" in first
     assert second.endswith("about 4 min for 4 processes")
-    assert fourth.endswith("the first of 4 processes will tell")
+    assert fourth.endswith("known after the first of 4 processes")

@@ -10,11 +10,14 @@ import pytest
 
 from tests.workspace.bench.samples import plan as sample
 from tests.workspace.bench.samples import result
-from workspace.bench import models, prompts, runner, workload
-from workspace.bench.engine_run import Event, Job, Result, Round, Stage, _rounds, _warm_up
-from workspace.bench.plan import DEFAULTS, BenchOptions, Device, Metric
+from workspace.bench import models, processes, prompts, workload
+from workspace.bench.engine_run import _rounds, _warm_up
+from workspace.bench.measure import measure
+from workspace.bench.messages import Event, Job, Result, Stage
+from workspace.bench.plan import DEFAULTS, BenchOptions, Device
+from workspace.bench.record import Metric, Round
 from workspace.bench.variants import stock_and_custom
-from workspace.bench.workload import FITTED_SECONDS, SMALLER, Speed, fit, measure, total
+from workspace.bench.workload import FITTED_SECONDS, SMALLER, Speed, fit, measure_speed, total
 
 CPU = Device("cpu", 2, "a CPU")
 TINY = sample().model
@@ -29,7 +32,7 @@ def speed(slower: float) -> Speed:
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, slower: float, **given: object) -> dict[str, object]:
-    monkeypatch.setattr(workload, "measure", lambda _: speed(slower))
+    monkeypatch.setattr(workload, "measure_speed", lambda _: speed(slower))
     made, expected = fit(BenchOptions(**given), CPU, MODEL)
     names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
     return {name: getattr(made, name) for name in names} | {"seconds": total(made, expected)}
@@ -69,7 +72,7 @@ def test_a_quantization_whose_reference_is_slow_gets_less(monkeypatch: pytest.Mo
 def test_the_tiny_model_is_not_measured_and_a_gpu_keeps_its_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workload, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(workload, "measure_speed", lambda _: pytest.fail("measured"))
     made, expected = fit(BenchOptions(), CPU, TINY)
     sizes = DEFAULTS["cpu", "throughput"]
     assert {name: getattr(made, name) for name in sizes} == sizes
@@ -87,7 +90,7 @@ def test_a_model_of_an_unknown_architecture_is_estimated_too() -> None:
 
 
 def test_this_machine_is_measured() -> None:
-    found = measure(TINY)
+    found = measure_speed(TINY)
     assert min(found.import_s, found.draw_s, *found.product_s.values()) > 0
     assert found.product(640) == pytest.approx(10 * found.product(64))
     low, high = sorted((found.product(8), found.product(64)))
@@ -159,10 +162,10 @@ def test_where_time_is_short_all_processes_count_the_same_rounds(
         manages = min(job.rounds, (5, 4, 3, 5)[len(asked) - 1])
         return result(tuple(range(1, manages + 1)))
 
-    monkeypatch.setattr(runner, "RUNS", tmp_path)
-    monkeypatch.setattr(runner.processes, "run", run)
+    monkeypatch.setattr(processes, "run", run)
     made = sample(rounds=5)
-    changed, done = runner._run_all(made, stock_and_custom(made), "run", {}, limit=400.0)
+    sides = stock_and_custom(made)
+    changed, done = measure(made, sides, {}, folder=tmp_path, logs=tmp_path, limit=400.0)
     assert changed == replace(made, rounds=3)
     assert [[r.elapsed_s for r in ran.result.rounds] for ran in done] == [[1, 2, 3]] * 4
     assert [job.rounds for job in asked] == [5, 5, 4, 3]
@@ -170,5 +173,5 @@ def test_where_time_is_short_all_processes_count_the_same_rounds(
     shares = [job.seconds for job in asked]
     assert shares == pytest.approx([100, 400 / 3, 200, 400], abs=10)
     asked.clear()
-    runner._run_all(made, stock_and_custom(made), "run", {}, limit=None)
+    measure(made, sides, {}, folder=tmp_path, logs=tmp_path, limit=None)
     assert [job.seconds for job in asked] == [None] * 4

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the processes' results to the record: check every proof, compare, collect provenance."""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from workspace.bench import checks, models, provenance
+from workspace.bench.compare import compare
+from workspace.bench.measure import ProcessRun
+from workspace.bench.messages import Result
+from workspace.bench.plan import Plan, repeat_command
+from workspace.bench.record import (
+    CPU_NOTE,
+    Agreement,
+    ModelRecord,
+    ProcessRecord,
+    Record,
+    Settings,
+    VariantRecord,
+)
+from workspace.bench.variants import Variant, command_line, common_settings
+from workspace.fork.tree_state import shown
+from workspace.pins.release import tree
+
+
+def evaluate(
+    plan: Plan,
+    variants: tuple[Variant, Variant],
+    runs: Sequence[ProcessRun],
+    run_id: str,
+    started: datetime,
+    load: float,
+) -> Record:
+    """The record of a run; a failed proof makes it invalid.
+
+    Args:
+        variants: baseline and candidate.
+        runs: all processes, in the order in which they ran.
+        load: the machine's load average before the run.
+    """
+    baseline, candidate = (
+        [run.result for run in runs if run.variant is variant] for variant in variants
+    )
+    failures = _unproven(plan, runs)
+    for old, new in zip(baseline, candidate, strict=True):
+        failures += checks.same_prompts(old, new)
+    agreement, baseline_with_itself, candidate_with_itself = _agreements(plan, baseline, candidate)
+    failures += agreement.failures
+    if candidate_with_itself is not None:
+        name = variants[1].name
+        failures += [f"{name} against itself: {one}" for one in candidate_with_itself.failures]
+    first = runs[0].result
+    sources, unknown = provenance.collect(candidate[0].kernels_source_hash, first.environment, load)
+    failures += unknown
+    on_cpu = plan.device.kind == "cpu"
+    return Record(
+        run=run_id,
+        started=started.isoformat(timespec="seconds"),
+        duration_s=round((datetime.now(UTC) - started).total_seconds(), 1),
+        valid=not failures,
+        failures=failures,
+        command=repeat_command(plan),
+        settings=_settings(plan),
+        model=ModelRecord(
+            name=plan.model.name,
+            weights=plan.model.weights,
+            seed=plan.model.seed,
+            source=plan.model.source,
+            dtype=first.dtype,
+            parameters=models.parameters(plan.model.config),
+        ),
+        device=plan.device.name if on_cpu else f"{plan.tp} x {first.environment.get('device')}",
+        device_kind=plan.device.kind,
+        note="; ".join(_notes(plan)),
+        unit="tokens/s" if plan.metric == "throughput" else "s",
+        variants=[variant_record(plan, variant, runs) for variant in variants],
+        comparison=compare(
+            [_figures(plan, result) for result in baseline],
+            [_figures(plan, result) for result in candidate],
+            higher_is_better=plan.metric == "throughput",
+        ),
+        agreement=agreement,
+        baseline_with_itself=baseline_with_itself,
+        candidate_with_itself=candidate_with_itself,
+        provenance=sources,
+    )
+
+
+def _unproven(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
+    """Failures of all checks but those of the outputs."""
+    results = [run.result for run in runs]
+    failures = checks.same_versions(results) + checks.same_files(results)
+    failures += checks.same_kernels([run.result for run in runs if run.variant.launches])
+    modules = frozenset(name for result in results for name in result.modules)
+    expected = provenance.expected(plan.device.kind, modules)
+    for run in runs:
+        name, result = f"{run.variant.name} (process {run.order})", run.result
+        failures += checks.tokens(plan, name, result)
+        failures += checks.launches(plan, name, result, run.variant.launches)
+        if run.variant.launches and (plan.layers or plan.quantization):
+            failures += checks.layers(plan.layers or "*", name, result)
+        failures += checks.imports(name, result, run.variant.python_path or tree(), expected)
+    return failures
+
+
+def _agreements(
+    plan: Plan, baseline: Sequence[Result], candidate: Sequence[Result]
+) -> tuple[Agreement, Agreement | None, Agreement | None]:
+    """The worst of candidate against baseline; the baseline against itself, and a quantized
+    candidate against itself, if they ran twice."""
+    tolerance = checks.TOLERANCES.get(baseline[0].dtype, checks.TOLERANCES["bfloat16"])
+    vocab_size = plan.model.vocab_size
+
+    def agreement(one: Result, other: Result) -> Agreement:
+        return checks.agreement(one.generations, other.generations, tolerance, vocab_size)
+
+    reference = baseline[0]
+    if plan.quantization:
+        agreements = [
+            checks.distance(reference.generations, result.generations, vocab_size)
+            for result in candidate
+        ]
+    else:
+        agreements = [agreement(reference, result) for result in candidate]
+    worst = max(agreements, key=lambda a: (len(a.failures), a.largest))
+    baseline_with_itself = agreement(*baseline[:2]) if len(baseline) > 1 else None
+    candidate_with_itself = None
+    if plan.quantization and len(candidate) > 1:
+        candidate_with_itself = agreement(*candidate[:2])
+    return worst, baseline_with_itself, candidate_with_itself
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = [CPU_NOTE] if plan.device.kind == "cpu" else []
+    if plan.quantization:
+        notes.append(f"custom is quantized ({plan.quantization}) and computes something else")
+    return notes
+
+
+def _settings(plan: Plan) -> Settings:
+    tokens_in, tokens_out = plan.tokens
+    return Settings(
+        metric=plan.metric,
+        input_len=plan.input_len,
+        output_len=plan.output_len,
+        num_prompts=plan.num_prompts,
+        backend=plan.backend,
+        layers=plan.layers,
+        quantization=plan.quantization,
+        repeats=plan.repeats,
+        rounds=plan.rounds,
+        tensor_parallel=plan.tp,
+        eager=plan.eager,
+        input_tokens_per_round=tokens_in,
+        output_tokens_per_round=tokens_out,
+    )
+
+
+def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> VariantRecord:
+    """The part of the record on one variant, from its processes among `runs`."""
+    processes = [
+        ProcessRecord(
+            order=run.order,
+            pair=run.pair + 1,
+            vllm_folder=shown(Path(run.result.vllm_folder)),
+            engine_start_s=run.result.engine_start_s,
+            warm_up=run.result.warm_up,
+            rounds=run.result.rounds,
+            figures=_figures(plan, run.result),
+            launches=run.result.launches,
+            layers=run.result.layers,
+        )
+        for run in runs
+        if run.variant is variant
+    ]
+    figures = [figure for process in processes for figure in process.figures]
+    launches: Counter[str] = Counter()
+    for run in runs:
+        if run.variant is variant:
+            launches.update(run.result.total_launches())
+    return VariantRecord(
+        name=variant.name,
+        environment=common_settings(plan) | variant.switches,
+        command=command_line(plan, variant),
+        processes=processes,
+        median=median(figures),
+        lowest=min(figures),
+        highest=max(figures),
+        launches=dict(launches),
+    )
+
+
+def _figures(plan: Plan, result: Result) -> list[float]:
+    """Tokens per second (input and output together), or seconds per batch, of every round."""
+    if plan.metric == "latency":
+        return [done.elapsed_s for done in result.rounds]
+    return [(done.prompt_tokens + done.output_tokens) / done.elapsed_s for done in result.rounds]

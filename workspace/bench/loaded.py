@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process runs: files, modules, packages and versions, for the checks of a result."""
+
+import hashlib
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+
+def files_hash(folder: Path) -> str:
+    """Hash over names, sizes and times of the Python files below `folder`."""
+    stats = ((str(path), path.stat()) for path in sorted(folder.rglob("*.py")))
+    lines = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def modules() -> dict[str, str]:
+    """Imported top-level modules and the file of each.
+
+    They stand for the engine's other processes, which inherit this one's module path.
+    """
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    return {k: file for k, file in files.items() if file and "." not in k and k != "__main__"}
+
+
+def packages() -> dict[str, str]:
+    """Every distribution on the module path, and its version."""
+    versions: dict[str, str] = {}
+    for distribution in distributions():  # in the order of the module path: the first counts
+        versions.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution.version)
+    return versions
+
+
+def versions() -> dict[str, str]:
+    """Versions and device, as the engine's process sees them."""
+    import torch
+    from vllm.platforms import current_platform
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("vllm", "triton", "transformers", "custom-kernels"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["cuda"] = str(torch.version.cuda or "none")
+    found["platform"] = current_platform.device_type
+    if current_platform.device_type != "cpu":
+        found["device"] = current_platform.get_device_name()
+    return found

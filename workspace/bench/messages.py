@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between `make bench` and an engine process: the job, steps as they begin, the result.
+
+Each is JSON in a file of the job's folder.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from workspace.bench.record import Metric, Round
+
+Stage = Literal[
+    "importing vLLM",
+    "starting the engine",
+    "warming up",
+    "round",
+    "comparing outputs",
+    "stopping",
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""What an engine process does, in this order."""
+
+WARM_ROUNDS = (2, 8)
+"""Fewest and most warm-up rounds of a process."""
+JOB, EVENTS, RESULT = "job.json", "events.jsonl", "result.json"
+"""Files in a job's folder."""
+
+
+class Job(BaseModel):
+    """What the process is to do.
+
+    `arguments` go to `vllm bench METRIC`; `--seed` and `--output-json` are added per round.
+    `prompts` are texts or token ids for the comparison of outputs. With `seconds`, no round begins
+    that would end later than that after the start of the process, except that `fewest_rounds` are
+    always measured.
+    """
+
+    metric: Metric
+    arguments: list[str]
+    rounds: int
+    fewest_rounds: int = 1
+    seconds: float | None = None
+    seed: int
+    prompts: list[str] | list[list[int]]
+    new_tokens: int
+    top: int
+    launches: Path
+    folder: Path
+
+
+class Event(BaseModel):
+    """A step begins: its stage and, for rounds, the number and how many there are at most."""
+
+    stage: Stage
+    number: int = 0
+    of: int = 0
+
+    def __str__(self) -> str:
+        number = f" {self.number}" if self.number else ""
+        return f"{self.stage}{number}{f' of {self.of}' if self.of else ''}"
+
+
+class Step(BaseModel):
+    """One generated token, and the log-probabilities of the likeliest tokens including it."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    token: int
+    logprobs: dict[int, float]
+
+
+class Generation(BaseModel):
+    """Greedy output for one prompt."""
+
+    prompt: list[int]
+    steps: list[Step]
+
+
+class Result(BaseModel):
+    """What the process measured and what it ran."""
+
+    engine_start_s: float
+    warm_up: list[Round]
+    rounds: list[Round]
+    generations: list[Generation]
+    launches: dict[int, dict[str, int]]
+    layers: dict[int, dict[str, dict[str, int]]]
+    """Launches by process and layer; layers without launches are included, empty."""
+    kernels_source_hash: str
+    environment: dict[str, str]
+    vllm_folder: str
+    vllm_files: str
+    """Hash over names, sizes and times of vLLM's Python files when the process began."""
+    modules: dict[str, str]
+    """Imported top-level modules and the file of each."""
+    packages: dict[str, str]
+    """Every distribution that the process finds, and its version."""
+    dtype: str
+    """What the engine computes in; not always the configuration's dtype."""
+
+    def total_launches(self) -> dict[str, int]:
+        """Launches by operation and backend, over all processes."""
+        total: Counter[str] = Counter()
+        for counts in self.launches.values():
+            total.update(counts)
+        return dict(total)
