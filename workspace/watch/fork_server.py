@@ -1,112 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that has imported what kernels need and forks a child for every question.
+"""A process that has imported everything kernels need and forks a child for every question.
 
-    python -m workspace.watch.fork_server
+    python -m workspace.watch.fork_server DESCRIPTOR
 
-It reads a question per line (JSON) and answers with two lines: the child's process id, then what
-came of it. Importing torch, Triton and CuPy takes seconds; a fork takes milliseconds, and its child
-imports the kernel as it is now. The child may crash or hang: nothing else does. This process itself
-never touches the GPU, or its children could not.
+It reads questions from the connection DESCRIPTOR (see workspace.watch.messages) and sends two
+messages for each: `Started`, then the answer. Importing torch, Triton and CuPy takes seconds; a
+fork takes milliseconds, and its child imports the kernel as it is now. Only the child can crash or
+hang. This process itself never uses the GPU, or its children could not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
-from dataclasses import asdict
 from importlib import import_module
 from importlib.util import cache_from_source
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
+
+from workspace.watch.messages import (
+    Answer,
+    Check,
+    Checked,
+    Crashed,
+    Failed,
+    FindDevice,
+    FoundDevice,
+    Inspect,
+    Inspected,
+    NotChecked,
+    Question,
+    Ready,
+    Started,
+    Timing,
+)
 
 PRELOADED = (
     "torch", "triton", "triton.language", "triton.compiler", "triton.backends.nvidia.compiler",
     "cupy", "cupy_backends.cuda.libs.nvrtc", "tvm_ffi", "rich.table",
-    # What the first call of an operator of ours makes torch import.
+    # Imported by torch at the first call of a custom operator.
     "torch._dynamo", "torch._higher_order_ops.triton_kernel_wrap", "torch.testing",
     "triton.experimental.gluon.nvidia.hopper",
     "custom_kernels.inspection", "custom_kernels.checking", "custom_kernels.timing",
     "concurrent.futures.process", "multiprocessing.context",
 )  # fmt: skip
 MOST_VARIANTS = 4
-"""Of a Triton kernel, compiled for a verdict: it should come in seconds. `make inspect` shows
-all."""
+"""Variants of a Triton kernel that are compiled for a verdict, which should take seconds; `make
+inspect` shows all."""
 TIMED_TOKENS = (16, 4096)
 TIMED_SECONDS = 0.05
 MOST_OUTPUT = 4000
-"""Characters that are kept of what a crashed child printed."""
+"""Characters kept of a crashed child's output."""
 
 
 def main() -> None:
+    connection = Connection(int(sys.argv[1]))
     for name in PRELOADED:
-        with contextlib.suppress(ImportError):  # a question that needs it will say so
+        with contextlib.suppress(ImportError):  # reported by the question that needs it
             import_module(name)
-    # Nobody else must find bytecode of a file that was saved a moment later, see _forget_bytecode.
+    # No other process may find bytecode of a file that was saved a moment later, see
+    # _forget_bytecode.
     sys.dont_write_bytecode = True
-    # Of a fork beside threads: what libraries started at import waits for work, and holds no lock.
+    # About a fork while threads run: those that libraries started at import are idle and hold no
+    # lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    print(json.dumps({"ready": os.getpid()}), flush=True)
-    for line in sys.stdin:
-        answer(json.loads(line))
+    connection.send(Ready())
+    with contextlib.suppress(EOFError):
+        while True:
+            answer(connection, connection.recv())
 
 
-def answer(question: dict[str, Any]) -> None:
-    """Fork, print the child's id, wait for it, print what it found or how it ended."""
-    reading, writing = os.pipe()
+def answer(connection: Connection, question: Question) -> None:
+    """Fork, send the child's id, wait for the child, send its answer or how it ended."""
+    reading, writing = Pipe(duplex=False)
     with tempfile.TemporaryFile() as printed:
         child = os.fork()
         if child == 0:
-            os.close(reading)
+            connection.close()
+            reading.close()
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
             _child(question, writing)
-        os.close(writing)
-        print(json.dumps({"child": child}), flush=True)
-        with os.fdopen(reading, "rb") as pipe:
-            text = pipe.read()
+        writing.close()
+        connection.send(Started(child))
+        pickled = None
+        with contextlib.suppress(EOFError, OSError):
+            pickled = reading.recv_bytes()
+        reading.close()
         _, status = os.waitpid(child, 0)
-        found: dict[str, Any]
-        if text:
-            found = json.loads(text)
+        if pickled is None:
+            connection.send(_crashed(status, printed))
         else:
-            printed.seek(0)
-            output = printed.read().decode(errors="replace").strip()[-MOST_OUTPUT:]
-            code = os.waitstatus_to_exitcode(status)
-            how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-            found = {"crashed": how, "signal": max(0, -code), "output": output}
-    print(json.dumps(found), flush=True)
+            connection.send_bytes(pickled)
 
 
-def _child(question: dict[str, Any], writing: int) -> None:
-    """Answer and end; never returns."""
-    os.setsid()  # so that whatever it starts ends with it
-    # Should nobody be left to end it.
+def _crashed(status: int, printed: IO[bytes]) -> Crashed:
+    printed.seek(0)
+    output = printed.read().decode(errors="replace").strip()[-MOST_OUTPUT:]
+    code = os.waitstatus_to_exitcode(status)
+    how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
+    return Crashed("crashed", f"{how}\n{output}" if output else f"{how}")
+
+
+def _child(question: Question, writing: Connection) -> NoReturn:
+    """Answer and end."""
+    os.setsid()  # the process group that the watch kills
+    # In case nobody is left to kill it.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(int(question["timeout"]) + 10)
+    signal.alarm(int(question.timeout) + 10)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        if "operation" in question:
-            _forget_bytecode(question["operation"])
-        found = ACTIONS[question["action"]](question)
+        found = _answer(question)
     except Exception as error:
         from custom_kernels import inspection
 
-        found = {"error": inspection.explain(error), "trace": traceback.format_exc()}
-    with os.fdopen(writing, "wb") as pipe:
-        pipe.write(json.dumps(found).encode())
+        found = Failed(inspection.explain(error))
+    writing.send(found)
     sys.stdout.flush()
     os._exit(0)
 
 
+def _answer(question: Question) -> Answer:
+    if isinstance(question, FindDevice):
+        return find_device()
+    _forget_bytecode(question.operation)
+    return inspect(question) if isinstance(question, Inspect) else check(question)
+
+
 def _forget_bytecode(operation: str) -> None:
-    """Bytecode is trusted by its source's second and size: not fine enough for quick edits."""
+    """Delete bytecode: Python trusts it by its source's second and size, too coarse for quick
+    edits."""
     from custom_kernels import build
 
     for path in (build.PACKAGE / operation).glob("*.py"):
@@ -116,79 +146,72 @@ def _forget_bytecode(operation: str) -> None:
 # --- the questions --------------------------------------------------------------------------------
 
 
-def device(_: dict[str, Any]) -> dict[str, Any]:
-    """The GPU's name and architecture, None where there is none."""
+def find_device() -> FoundDevice:
     import torch
     from custom_kernels import build
 
     if not torch.cuda.is_available():
-        return {"gpu": None}
+        return FoundDevice()
     gpu = torch.device("cuda", 0)
-    return {"gpu": torch.cuda.get_device_name(gpu), "architecture": build.architecture(gpu)}
+    return FoundDevice(torch.cuda.get_device_name(gpu), build.architecture(gpu))
 
 
-def inspect(question: dict[str, Any]) -> dict[str, Any]:
-    """Compile for one architecture and read what came out."""
+def inspect(question: Inspect) -> Inspected:
     from custom_kernels import inspection
 
-    operation, backend = question["operation"], question["backend"]
-    reports = inspection.compile_here(operation, backend, [question["architecture"]], MOST_VARIANTS)
-    return {
-        "reports": [asdict(report) for report in reports],
-        "warnings": inspection.warnings(reports),
-    }
+    reports = inspection.compile_here(
+        question.operation, question.backend, [question.architecture], MOST_VARIANTS
+    )
+    return Inspected(tuple(reports), tuple(inspection.warnings(reports)))
 
 
-def check(question: dict[str, Any]) -> dict[str, Any]:
-    """Check; on a GPU, if all is right, time."""
+def check(question: Check) -> Checked | NotChecked | Failed:
     import torch
     from custom_kernels import checking, registry
 
-    operation, backend = question["operation"], question["backend"]
-    place = torch.device("cuda", 0) if question["gpu"] else torch.device("cpu")
-    reason = registry.available(operation, backend, place)
+    operation, backend = question.operation, question.backend
+    device = torch.device("cuda", 0) if question.on_gpu else torch.device("cpu")
+    reason = registry.available(operation, backend, device)
     if reason is not None:
-        return {"not_checked": reason}
-    checked = checking.check(operation, backend, place, quick=True)
-    wrong = [str(one) for one in checked if one.failure is not None]
-    if question["gpu"] and wrong:
+        return NotChecked(reason)
+    checked = checking.check(operation, backend, device, quick=True)
+    wrong = tuple(str(one) for one in checked if one.failure is not None)
+    if question.on_gpu and wrong:
         try:
-            torch.cuda.synchronize(place)
-        except RuntimeError:  # everything after the first error says the same
-            return {"error": wrong[0]}
-    found: dict[str, Any] = {"checked": len(checked), "wrong": wrong}
-    if question["gpu"] and not wrong:
-        found["times"] = _times(operation, backend, place)
-    return found
+            torch.cuda.synchronize(device)
+        except RuntimeError:  # after the first error, every case reports the same one
+            return Failed(wrong[0])
+    times = _times(operation, backend, device) if question.on_gpu and not wrong else {}
+    return Checked(len(checked), wrong, times)
 
 
-def _times(operation: str, backend: str, place: Any) -> dict[str, dict[str, Any]]:
-    """Microseconds of one call with few tokens and with many, and the ratio to the baseline."""
+def _times(operation: str, backend: str, device: Any) -> dict[str, Timing]:
+    """One call with few tokens and one with many, and the ratio to the baseline."""
     from custom_kernels import bench, checking, timing
 
     definition = checking.definition(operation)
-    dtype = checking.dtypes(operation, backend, place)[0]
+    dtype = checking.dtypes(operation, backend, device)[0]
     exact = import_module(f"custom_kernels.{operation}.reference").exact
-    contender = bench.contender_of(operation, backend, place, dtype, definition)
+    contender = bench.contender_of(operation, backend, device, dtype, definition)
     baseline = next(
-        (one for one in definition.baselines(dtype) if one.unavailable(place) is None), None
+        (one for one in definition.baselines(dtype) if one.unavailable(device) is None), None
     )
-    sides = [baseline, contender] if baseline and baseline.name != contender.name else [contender]
-    found = {}
+    contenders = [contender]
+    if baseline is not None and baseline.name != contender.name:
+        contenders.insert(0, baseline)
+    times = {}
     for tokens in TIMED_TOKENS:
         case = next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
-        results = timing.measure(case, sides, exact, place, TIMED_SECONDS, 1).results
+        results = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1).results
         own = results[contender.name]
-        found[" ".join(f"{name}={value}" for name, value in case.labels.items())] = {
-            "us": own.times.median if own.times else None,
-            "ratio": own.ratio,
-            "baseline": sides[0].name if len(sides) > 1 else None,
-            "failure": own.failure,
-        }
-    return found
+        times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = Timing(
+            microseconds=own.times.median if own.times else None,
+            ratio=own.ratio,
+            baseline=contenders[0].name if len(contenders) > 1 else None,
+            failure=own.failure,
+        )
+    return times
 
-
-ACTIONS = {"device": device, "inspect": inspect, "check": check}
 
 if __name__ == "__main__":
     main()

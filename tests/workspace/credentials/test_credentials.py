@@ -526,7 +526,7 @@ BY_PATH = [
     *(".cache/huggingface/token", ".cache/huggingface/stored_tokens", ".git-credentials"),
     *(".config/git/credentials", ".netrc", ".local/share/uv/credentials/index.invalid"),
     *(".ssh/id_ed25519", ".ssh/id_rsa_work", ".aws/credentials", ".azure/msal_token_cache.json"),
-    *(".config/gcloud/application_default_credentials.json", ".cargo/search.toml"),
+    *(".config/gcloud/application_default_credentials.json", ".cargo/credentials.toml"),
     *(".gnupg/private-keys-v1.d/A.key", ".kaggle/kaggle.json"),
     *(".config/gcloud/legacy_credentials/me/adc.json", ".continuum/anaconda-client/tokens/t"),
     *(".vscode-server/.0123abc.token", ".vscode/cli/token.json"),
