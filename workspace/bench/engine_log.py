@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why an engine failed, in one line, from the log of its processes.
 
-vLLM's processes write into one log, their lines interleaved and named, each as often as it likes:
+vLLM's processes write into one log, their lines interleaved and prefixed:
 
     (Worker_TP0 pid=7) ERROR 11-26 09:54:13 [multiproc_executor.py:9] Traceback (most recent call…
     (EngineCore pid=5) ERROR 11-26 09:54:14 [core.py:9] RuntimeError: … See root cause above.
     RuntimeError: Engine core initialization failed. See root cause above.
 
-An outer process only says that an inner one failed. So the tracebacks are taken apart by process,
-and of those that say more than that, the first one counts.
+An outer process only reports that an inner one failed. So tracebacks are separated by process, and
+the first one that reports more than that counts.
 """
 
 import re
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 LONGEST = 300
-"""Characters of an exception's message that are shown."""
+"""Characters shown of an exception's message."""
 
 _COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _PROCESS = re.compile(r"^\(([^()]+ pid=\d+)\) ?")
@@ -32,9 +32,9 @@ _VAGUE = re.compile(
     r"(Engine core|WorkerProc) initialization failed|root cause|EngineDead|"
     r"Worker proc \S+ died unexpectedly"
 )
-"""What a process says when another one has failed."""
+"""What a process reports when another one has failed."""
 _ENDED = re.compile(r"^([\w.]*\.)?(SystemExit|KeyboardInterrupt|CancelledError|\w+ResetError)\b")
-"""What a process says when it is ended because another one has failed."""
+"""What a process reports when it is stopped because another one has failed."""
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.I
 )
@@ -42,14 +42,14 @@ _KILLED = re.compile(r"proc\(s\): \{.*: -9\b|proc \S+ died unexpectedly")
 _LINE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Exit)|Fatal [\w ]*error|Killed|terminate called|[\w ]+: error)\b"
 )
-"""An error without a traceback: of the interpreter, of C++, of an option's parser."""
+"""An error without a traceback: from the interpreter, C++, or an argument parser."""
 _PYDANTIC = re.compile(r"^(?P<type>\S*ValidationError): \d+ validation errors? for (?P<what>\S+)")
 _DETAIL = re.compile(r"^ {2}(?:Value error, |Assertion failed, )?(.*?)(?: \[type=.*)?$")
 
 
 @dataclass
 class _Chain:
-    """Exceptions that led from one to the next, the first one first; each as its lines."""
+    """Exceptions that caused one another, the first one first; each as its lines."""
 
     process: str
     line: int
@@ -74,11 +74,9 @@ def explain(text: str, status: int) -> str:
     found = _cause(text)
     if found and _MEMORY.search(found):
         return f"out of memory ({found}); use a smaller MODEL or a larger TP"
-    # What is killed says nothing, so what was found there was got over.
+    # A killed process logs nothing, so any error in its log was handled.
     if status == -signal.SIGKILL or (not found and _KILLED.search(text)):
-        return (
-            "the engine was killed (signal 9), most likely for want of memory; use a smaller MODEL"
-        )
+        return "the engine was killed (signal 9), most likely out of memory; use a smaller MODEL"
     if found:
         return found
     if status < 0:
@@ -88,13 +86,13 @@ def explain(text: str, status: int) -> str:
 
 
 def _cause(text: str) -> str | None:
-    """The exception or line that says why; None where all only say that another one failed."""
+    """The exception or line with the cause; None if all only report that another process failed."""
     chains = [chain for chain in _chains(text) if not _ENDED.match(chain.last)]
     outer = next((chain for chain in reversed(chains) if not chain.process), None)
     if outer and not _VAGUE.search(outer.last):
         return outer.root
-    # The last of each process is the one that ended it, earlier ones were got over; and the first
-    # process that ended took the others along.
+    # The last error of each process ended it, earlier ones were handled; and the first process that
+    # ended stopped the others.
     ends = {chain.process: chain for chain in chains if not _VAGUE.search(chain.last)}
     if ends:
         return min(ends.values(), key=lambda chain: chain.line).root
@@ -138,7 +136,7 @@ def _chains(text: str) -> list[_Chain]:
 
 @dataclass
 class _Reader:
-    """Takes the lines of one process from the beginning of a traceback on."""
+    """Reads the lines of one process from the start of a traceback."""
 
     chain: _Chain
     record: str

@@ -264,4 +264,4 @@ if __name__ == "__main__":
         sys.exit("interrupted; run the same command again")
     except OSError as error:
         reason = error.strerror or str(error)
-        sys.exit(f"error: {reason}: {error.filename or ''}; mend that and run the command again")
+        sys.exit(f"error: {reason}: {error.filename or ''}; fix that and re-run")

@@ -183,7 +183,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(here / "runs" / "job.json"))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise full
 
     monkeypatch.setattr(runner, "measure", fail)
