@@ -133,23 +133,20 @@ def same_prompts(baseline: Result, candidate: Result) -> list[str]:
     return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
 
 
-def same_versions(results: Sequence[Result]) -> list[str]:
-    """Installed versions did not change between the first and the last process."""
-    found = {tuple(sorted(r.environment.items())) for r in results}
-    return [] if len(found) == 1 else ["installed versions changed during the run; re-run"]
+def unchanged(results: Sequence[Result], launching: Sequence[Result]) -> list[str]:
+    """Nothing was edited or installed between the first and the last process.
 
-
-def same_kernels(results: Sequence[Result]) -> list[str]:
-    """The kernels were not edited between these processes, the ones that ran them."""
-    found = {r.kernels_source_hash for r in results}
-    return [] if len(found) <= 1 else ["the kernels' sources changed during the run; re-run"]
-
-
-def same_files(results: Sequence[Result]) -> list[str]:
-    """vLLM's files were not edited between the first and the last process that ran them."""
-    found = {(r.vllm_folder, r.vllm_files) for r in results}
-    same = len(found) == len({folder for folder, _ in found})
-    return [] if same else ["vLLM's sources changed during the run; re-run"]
+    Args:
+        results: of all processes.
+        launching: of those that ran custom kernels; only for them do edited kernels matter.
+    """
+    folders = {r.vllm_folder for r in results}
+    changed = {
+        "installed versions": len({tuple(sorted(r.environment.items())) for r in results}) > 1,
+        "vLLM's sources": len({(r.vllm_folder, r.vllm_files) for r in results}) > len(folders),
+        "the kernels' sources": len({r.kernels_source_hash for r in launching}) > 1,
+    }
+    return [f"{what} changed during the run; re-run" for what, yes in changed.items() if yes]
 
 
 def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:

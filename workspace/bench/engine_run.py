@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from workspace.bench import loaded
 from workspace.bench.kept_engine import KeptEngine
@@ -30,7 +30,6 @@ from workspace.bench.messages import (
     Generation,
     Job,
     Result,
-    Stage,
     Step,
 )
 from workspace.bench.models import DUMMY_FORMAT
@@ -41,10 +40,8 @@ WARM_GAIN = 1.1
 """An engine is warm when a round is not 1.1 times faster than the one before."""
 
 
-class Report(Protocol):
-    """Tells the parent process that a step begins."""
-
-    def __call__(self, stage: Stage, number: int = 0, of: int = 0) -> None: ...
+Report = Callable[[Event], None]
+"""Tells the parent process that a step begins."""
 
 
 def main() -> None:
@@ -52,19 +49,22 @@ def main() -> None:
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
     deadline = math.inf if job.seconds is None else begin + job.seconds
     end_with_parent()
-    report = _reporter(job.folder / EVENTS)
 
-    report("importing vLLM")
+    def report(event: Event) -> None:
+        with (job.folder / EVENTS).open("a") as file:
+            file.write(event.model_dump_json() + "\n")
+
+    report(Event(stage="importing vLLM"))
     import vllm
 
     vllm_folder = Path(vllm.__file__).parent
     vllm_files = loaded.files_hash(vllm_folder)
     if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
         importlib.import_module("workspace.bench.dummy_weights")
-    engine = KeptEngine(vllm.LLM, lambda: report("warming up", 1))
+    engine = KeptEngine(vllm.LLM, lambda: report(Event(stage="warming up", number=1)))
     vllm.LLM = engine
 
-    report("starting the engine")
+    report(Event(stage="starting the engine"))
     begin = time.perf_counter()
     first = _bench(job, engine, job.seed)
     start_s = time.perf_counter() - begin
@@ -75,7 +75,7 @@ def main() -> None:
     warm_up = _warm_up(job, bench, first, report, deadline)
     rounds = _rounds(job, bench, report, deadline)
 
-    report("comparing outputs")
+    report(Event(stage="comparing outputs"))
     generations = _generate(job, engine)
 
     # Imported by stock too: the proof includes that it could have run the kernels.
@@ -97,7 +97,7 @@ def main() -> None:
         packages=loaded.packages(),
     )
     write_file(job.folder / RESULT, result.model_dump_json().encode())
-    report("stopping")
+    report(Event(stage="stopping"))
 
 
 def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
@@ -141,7 +141,7 @@ def _warm_up(
     done = [first]
     fewest, most = WARM_ROUNDS
     while len(done) < most:
-        report("warming up", len(done) + 1)
+        report(Event(stage="warming up", number=len(done) + 1))
         done.append(bench(job.seed + 1000 + len(done)))
         if len(done) >= fewest and done[-1].elapsed_s * WARM_GAIN >= done[-2].elapsed_s:
             break
@@ -163,7 +163,7 @@ def _rounds(
         begin = time.monotonic()
         if number > job.fewest_rounds and begin + slowest > deadline:
             break
-        report("round", number, job.rounds)
+        report(Event(stage="round", number=number, of=job.rounds))
         done.append(bench(job.seed + number))
         slowest = max(slowest, time.monotonic() - begin)
     return done
@@ -189,16 +189,6 @@ def _generate(job: Job, engine: KeptEngine) -> list[Generation]:
         ]
         generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
     return generations
-
-
-def _reporter(path: Path) -> Report:
-    """A function that appends a step to the events file, which the parent process follows."""
-
-    def report(stage: Stage, number: int = 0, of: int = 0) -> None:
-        with path.open("a") as file:
-            file.write(Event(stage=stage, number=number, of=of).model_dump_json() + "\n")
-
-    return report
 
 
 def end_with_parent() -> None:

@@ -92,8 +92,7 @@ def evaluate(
 def _unproven(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
     """Failures of all checks but those of the outputs."""
     results = [run.result for run in runs]
-    failures = checks.same_versions(results) + checks.same_files(results)
-    failures += checks.same_kernels([run.result for run in runs if run.variant.launches])
+    failures = checks.unchanged(results, [run.result for run in runs if run.variant.launches])
     modules = frozenset(name for result in results for name in result.modules)
     expected = provenance.expected(plan.device.kind, modules)
     for run in runs:
@@ -161,6 +160,10 @@ def _settings(plan: Plan) -> Settings:
 
 def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> VariantRecord:
     """The part of the record on one variant, from its processes among `runs`."""
+    runs = [run for run in runs if run.variant is variant]
+    launches: Counter[str] = Counter()
+    for run in runs:
+        launches.update(run.result.total_launches())
     processes = [
         ProcessRecord(
             order=run.order,
@@ -174,13 +177,8 @@ def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> 
             layers=run.result.layers,
         )
         for run in runs
-        if run.variant is variant
     ]
     figures = [figure for process in processes for figure in process.figures]
-    launches: Counter[str] = Counter()
-    for run in runs:
-        if run.variant is variant:
-            launches.update(run.result.total_launches())
     return VariantRecord(
         name=variant.name,
         environment=common_settings(plan) | variant.switches,

@@ -2,6 +2,7 @@
 """Layers of a model by kind: "model.layers.*.mlp.down_proj" stands for all of them."""
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -46,12 +47,10 @@ def kinds(counted: Mapping[str, Mapping[str, int]]) -> list[Kind]:
     ]
 
 
-def total(processes: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+def total(processes: Iterable[Mapping[str, Mapping[str, int]]]) -> Mapping[str, Counter[str]]:
     """Calls by layer and kernel, over all processes."""
-    result: dict[str, dict[str, int]] = {}
+    result: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for layers in processes:
         for name, kernels in layers.items():
-            into = result.setdefault(name, {})
-            for kernel, count in kernels.items():
-                into[kernel] = into.get(kernel, 0) + count
+            result[name].update(kernels)
     return result

@@ -123,7 +123,7 @@ def collect(
         kernels=kernels,
         environment=environment,
         cpu=cpu_name(),
-        cpu_flags=_cpu_flags(),
+        cpu_flags=[flag for flag in CPU_FLAGS if flag in _cpuinfo().get("flags", "").split()],
         cores=len(os.sched_getaffinity(0)),
         load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -132,14 +132,9 @@ def collect(
 
 def cpu_name() -> str:
     """The CPU's model name."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
+    return _cpuinfo().get("model name", platform.machine())
 
 
-def _cpu_flags() -> list[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return [flag for flag in CPU_FLAGS if flag in line.split()]
-    return []
+def _cpuinfo() -> dict[str, str]:
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}

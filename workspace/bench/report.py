@@ -119,10 +119,10 @@ def show(record: Record, path: Path, plot: Path) -> None:
     if record.note:
         console.print(f"[yellow]{record.note}[/yellow]")
     if record.agreement.lossy:
-        distance = distance_line(record.agreement)
-        console.print(f"distance of {names[1]} from {names[0]}, not a proof: {distance}")
+        what = f"distance of {names[1]} from {names[0]}, not a proof"
     else:
-        console.print(f"outputs: {agreement_line(record.agreement)}")
+        what = "outputs"
+    console.print(f"{what}: {agreement_line(record.agreement)}")
     itself = (record.baseline_with_itself, record.candidate_with_itself)
     for name, agreement in zip(names, itself, strict=True):
         if agreement is not None:
@@ -202,22 +202,16 @@ def layer_lines(variant: VariantRecord) -> list[str]:
 
 
 def agreement_line(agreement: Agreement) -> str:
-    """How far the outputs agree."""
+    """How far the outputs agree; for a lossy variant, without the bounds that do not apply."""
+    bounds = (agreement.allowed_largest, agreement.allowed_mean)
+    allowed = [f" (allowed {bound:g})" for bound in bounds]
     diverged = f", {plural(agreement.diverged, 'prompt')} diverged" if agreement.diverged else ""
-    if diverged and agreement.passed:
+    if agreement.lossy:
+        allowed = ["", ""]
+    elif diverged and agreement.passed:
         diverged += " at a near tie"
     return (
         f"{agreement.matched} of {agreement.tokens} greedy tokens match{diverged}; "
-        f"log-probabilities differ by at most {agreement.largest:.3f} "
-        f"(allowed {agreement.allowed_largest:g}), "
-        f"{agreement.mean:.4f} on average (allowed {agreement.allowed_mean:g})"
-    )
-
-
-def distance_line(agreement: Agreement) -> str:
-    """How far the outputs of a lossy variant are from stock's."""
-    return (
-        f"{agreement.matched} of {agreement.tokens} greedy tokens match, up to each prompt's "
-        f"first different one; log-probabilities differ by at most {agreement.largest:.3f}, "
-        f"{agreement.mean:.4f} on average"
+        f"log-probabilities differ by at most {agreement.largest:.3f}{allowed[0]}, "
+        f"{agreement.mean:.4f} on average{allowed[1]}"
     )

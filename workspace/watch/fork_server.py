@@ -25,22 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from workspace.watch.messages import (
-    Answer,
-    Check,
-    Checked,
-    Crashed,
-    Failed,
-    FindDevice,
-    FoundDevice,
-    Inspect,
-    Inspected,
-    NotChecked,
-    Question,
-    Ready,
-    Started,
-    Timing,
-)
+from workspace.watch import messages
 
 PRELOADED = (
     "torch", "triton", "triton.language", "triton.compiler", "triton.backends.nvidia.compiler",
@@ -71,13 +56,13 @@ def main() -> None:
     # About a fork while threads run: those that libraries started at import are idle and hold no
     # lock.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    connection.send(Ready())
+    connection.send(messages.Ready())
     with contextlib.suppress(EOFError):
         while True:
             answer(connection, connection.recv())
 
 
-def answer(connection: Connection, question: Question) -> None:
+def answer(connection: Connection, question: messages.Question) -> None:
     """Fork, send the child's id, wait for the child, send its answer or how it ended."""
     reading, writing = Pipe(duplex=False)
     with tempfile.TemporaryFile() as printed:
@@ -89,7 +74,7 @@ def answer(connection: Connection, question: Question) -> None:
             os.dup2(printed.fileno(), 2)
             _child(question, writing)
         writing.close()
-        connection.send(Started(child))
+        connection.send(messages.Started(child))
         pickled = None
         with contextlib.suppress(EOFError, OSError):
             pickled = reading.recv_bytes()
@@ -101,15 +86,15 @@ def answer(connection: Connection, question: Question) -> None:
             connection.send_bytes(pickled)
 
 
-def _crashed(status: int, printed: IO[bytes]) -> Crashed:
+def _crashed(status: int, printed: IO[bytes]) -> messages.Crashed:
     printed.seek(0)
     output = printed.read().decode(errors="replace").strip()[-MOST_OUTPUT:]
     code = os.waitstatus_to_exitcode(status)
     how = signal.strsignal(-code) if code < 0 else f"exit status {code}"
-    return Crashed("crashed", f"{how}\n{output}" if output else f"{how}")
+    return messages.Crashed("crashed", f"{how}\n{output}" if output else f"{how}")
 
 
-def _child(question: Question, writing: Connection) -> NoReturn:
+def _child(question: messages.Question, writing: Connection) -> NoReturn:
     """Answer and end."""
     os.setsid()  # the process group that the watch kills
     # In case nobody is left to kill it.
@@ -121,17 +106,17 @@ def _child(question: Question, writing: Connection) -> NoReturn:
     except Exception as error:
         from custom_kernels import inspection
 
-        found = Failed(inspection.explain(error))
+        found = messages.Failed(inspection.explain(error))
     writing.send(found)
     sys.stdout.flush()
     os._exit(0)
 
 
-def _answer(question: Question) -> Answer:
-    if isinstance(question, FindDevice):
+def _answer(question: messages.Question) -> messages.Answer:
+    if isinstance(question, messages.FindDevice):
         return find_device()
     _forget_bytecode(question.operation)
-    return inspect(question) if isinstance(question, Inspect) else check(question)
+    return inspect(question) if isinstance(question, messages.Inspect) else check(question)
 
 
 def _forget_bytecode(operation: str) -> None:
@@ -146,26 +131,26 @@ def _forget_bytecode(operation: str) -> None:
 # --- the questions --------------------------------------------------------------------------------
 
 
-def find_device() -> FoundDevice:
+def find_device() -> messages.FoundDevice:
     import torch
     from custom_kernels import build
 
     if not torch.cuda.is_available():
-        return FoundDevice()
+        return messages.FoundDevice()
     gpu = torch.device("cuda", 0)
-    return FoundDevice(torch.cuda.get_device_name(gpu), build.architecture(gpu))
+    return messages.FoundDevice(torch.cuda.get_device_name(gpu), build.architecture(gpu))
 
 
-def inspect(question: Inspect) -> Inspected:
+def inspect(question: messages.Inspect) -> messages.Inspected:
     from custom_kernels import inspection
 
     reports = inspection.compile_here(
         question.operation, question.backend, [question.architecture], MOST_VARIANTS
     )
-    return Inspected(tuple(reports), tuple(inspection.warnings(reports)))
+    return messages.Inspected(tuple(reports), tuple(inspection.warnings(reports)))
 
 
-def check(question: Check) -> Checked | NotChecked | Failed:
+def check(question: messages.Check) -> messages.Checked | messages.NotChecked | messages.Failed:
     import torch
     from custom_kernels import checking, registry
 
@@ -173,19 +158,19 @@ def check(question: Check) -> Checked | NotChecked | Failed:
     device = torch.device("cuda", 0) if question.on_gpu else torch.device("cpu")
     reason = registry.available(operation, backend, device)
     if reason is not None:
-        return NotChecked(reason)
+        return messages.NotChecked(reason)
     checked = checking.check(operation, backend, device, quick=True)
     wrong = tuple(str(one) for one in checked if one.failure is not None)
     if question.on_gpu and wrong:
         try:
             torch.cuda.synchronize(device)
         except RuntimeError:  # after the first error, every case reports the same one
-            return Failed(wrong[0])
+            return messages.Failed(wrong[0])
     times = _times(operation, backend, device) if question.on_gpu and not wrong else {}
-    return Checked(len(checked), wrong, times)
+    return messages.Checked(len(checked), wrong, times)
 
 
-def _times(operation: str, backend: str, device: Any) -> dict[str, Timing]:
+def _times(operation: str, backend: str, device: Any) -> dict[str, messages.Timing]:
     """One call with few tokens and one with many, and the ratio to the baseline."""
     from custom_kernels import bench, checking, timing
 
@@ -204,7 +189,7 @@ def _times(operation: str, backend: str, device: Any) -> dict[str, Timing]:
         case = next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
         results = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1).results
         own = results[contender.name]
-        times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = Timing(
+        times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = messages.Timing(
             microseconds=own.times.median if own.times else None,
             ratio=own.ratio,
             baseline=contenders[0].name if len(contenders) > 1 else None,

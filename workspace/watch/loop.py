@@ -23,7 +23,7 @@ from workspace.host.text import say
 from workspace.watch.fork_client import ForkServer
 from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect
 from workspace.watch.saves import Backend, Saves, fingerprint
-from workspace.watch.screen import Lines, LiveScreen, Screen
+from workspace.watch.screen import Lines, LiveScreen
 from workspace.watch.verdict import Verdict, judge
 
 DEFAULT_ARCHITECTURE = "9.0a"
@@ -47,11 +47,13 @@ def run(k: str | None, arch: str | None = None, timeout: str | None = None) -> N
     if timeout and not timeout.isdecimal():
         raise WorkspaceError(f"TIMEOUT={timeout} is not a number of seconds")
     console = Console(highlight=False)
-    screen: Screen = LiveScreen(console) if console.is_terminal else Lines()
     with contextlib.suppress(KeyboardInterrupt), Watch(arch, int(timeout or TIMEOUT)) as watch:
         watch.start()
+        names = ", ".join(map(".".join, backends))
+        gpu = f"on {watch.gpu}" if watch.gpu else "no GPU"
+        title = f"watching {names} for {watch.architecture}, {gpu}"
+        screen = LiveScreen(title, console) if console.is_terminal else Lines(title)
         with screen:
-            screen.begin(backends, watch.architecture, watch.gpu)
             for verdict in watch.verdicts(backends, screen.busy):
                 screen.show(verdict)
     say("stopped watching")

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from custom_kernels.inspection import Report
 
-# --- to the server --------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class FindDevice:
@@ -42,9 +40,6 @@ class Check:
     backend: str
     on_gpu: bool
     timeout: float
-
-
-# --- from the server ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from workspace.watch.saves import Backend
 from workspace.watch.verdict import Verdict
 
 HISTORY = 8
@@ -58,7 +57,8 @@ def figures(verdict: Verdict, previous: Verdict | None) -> list[str]:
 class Screen:
     """Shows verdicts and keeps each backend's versions."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title
         self.history: dict[str, list[Verdict]] = {}
 
     def __enter__(self) -> Screen:
@@ -66,10 +66,6 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-    def begin(self, backends: Sequence[Backend], architecture: str, gpu: str | None) -> None:
-        names = ", ".join(map(".".join, backends))
-        self.title = f"watching {names} for {architecture}, {f'on {gpu}' if gpu else 'no GPU'}"
 
     def busy(self, backend: str) -> None:
         """A backend is being worked on."""
@@ -86,9 +82,9 @@ class Screen:
 class Lines(Screen):
     """Each verdict as lines, for a log."""
 
-    def begin(self, backends: Sequence[Backend], architecture: str, gpu: str | None) -> None:
-        super().begin(backends, architecture, gpu)
-        print(self.title, flush=True)
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        print(title, flush=True)
 
     def show(self, verdict: Verdict) -> None:
         lines = figures(verdict, self.last_compiled(verdict.backend))
@@ -103,8 +99,8 @@ class Lines(Screen):
 class LiveScreen(Screen):
     """One screen that stays: per backend the last version in full, earlier ones as a row each."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__()
+    def __init__(self, title: str, console: Console) -> None:
+        super().__init__(title)
         self.console = console
         self.working = ""
         self.live = Live(console=console, auto_refresh=False, screen=False)

@@ -173,17 +173,20 @@ def test_sources_must_not_change_during_the_run(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("22")
     newer = result().model_copy(update={"vllm_files": loaded.files_hash(tmp_path)})
     older = result().model_copy(update={"vllm_files": before})
-    assert checks.same_files([older, older]) == []
-    assert checks.same_files([older, newer]) != []
+    assert checks.unchanged([older, older], []) == []
+    assert checks.unchanged([older, newer], []) == ["vLLM's sources changed during the run; re-run"]
     other_tree = newer.model_copy(update={"vllm_folder": "/trees/pristine/vllm"})
-    assert checks.same_files([older, other_tree]) == []
+    assert checks.unchanged([older, other_tree], []) == []
 
     edited = result().model_copy(update={"kernels_source_hash": "1" * 64})
-    assert checks.same_kernels([result(), result()]) == []
-    assert checks.same_kernels([result(), edited]) != []
+    assert checks.unchanged([result(), edited], [result(), result()]) == []
+    assert checks.unchanged([result(), edited], [result(), edited]) == [
+        "the kernels' sources changed during the run; re-run"
+    ]
     upgraded = result().model_copy(update={"environment": {"vllm": "0.26"}})
-    assert checks.same_versions([result(), edited]) == []
-    assert checks.same_versions([result(), upgraded]) != []
+    assert checks.unchanged([result(), upgraded], []) == [
+        "installed versions changed during the run; re-run"
+    ]
 
 
 @pytest.mark.parametrize(

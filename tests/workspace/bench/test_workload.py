@@ -13,7 +13,7 @@ from tests.workspace.bench.samples import result
 from workspace.bench import models, processes, prompts, workload
 from workspace.bench.engine_run import _rounds, _warm_up
 from workspace.bench.measure import measure
-from workspace.bench.messages import Event, Job, Result, Stage
+from workspace.bench.messages import Event, Job, Result
 from workspace.bench.plan import DEFAULTS, BenchOptions, Device
 from workspace.bench.record import Metric, Round
 from workspace.bench.variants import stock_and_custom
@@ -111,8 +111,8 @@ class Engine:
     def __init__(self) -> None:
         self.steps: list[str] = []
 
-    def say(self, stage: Stage, number: int = 0, of: int = 0) -> None:
-        self.steps.append(str(Event(stage=stage, number=number, of=of)))
+    def report(self, event: Event) -> None:
+        self.steps.append(str(event))
 
     def round(self, seed: int) -> Round:
         time.sleep(SECONDS)
@@ -134,7 +134,7 @@ def job(**changes: object) -> Job:
 def test_rounds_end_with_the_time_but_not_before_a_verdict() -> None:
     def seeds(deadline: float) -> list[int]:
         engine = Engine()
-        done = _rounds(job(), engine.round, engine.say, deadline)
+        done = _rounds(job(), engine.round, engine.report, deadline)
         assert engine.steps == [f"round {i + 1} of 10" for i in range(len(done))]
         return [one.seed for one in done]
 
@@ -148,7 +148,9 @@ def test_rounds_end_with_the_time_but_not_before_a_verdict() -> None:
 def test_warming_up_leaves_time_for_the_rounds() -> None:
     for deadline, rounds in ((math.inf, 8), (0.0, 2)):
         engine = Engine()
-        assert len(_warm_up(job(), engine.round, engine.round(1), engine.say, deadline)) == rounds
+        assert (
+            len(_warm_up(job(), engine.round, engine.round(1), engine.report, deadline)) == rounds
+        )
 
 
 def test_where_time_is_short_all_processes_count_the_same_rounds(
