@@ -49,11 +49,26 @@ _DETAIL = re.compile(r"^ {2}(?:Value error, |Assertion failed, )?(.*?)(?: \[type
 
 @dataclass
 class _Chain:
-    """Exceptions that caused one another, the first one first; each as its lines."""
+    """A traceback: exceptions that caused one another, the first one first; each as its lines."""
 
     process: str
+    record: str
     line: int
     raised: list[list[str]] = field(default_factory=list)
+    linked: bool = False
+    in_frames: bool = True
+
+    def read(self, line: str) -> None:
+        if line == _TRACEBACK:
+            self.linked, self.in_frames = False, True
+        elif line in (_CAUSED, _DURING):
+            self.linked = True
+        elif self.in_frames:
+            if _EXCEPTION.match(line):
+                self.raised.append([line])
+                self.in_frames = False
+        elif line and not self.linked:
+            self.raised[-1].append(line)
 
     @property
     def last(self) -> str:
@@ -117,43 +132,19 @@ def _lines(text: str) -> Iterator[tuple[str, str, str]]:
 
 def _chains(text: str) -> list[_Chain]:
     """All tracebacks in the order in which they begin."""
-    reading: dict[str, _Reader] = {}
-    done = []
+    chains: list[_Chain] = []
+    current: dict[str, _Chain] = {}
     for number, (process, record, line) in enumerate(_lines(text)):
-        reader = reading.get(process)
-        if reader and reader.record != record:
-            done.append(reading.pop(process).chain)
-            reader = None
-        if line == _TRACEBACK and not (reader and reader.linked):
-            if reader:
-                done.append(reader.chain)
-            reader = reading[process] = _Reader(_Chain(process, number), record)
-        if reader:
-            reader.read(line)
-    done += [reader.chain for reader in reading.values()]
-    return sorted((chain for chain in done if chain.raised), key=lambda chain: chain.line)
-
-
-@dataclass
-class _Reader:
-    """Reads the lines of one process from the start of a traceback."""
-
-    chain: _Chain
-    record: str
-    linked: bool = False
-    in_frames: bool = True
-
-    def read(self, line: str) -> None:
-        if line == _TRACEBACK:
-            self.linked, self.in_frames = False, True
-        elif line in (_CAUSED, _DURING):
-            self.linked = True
-        elif self.in_frames:
-            if _EXCEPTION.match(line):
-                self.chain.raised.append([line])
-                self.in_frames = False
-        elif line and not self.linked:
-            self.chain.raised[-1].append(line)
+        chain = current.get(process)
+        if chain and chain.record != record:
+            chain = None
+            del current[process]
+        if line == _TRACEBACK and not (chain and chain.linked):
+            chain = current[process] = _Chain(process, record, number)
+            chains.append(chain)
+        if chain:
+            chain.read(line)
+    return [chain for chain in chains if chain.raised]
 
 
 def _joined(lines: list[str]) -> str:
