@@ -74,15 +74,15 @@ def _gpu_missing() -> str | None:
 
 def nvcc_missing() -> str | None:
     """None also where nvcc is missing though the release's packages hold one: then tests fail."""
-    from custom_kernels import build
+    from custom_kernels.compile import toolchain
 
     from workspace.pins.model import load
 
     if load().release().cuda.packages_hold_nvcc:
         return None
     try:
-        build.toolchain()
-    except build.NoCompiler as error:
+        toolchain.find()
+    except toolchain.NoCompiler as error:
         return str(error)
     return None
 

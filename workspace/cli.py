@@ -80,7 +80,7 @@ def inspect(options: verbs.Inspect) -> int:
     set_up.package_only()
     json = ["--json"] if options.json else []
     kernels = selection.words(options.k)
-    return run_module("custom_kernels.inspection", *kernels, *flags(arch=options.arch), *json)
+    return run_module("custom_kernels.inspect", *kernels, *flags(arch=options.arch), *json)
 
 
 def notebook(_: verbs.NoOptions) -> None:
@@ -126,14 +126,14 @@ def profile(options: verbs.Profile) -> int:
         dtype=options.dtype,
         pattern=options.pattern,
     )
-    return run_module("custom_kernels.profiling", operation, *chosen)
+    return run_module("custom_kernels.profile", operation, *chosen)
 
 
 def compare(options: verbs.Compare) -> int:
     if not options.a or not options.b:
         raise WorkspaceError("name two records: make compare A=before.json B=after.json")
     set_up.package_only()
-    return run_module("custom_kernels.compare", options.a, options.b)
+    return run_module("custom_kernels.bench.compare", options.a, options.b)
 
 
 def test(options: verbs.Test) -> int:

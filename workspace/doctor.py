@@ -201,14 +201,14 @@ def tool_chain(release: Release, mode: str) -> Iterator[Check]:
         count = sum(version is not None for version in components.values())
         yield Check("CUDA release", "ok", f"{release.cuda.release}, all {count} components")
     try:
-        from custom_kernels import build
+        from custom_kernels.compile import toolchain
 
-        tools = build.toolchain()
+        tools = toolchain.find()
     except ImportError:
         yield Check("nvcc", "problem", "the kernels package is not installed", "make dev")
         return
-    except build.BuildError as error:
-        if isinstance(error, build.NoCompiler) and not release.cuda.packages_hold_nvcc:
+    except toolchain.BuildError as error:
+        if isinstance(error, toolchain.NoCompiler) and not release.cuda.packages_hold_nvcc:
             remedy = f"CUDA_HOME=<CUDA {release.cuda.release}>, or ENV=conda"
             yield Check("nvcc", "note", f"kernels in CUDA C++ are left out: {error}", remedy)
         else:
@@ -366,24 +366,24 @@ def binaries() -> Check:
 
 def kernels() -> Check:
     try:
-        from custom_kernels import build
+        from custom_kernels.compile import build, sources, toolchain
 
         wanted = load().cuda.architectures
         stale = [
             source.name
-            for source in build.sources()
+            for source in sources.find_all()
             if not build.library_path(source, tuple(wanted)).is_file()
         ]
     except (ImportError, OSError) as error:
         return Check("kernels", "problem", str(error), "make dev")
-    except build.NoCompiler:
+    except toolchain.NoCompiler:
         return Check("kernels", "note", "those in Triton and CuPy: there is no nvcc for the others")
     except RuntimeError as error:
         return Check("kernels", "problem", str(error), "make kernels")
     if stale:
         return Check("kernels", "note", f"not compiled: {', '.join(stale)}", "make kernels")
     names = []
-    for source in build.sources():
+    for source in sources.find_all():
         only = source.architectures(wanted)
         names.append(source.name if list(only) == wanted else f"{source.name} ({', '.join(only)})")
     return Check("kernels", "ok", f"{', '.join(names)} for {', '.join(wanted)}")

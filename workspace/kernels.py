@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import sys
 
-from custom_kernels import build, jobs
+from custom_kernels.compile import build, jobs, sources
+from custom_kernels.compile.toolchain import BuildError, NoCompiler
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
@@ -41,12 +42,12 @@ def compile_for_device(device: str, operation: str | None = None) -> None:
     for arch in sorted(set(gpus())):
         wanted = [
             source
-            for source in build.sources()
+            for source in sources.find_all()
             if operation in (None, source.operation) and source.architectures([arch])
         ]
         try:
             complete = all(build.existing(source, arch) for source in wanted)
-        except build.BuildError:
+        except BuildError:
             complete = False  # compiling says why
         if not complete:
             compile_all([arch], operation)
@@ -73,8 +74,8 @@ def compile_all(architectures: list[str], operation: str | None = None) -> None:
 
     try:
         build.build_all(architectures, progress=report, operation=operation)
-    except build.BuildError as error:
-        if isinstance(error, build.NoCompiler) and not load().release().cuda.packages_hold_nvcc:
+    except BuildError as error:
+        if isinstance(error, NoCompiler) and not load().release().cuda.packages_hold_nvcc:
             say(f"kernels in CUDA C++ are left out: {error}")
             return
         first, _, rest = str(error).partition("\n")

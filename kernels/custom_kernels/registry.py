@@ -21,18 +21,22 @@ run in its interpreter where ``TRITON_INTERPRET=1`` is set before Triton is impo
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from custom_kernels import build
+from custom_kernels import paths
 
 if TYPE_CHECKING:
     import torch
 
 NOT_BACKENDS = frozenset({"__init__", "cases"})
+_NOTES = re.compile(
+    r"^(?://|#) (architectures|dtypes|spills|no tensor cores|not deterministic): *(.+)$",
+    re.MULTILINE,
+)
 _IMPORTS = re.compile(r"^(?:import|from) (triton|cupy)\b", re.MULTILINE)
 
 
@@ -42,7 +46,7 @@ class BackendError(RuntimeError):
 
 def operations() -> list[str]:
     """Names of all operations, sorted."""
-    return sorted(path.parent.name for path in build.PACKAGE.glob("*/reference.py"))
+    return sorted(path.parent.name for path in paths.PACKAGE.glob("*/reference.py"))
 
 
 def backends(operation: str) -> list[str]:
@@ -57,7 +61,7 @@ def backends(operation: str) -> list[str]:
 def kind(operation: str, backend: str) -> str:
     """What a backend is written in: ``cuda`` (it has a ``.cu``), ``triton``, ``cupy`` or
     ``torch``."""
-    folder = build.PACKAGE / operation
+    folder = paths.PACKAGE / operation
     if (folder / f"{backend}.cu").is_file():
         return "cuda"
     source = folder / f"{backend}.py"
@@ -80,9 +84,12 @@ def available(operation: str, backend: str, device: "torch.device | str") -> str
         return "it runs on CUDA devices only"
     if device.type != "cuda" and written_in == "triton" and not _interpreting():
         return "without a GPU Triton only runs in its interpreter: set TRITON_INTERPRET=1"
-    source = build.find(operation, backend)
-    if source is not None:
-        reason = build.unavailable(source, build.architecture(device))
+    if written_in == "cuda":
+        from custom_kernels.compile import build, sources
+
+        source = sources.find(operation, backend)
+        assert source is not None
+        reason = build.unavailable(source, sources.architecture(device))
         if reason is not None:
             return reason
     try:
@@ -106,8 +113,7 @@ def takes(operation: str, backend: str, dtype: "torch.dtype") -> bool:
     dtypes = getattr(_backend(operation, backend), "DTYPES", None)
     if dtypes is not None:
         return dtype in dtypes
-    source = build.find(operation, backend)
-    names = source.dtypes() if source is not None else []
+    names = notes(operation, backend).get("dtypes", "").split()
     return not names or str(dtype).removeprefix("torch.") in names
 
 
@@ -149,6 +155,8 @@ def runner(
         run: Callable[..., Any] = module.run
         return run
 
+    from custom_kernels.compile import build
+
     compiled = build.load(operation, backend, device)[operation]
     empty_output = _operation(operation).empty_output
 
@@ -180,21 +188,21 @@ def _explain(operation: str, backend: str | None, device: "torch.device") -> str
 
 
 def _operation(operation: str) -> ModuleType:
-    if not (build.PACKAGE / operation / "reference.py").is_file():
+    if not (paths.PACKAGE / operation / "reference.py").is_file():
         known = ", ".join(operations())
         raise BackendError(f"there is no operation {operation!r}; there are: {known}")
     return import_module(f"custom_kernels.{operation}")
 
 
 def _backend(operation: str, backend: str) -> ModuleType | None:
-    if not (build.PACKAGE / operation / f"{backend}.py").is_file():
+    if not (paths.PACKAGE / operation / f"{backend}.py").is_file():
         return None
     return import_module(f"custom_kernels.{operation}.{backend}")
 
 
 def backend_files(operation: str) -> set[str]:
     """Names of an operation's backends, by their files alone: imports nothing."""
-    folder: Path = build.PACKAGE / operation
+    folder: Path = paths.PACKAGE / operation
     return {
         path.stem
         for path in folder.glob("*")
@@ -202,3 +210,46 @@ def backend_files(operation: str) -> set[str]:
         and not path.stem.startswith("_")
         and path.stem not in NOT_BACKENDS
     }
+
+
+def notes(operation: str, backend: str) -> dict[str, str]:
+    """What the backend's files say of themselves in comments: ``architectures``, ``dtypes``,
+    ``spills``, ``no tensor cores``, ``not deterministic``."""
+    found: dict[str, str] = {}
+    for suffix in (".py", ".cu"):
+        path = paths.PACKAGE / operation / f"{backend}{suffix}"
+        if path.is_file():
+            found.update(_NOTES.findall(path.read_text()))
+    return found
+
+
+def architectures(operation: str, backend: str, wanted: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``wanted`` that the backend is written for."""
+    only = notes(operation, backend).get("architectures", "").split()
+    return tuple(name for name in wanted if not only or name in only)
+
+
+def is_matrix(operation: str) -> bool:
+    """Whether the operation is a matrix product, which tensor cores should do."""
+    text = (paths.PACKAGE / operation / "__init__.py").read_text()
+    return re.search(r"^MATRIX = True$", text, re.MULTILINE) is not None
+
+
+def chosen(words: Sequence[str]) -> list[tuple[str, str]]:
+    """``gemm`` and ``gemm.triton`` as (operation, backend) with kernels; nothing means everything.
+
+    Raises BackendError for what does not exist.
+    """
+    found = []
+    for word in words or operations():
+        operation, _, backend = word.partition(".")
+        if operation not in operations():
+            known = ", ".join(operations())
+            raise BackendError(f"there is no operation {operation!r}; there are: {known}")
+        names = backend_files(operation)
+        if backend and backend not in names:
+            raise BackendError(
+                f"{operation} has no backend {backend!r}; there are: {', '.join(sorted(names))}"
+            )
+        found += [(operation, name) for name in ([backend] if backend else sorted(names))]
+    return found

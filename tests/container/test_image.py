@@ -64,7 +64,7 @@ def test_the_second_time_nothing_is_built_and_no_registry_asked(host: Host, imag
 
 def test_a_change_in_our_own_code_leaves_the_environments_layers(host: Host, image: Ran) -> None:
     before = inspected()["RootFS"]["Layers"]
-    names = ("workspace/bootstrap.py", "kernels/custom_kernels/build.py")
+    names = ("workspace/bootstrap.py", "kernels/custom_kernels/compile/build.py")
     changes = {host.root / name: "# changed\n" for name in names}
     changes[host.root / ".devcontainer" / "Dockerfile"] = 'LABEL changed="yes"\n'
     texts = {path: path.read_text() for path in changes}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom_kernels import build, registry
+from custom_kernels import paths, registry
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported; where it is set, kernels run on tensors of the CPU.
@@ -68,5 +68,5 @@ def package_copy(tmp_path: Path) -> PackageCopy:
     odd = tmp_path / "my work (1) ü" / "it's here"
     copy = PackageCopy(odd / "copy", odd / "cache")
     left_out = shutil.ignore_patterns(*registry.operations(), "__pycache__", "*.cu")
-    shutil.copytree(build.PACKAGE, copy.package, ignore=left_out)
+    shutil.copytree(paths.PACKAGE, copy.package, ignore=left_out)
     return copy

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from custom_kernels import build, checking, registry
+from custom_kernels import paths, registry
+from custom_kernels.check.case import definition
+from custom_kernels.check.check import check
 
 BACKENDS = [
     (operation, backend)
     for operation in registry.operations()
     for backend in sorted(registry.backend_files(operation))
 ]
-MEASURED = [name for name in registry.operations() if (build.PACKAGE / name / "cases.py").is_file()]
+MEASURED = [name for name in registry.operations() if (paths.PACKAGE / name / "cases.py").is_file()]
 
 
 @pytest.mark.parametrize(("operation", "backend"), BACKENDS, ids=map(".".join, BACKENDS))
@@ -29,7 +31,7 @@ def test_every_case_is_right(operation: str, backend: str) -> None:
         reasons.append(f"{device.type}: {reason}")
     else:
         pytest.skip("; ".join(reasons))
-    found = checking.check(operation, backend, device)
+    found = check(operation, backend, device)
     assert found
     assert [str(one) for one in found if one.failure is not None] == []
 
@@ -37,7 +39,7 @@ def test_every_case_is_right(operation: str, backend: str) -> None:
 @pytest.mark.parametrize("operation", MEASURED)
 def test_checks_hold_one_row(operation: str) -> None:
     """What an engine sends when it decodes for one request."""
-    cases = checking.definition(operation)
+    cases = definition(operation)
     for dtype in cases.DTYPES:
         inputs = [case.empty_inputs(torch.device("cpu")) for case in cases.checks(dtype)]
         assert 1 in {first.shape[0] for first, *_ in inputs}

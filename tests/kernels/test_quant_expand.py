@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
-from custom_kernels import build, custom_quant_expand, launches, registry
+from custom_kernels import custom_quant_expand, launches, registry
+from custom_kernels.check.outputs import poison, unwritten
+from custom_kernels.compile import build
 from custom_kernels.quant_expand import cases, empty_output, expanded, reference
-from custom_kernels.timing import poison, unwritten
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

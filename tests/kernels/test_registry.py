@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from custom_kernels import build, registry
+from custom_kernels import registry
+from custom_kernels.compile import build, sources, toolchain
 
 from tests.kernels.conftest import PackageCopy
 
@@ -73,11 +74,11 @@ def test_an_unknown_operation_is_one_line_with_those_that_exist() -> None:
 
 
 def test_a_compiled_backend_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_tools() -> build.Toolchain:
-        raise build.BuildError("there is no nvcc: run `make dev`")
+    def no_tools() -> toolchain.Toolchain:
+        raise toolchain.BuildError("there is no nvcc: run `make dev`")
 
-    monkeypatch.setattr(build, "toolchain", no_tools)
-    source = build.find("gemm", "cublaslt")
+    monkeypatch.setattr(toolchain, "find", no_tools)
+    source = sources.find("gemm", "cublaslt")
     assert source is not None
     assert build.unavailable(source, "9.0a") == "there is no nvcc: run `make dev`"
 

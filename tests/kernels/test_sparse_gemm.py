@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from custom_kernels import build, checking, launches, registry, sparsity
+from custom_kernels import launches, registry, sparsity
+from custom_kernels.check.check import check
+from custom_kernels.compile import build
 from custom_kernels.gemm.cublaslt import buckets
 from custom_kernels.quant_expand.reference import expand, quantize
 from custom_kernels.sparse_gemm import (
@@ -254,9 +256,7 @@ def test_passes_the_operations_own_checks(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     name = str(dtype).removeprefix("torch.")
-    failures = [
-        str(one) for one in checking.check("sparse_gemm", backend, device, name) if one.failure
-    ]
+    failures = [str(one) for one in check("sparse_gemm", backend, device, name) if one.failure]
     assert not failures
 
 

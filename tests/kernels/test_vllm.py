@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom_kernels import build
+from custom_kernels import paths
 
 from tests.kernels import vllm_program
 from workspace import doctor
@@ -221,8 +221,8 @@ def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
     dense, apart = tmp_path / "dense", tmp_path / "apart"
     for root in (dense, apart):
         without = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(build.PACKAGE, root / build.PACKAGE.name, ignore=without)
-    operation = apart / build.PACKAGE.name / "gemm" / "__init__.py"
+        shutil.copytree(paths.PACKAGE, root / paths.PACKAGE.name, ignore=without)
+    operation = apart / paths.PACKAGE.name / "gemm" / "__init__.py"
     text = operation.read_text()
     for before, after in {
         "x.new_empty((*x.shape[:-1], weight.shape[0]))": (

@@ -71,7 +71,7 @@ RECORD = "benchmarks/kernels/gemm-h200.json"
         ["workspace/bootstrap.py", "fork-status"],
         ["workspace/bootstrap.py", "fork-diff"],
         ["-m", "workspace", "inspect"],
-        ["-m", "custom_kernels.compare", RECORD, RECORD],
+        ["-m", "custom_kernels.bench.compare", RECORD, RECORD],
     ],
     ids=lambda words: words[-1] if words[-1] != RECORD else "compare",
 )

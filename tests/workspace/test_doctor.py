@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from custom_kernels import build
+from custom_kernels.compile import toolchain
 
 from workspace import doctor
 from workspace.environment.imports import Imports, look
@@ -86,9 +86,9 @@ def test_a_missing_nvcc_is_a_problem_where_packages_hold_one(
     monkeypatch: pytest.MonkeyPatch, release: str, status: str
 ) -> None:
     def none() -> None:
-        raise build.NoCompiler("there is no nvcc")
+        raise toolchain.NoCompiler("there is no nvcc")
 
-    monkeypatch.setattr(build, "toolchain", none)
+    monkeypatch.setattr(toolchain, "find", none)
     _, nvcc = doctor.tool_chain(load().release(release), "system")
     assert (nvcc.name, nvcc.status) == ("nvcc", status)
     assert nvcc.remedy

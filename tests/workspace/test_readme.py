@@ -13,7 +13,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import pytest
-from custom_kernels.build import PACKAGE
+from custom_kernels.paths import PACKAGE
 from rich.console import Console
 
 from workspace import doctor

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from statistics import median, quantiles
 
-from custom_kernels.intervals import CONFIDENCE, median_interval
+from custom_kernels.bench.intervals import CONFIDENCE, median_interval
 
 from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison, Verdict
 

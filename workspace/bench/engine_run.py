@@ -79,7 +79,8 @@ def main() -> None:
     generations = _generate(job, engine)
 
     # Imported by stock too: the proof includes that it could have run the kernels.
-    from custom_kernels import build, launches
+    from custom_kernels import launches
+    from custom_kernels.source_hash import source_hash
 
     result = Result(
         engine_start_s=start_s,
@@ -88,7 +89,7 @@ def main() -> None:
         generations=generations,
         launches=launches.read(job.launches),
         layers=launches.read_layers(job.launches),
-        kernels_source_hash=build.source_hash(),
+        kernels_source_hash=source_hash(),
         environment=loaded.versions(),
         dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),
         vllm_folder=str(vllm_folder),

@@ -213,9 +213,9 @@ def _gather(
 
 def _headers() -> Iterable[tuple[str, Path, str]]:
     """Headers that our kernels take from a package: name, folder, package with version."""
-    from custom_kernels import build
+    from custom_kernels.compile import sources
 
-    return build.header_packages()
+    return sources.header_packages()
 
 
 def _zip_headers(archive: Path, name: str, folder: Path, package: str) -> None:

@@ -29,9 +29,9 @@ print(json.dumps({
     "torch": torch.__version__}))
 """
 LOAD = """
-from custom_kernels import build
-names = [source.name for source in build.sources()]
-for source in build.sources():
+from custom_kernels.compile import build, sources
+names = [source.name for source in sources.find_all()]
+for source in sources.find_all():
     build.load(source.operation, source.backend)
 print(", ".join(names))
 """

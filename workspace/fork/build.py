@@ -172,15 +172,16 @@ class Build:
 
 def prepare(device: Device, archs: str | None) -> Build:
     """Everything that a build needs, or the first thing that is missing, before any of it runs."""
-    from custom_kernels import build as kernels_build
+    from custom_kernels.compile import toolchain
+    from custom_kernels.compile.toolchain import BuildError
 
     version, place = selected(), tree()
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             raise WorkspaceError(f"{tool} is missing; run: make dev, or install it")
     try:
-        tools = kernels_build.toolchain()
-    except kernels_build.BuildError as error:
+        tools = toolchain.find()
+    except BuildError as error:
         raise WorkspaceError(str(error)) from None
     wanted, release = architectures(archs, device), load().release().cuda.release
     if tools.nvcc_version.partition(".")[0] != release.partition(".")[0]:
@@ -317,7 +318,7 @@ def run(device: Device, options: verbs.ForkBuild) -> None:
         WorkspaceError: something is missing, a source cannot be had, cmake or a compiler failed.
             The tree's binaries are as they were.
     """
-    from custom_kernels.jobs import GIB, available  # installed a step ago
+    from custom_kernels.compile.jobs import GIB, available  # installed a step ago
 
     build, target = prepare(device, options.cuda_archs), options.target
     cores, gib = len(os.sched_getaffinity(0)), available() / GIB

@@ -12,7 +12,7 @@ import keyword
 import re
 from pathlib import Path
 
-from custom_kernels import build, registry
+from custom_kernels import paths, registry
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
@@ -65,7 +65,7 @@ def run(op: str | None, backend: str | None, name: str | None = None) -> list[Pa
 
 def _files(op: str, backend: str, name: str) -> dict[Path, str]:
     """What to write where."""
-    folder = build.PACKAGE / op
+    folder = paths.PACKAGE / op
     known = registry.operations()
     suffix = Path(KINDS[backend]).suffix
     if op in known:
@@ -82,7 +82,7 @@ def _files(op: str, backend: str, name: str) -> dict[Path, str]:
             raise WorkspaceError(_copy_instead(op, backend))
         return {folder / f"{name}{suffix}": template.read_text().replace(example, op)}
     if folder.exists() or folder.with_suffix(".py").exists():
-        raise WorkspaceError(f"OP={op} is taken by {_shown(build.PACKAGE)} itself; give another")
+        raise WorkspaceError(f"OP={op} is taken by {_shown(paths.PACKAGE)} itself; give another")
     names = {"__init__.py", "reference.py", "cases.py"}
     texts = {folder / one: (TEMPLATES / EXAMPLE / one).read_text() for one in sorted(names)}
     texts[folder / f"{name}{suffix}"] = (TEMPLATES / EXAMPLE / KINDS[backend]).read_text()
@@ -94,19 +94,19 @@ def _started_as_example(op: str) -> bool:
     function = re.compile(r"^def exact\(.*$", re.MULTILINE)
     own, example = (
         function.search((folder / "reference.py").read_text())
-        for folder in (build.PACKAGE / op, TEMPLATES / EXAMPLE)
+        for folder in (paths.PACKAGE / op, TEMPLATES / EXAMPLE)
     )
     return own is not None and example is not None and own[0] == example[0]
 
 
 def _copy_instead(op: str, backend: str) -> str:
     alike = sorted(one for one in registry.backend_files(op) if registry.kind(op, one) == backend)
-    folder = build.PACKAGE / op
-    paths = [
+    folder = paths.PACKAGE / op
+    found = [
         path for one in alike for path in (folder / f"{one}.py", folder / f"{one}.cu")
         if path.is_file()
     ]  # fmt: skip
-    start = " and ".join(map(_shown, paths)) or _shown(folder / "reference.py")
+    start = " and ".join(map(_shown, found)) or _shown(folder / "reference.py")
     return f"{op} has no small {backend} kernel to start from: copy {start}"
 
 

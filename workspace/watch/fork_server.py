@@ -33,7 +33,7 @@ PRELOADED = (
     # Imported by torch at the first call of a custom operator.
     "torch._dynamo", "torch._higher_order_ops.triton_kernel_wrap", "torch.testing",
     "triton.experimental.gluon.nvidia.hopper",
-    "custom_kernels.inspection", "custom_kernels.checking", "custom_kernels.timing",
+    "custom_kernels.inspect.reports", "custom_kernels.check.check", "custom_kernels.bench.timing",
     "concurrent.futures.process", "multiprocessing.context",
 )  # fmt: skip
 MOST_VARIANTS = 4
@@ -104,9 +104,9 @@ def _child(question: messages.Question, writing: Connection) -> NoReturn:
     try:
         found = _answer(question)
     except Exception as error:
-        from custom_kernels import inspection
+        from custom_kernels.inspect.compilers import explain
 
-        found = messages.Failed(inspection.explain(error))
+        found = messages.Failed(explain(error))
     writing.send(found)
     sys.stdout.flush()
     os._exit(0)
@@ -122,9 +122,9 @@ def _answer(question: messages.Question) -> messages.Answer:
 def _forget_bytecode(operation: str) -> None:
     """Delete bytecode: Python trusts it by its source's second and size, too coarse for quick
     edits."""
-    from custom_kernels import build
+    from custom_kernels import paths
 
-    for path in (build.PACKAGE / operation).glob("*.py"):
+    for path in (paths.PACKAGE / operation).glob("*.py"):
         Path(cache_from_source(str(path))).unlink(missing_ok=True)
 
 
@@ -133,26 +133,28 @@ def _forget_bytecode(operation: str) -> None:
 
 def find_device() -> messages.FoundDevice:
     import torch
-    from custom_kernels import build
+    from custom_kernels.compile.sources import architecture
 
     if not torch.cuda.is_available():
         return messages.FoundDevice()
     gpu = torch.device("cuda", 0)
-    return messages.FoundDevice(torch.cuda.get_device_name(gpu), build.architecture(gpu))
+    return messages.FoundDevice(torch.cuda.get_device_name(gpu), architecture(gpu))
 
 
 def inspect(question: messages.Inspect) -> messages.Inspected:
-    from custom_kernels import inspection
+    from custom_kernels.inspect import reports
+    from custom_kernels.inspect.compilers import compile_here
 
-    reports = inspection.compile_here(
+    found = compile_here(
         question.operation, question.backend, [question.architecture], MOST_VARIANTS
     )
-    return messages.Inspected(tuple(reports), tuple(inspection.warnings(reports)))
+    return messages.Inspected(tuple(found), tuple(reports.warnings(found)))
 
 
 def check(question: messages.Check) -> messages.Checked | messages.NotChecked | messages.Failed:
     import torch
-    from custom_kernels import checking, registry
+    from custom_kernels import registry
+    from custom_kernels.check import check as checking
 
     operation, backend = question.operation, question.backend
     device = torch.device("cuda", 0) if question.on_gpu else torch.device("cpu")
@@ -172,12 +174,15 @@ def check(question: messages.Check) -> messages.Checked | messages.NotChecked | 
 
 def _times(operation: str, backend: str, device: Any) -> dict[str, messages.Timing]:
     """One call with few tokens and one with many, and the ratio to the baseline."""
-    from custom_kernels import bench, checking, timing
+    from custom_kernels.bench import timing
+    from custom_kernels.check.case import contender_of
+    from custom_kernels.check.case import definition as cases_of
+    from custom_kernels.check.check import dtypes
 
-    definition = checking.definition(operation)
-    dtype = checking.dtypes(operation, backend, device)[0]
+    definition = cases_of(operation)
+    dtype = dtypes(operation, backend, device)[0]
     exact = import_module(f"custom_kernels.{operation}.reference").exact
-    contender = bench.contender_of(operation, backend, device, dtype, definition)
+    contender = contender_of(operation, backend, device, dtype, definition)
     baseline = next(
         (one for one in definition.baselines(dtype) if one.unavailable(device) is None), None
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from custom_kernels import inspection, registry
+from custom_kernels import registry
 from rich.console import Console
 
 from workspace.environment.device import device
@@ -65,7 +65,7 @@ def chosen(k: str | None) -> list[Backend]:
         known = ", ".join(registry.operations())
         raise WorkspaceError(f"name an operation or backend: make watch K=gemm.triton ({known})")
     try:
-        found = inspection.chosen(k.replace(",", " ").split())
+        found = registry.chosen(k.replace(",", " ").split())
     except registry.BackendError as error:
         raise WorkspaceError(str(error)) from None
     if "." not in k:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from custom_kernels.inspection import Report
+    from custom_kernels.inspect.report import Report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import threading
 import time
 from pathlib import Path
 
-from custom_kernels import build, inspection
+from custom_kernels import paths
+from custom_kernels.inspect import reports
 
 Backend = tuple[str, str]
 """Operation and backend."""
@@ -28,7 +29,7 @@ class Saves:
 
         # A short step: what an editor writes in two steps is still one save.
         for changes in watch(
-            build.PACKAGE,
+            paths.PACKAGE,
             watch_filter=DefaultFilter(ignore_entity_patterns=[r"\.tmp$", r"\.pyc$", r"~$"]),
             step=30,
             debounce=300,
@@ -59,6 +60,6 @@ class Saves:
 def fingerprint(backend: Backend) -> str:
     """Hash of a backend's files; empty while one cannot be read, in the middle of a save."""
     try:
-        return inspection.fingerprint(*backend)
+        return reports.fingerprint(*backend)
     except OSError:
         return ""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from custom_kernels import inspection
+from custom_kernels.inspect.report import Report, short
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -35,7 +35,7 @@ def figures(verdict: Verdict, previous: Verdict | None) -> list[str]:
 
         tensor = " ".join(f"{name} x{count}" for name, count in sorted(report.tensor.items()))
         lines.append(
-            f"{inspection.short(report.kernel)} [{report.architecture}]: "
+            f"{short(report.kernel)} [{report.architecture}]: "
             f"registers {change('registers')}, spills {change('spills', ' B')}, "
             f"shared {change('shared', ' B')}, SASS {change('sass', ' B')}"
             + (f", {tensor}" if tensor else "")
@@ -156,7 +156,7 @@ class LiveScreen(Screen):
         return table
 
 
-def _most(reports: Sequence[inspection.Report], name: str) -> str:
+def _most(reports: Sequence[Report], name: str) -> str:
     return str(max(getattr(report, name) for report in reports)) if reports else "-"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from workspace.watch.messages import Answer, Checked, Crashed, Failed, Inspected, NotChecked, Timing
 
 if TYPE_CHECKING:
-    from custom_kernels.inspection import Report
+    from custom_kernels.inspect.report import Report
 
 State = Literal["right", "compiled", "wrong", "does not compile", "crashed", "hangs"]
 """`compiled`: it could not be run here."""

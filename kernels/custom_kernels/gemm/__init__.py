@@ -8,7 +8,7 @@ torch.compile and in vLLM.
 
 import torch
 
-from custom_kernels import launches, registry, tuning
+from custom_kernels import launches, registry, tuned
 
 PREFERENCE = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first. Where a GPU's tuning file says that another was measured to
@@ -36,7 +36,7 @@ def custom_gemm(
         weight: [N, K], dtype and device of x, the elements of a row adjacent.
         bias: [N], dtype and device of x, or None.
         backend: a name from ``registry.backends("gemm")``; None takes what was measured to be best
-            for this GPU, layer and number of rows (see ``tuning``), or without a measurement the
+            for this GPU, layer and number of rows (see ``tuned``), or without a measurement the
             first of PREFERENCE that takes x's device and dtype.
 
     Returns:
@@ -114,7 +114,7 @@ def _gemm(
     chosen = not backend
     if chosen:
         m = x.numel() // k if k else 0
-        backend = tuning.backend("gemm", x.device, x.dtype, m, N=n, K=k, bias=bias is not None)
+        backend = tuned.backend("gemm", x.device, x.dtype, m, N=n, K=k, bias=bias is not None)
     run = registry.runner("gemm", backend, x.device, x.dtype)
     if x.numel() == 0 or n == 0:
         out = empty_output(x, weight, bias)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm import reference
-from custom_kernels.timing import Case, Contender
 
 DTYPES = ("bfloat16", "float16")
 """What DTYPE= may say, the first by default."""

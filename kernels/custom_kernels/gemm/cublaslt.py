@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from custom_kernels import build
+from custom_kernels import paths
+from custom_kernels.compile import build
 from custom_kernels.gemm.reference import exact
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -313,7 +314,7 @@ def _alignment(matrix: torch.Tensor) -> int:
 def _plans_path(device: torch.device, library_version: int) -> Path:
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")
     source = hashlib.sha256(Path(__file__).with_suffix(".cu").read_bytes()).hexdigest()[:8]
-    return build.cache_dir() / f"plans-gemm.cublaslt-{name}-{library_version}-{source}.json"
+    return paths.cache_dir() / f"plans-gemm.cublaslt-{name}-{library_version}-{source}.json"
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

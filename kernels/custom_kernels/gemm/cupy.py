@@ -27,7 +27,7 @@ from typing import Any
 import cupy
 import torch
 
-from custom_kernels.inspection import nvrtc_includes
+from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -150,7 +150,7 @@ _ELEMENTS = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 def _kernel(dtype: torch.dtype, tile: tuple[int, ...]) -> cupy.RawKernel:
     names = ("BM", "BN", "BK", "WARPS_M", "WARPS_N")
     sizes = [f"-D{name}={size}" for name, size in zip(names, tile, strict=True)]
-    options = ("--std=c++17", f"-DT={_ELEMENTS[dtype]}", *sizes, *nvrtc_includes())
+    options = ("--std=c++17", f"-DT={_ELEMENTS[dtype]}", *sizes, *nvrtc.include_options())
     return cupy.RawKernel(SOURCE, "gemm", options=options)
 
 

@@ -30,8 +30,8 @@ import triton.language as tl
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from custom_kernels import tuning
-from custom_kernels.inspection import Specialization
+from custom_kernels import tuned
+from custom_kernels.operation import Specialization
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -243,10 +243,10 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tor
 @functools.lru_cache(maxsize=1 << 16)
 def _config(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Config:
     """What was measured on this GPU, else what the table says."""
-    tuned = tuning.settings("gemm", "triton", device, dtype, m, N=n, K=k)
-    if tuned is not None:
+    settings = tuned.settings("gemm", "triton", device, dtype, m, N=n, K=k)
+    if settings is not None:
         try:
-            return Config(**tuned)
+            return Config(**settings)
         except TypeError as error:
             log.warning("gemm.triton: tuning for N=%d K=%d is ignored: %s", n, k, error)
     multiprocessors, shared, _ = _device(device)

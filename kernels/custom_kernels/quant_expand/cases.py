@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from custom_kernels import registry
+from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand import expanded, reference
-from custom_kernels.timing import Case, Contender
 
 __all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
 

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from custom_kernels import build, sparsity
-from custom_kernels.inspection import Specialization
+from custom_kernels import sparsity
+from custom_kernels.operation import Specialization
 from custom_kernels.quant_expand import OUTPUTS, empty_output, reference
 
 ON_CHIP = 65536
@@ -317,7 +317,9 @@ def run(
 
 def specializations() -> list[Specialization]:
     """A row of 3584 values in the usual patterns, and one of 18944."""
-    pinned = build.pinned_architectures()
+    from custom_kernels.compile.sources import pinned_architectures
+
+    pinned = pinned_architectures()
     able = tuple(name for name in pinned if float(name.rstrip("af")) >= 8.9)
     unable = tuple(name for name in pinned if name not in able)
     int8, fp8 = OUTPUTS

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from custom_kernels import build
+from custom_kernels.compile import build
 from custom_kernels.gemm.cublaslt import buckets
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from custom_kernels import build
+from custom_kernels.compile import build
 from custom_kernels.sparse_gemm import _packing
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)

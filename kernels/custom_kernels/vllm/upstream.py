@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from custom_kernels import build
+from custom_kernels.source_hash import source_hash
 
 __all__ = ["LinearBase", "QuantizationConfig", "UnquantizedLinearMethod"]
 
@@ -69,7 +69,7 @@ def _key_graphs_by_sources() -> None:
     # A graph is compiled for the output layouts that the fake implementations of our ops promise,
     # but holds only the ops' names: neither vLLM's key nor torch's own, for the caches below
     # vLLM's, would see an edit.
-    sources = build.source_hash()
+    sources = source_hash()
     graphs_depend_on(f"sources {sources}")
     torch.compiler.config.cache_key_tag += sources
 

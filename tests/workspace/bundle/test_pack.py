@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from custom_kernels import build
+from custom_kernels import paths
+from custom_kernels.compile import toolchain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -391,9 +392,9 @@ def test_headers_that_travelled_are_found_as_those_of_their_package(
     monkeypatch.setattr(place, "HEADERS", state / "headers")
     place._place_headers(archive)
     place._place_headers(archive)  # once more, over what is there
-    monkeypatch.setattr(build, "checkout", lambda: tmp_path)
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    folder, package = build._headers("cutlass")
+    monkeypatch.setattr(paths, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    folder, package = toolchain.headers("cutlass")
     assert (folder / "cutlass" / "a.h").read_text() == "// a\n"
     assert package == "flashinfer-python 1.2"
     assert [path.name for path in state.iterdir()] == ["headers"]

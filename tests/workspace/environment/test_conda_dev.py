@@ -130,8 +130,8 @@ def test_conda_and_uv_make_environments_of_the_same_packages(
 
 def test_kernels_are_compiled_by_condas_nvcc_with_the_headers_beside_it(made: Checkout) -> None:
     code = """
-from custom_kernels import build
-tools = build.toolchain()
+from custom_kernels.compile import build, toolchain
+tools = toolchain.find()
 print(tools.origin, tools.nvcc, tools.cxx, *tools.include, sep="\\n")
 print(len(build.build_all(force=True)))
 """
@@ -180,9 +180,9 @@ def test_a_build_of_vllm_finds_condas_compiler_and_the_wheels_libraries(
 ) -> None:
     """cmake's own search for a toolkit, in the folder that stands for CUDA_HOME."""
     code = """
-from custom_kernels import build
+from custom_kernels.compile import toolchain
 from workspace.environment import cuda_home
-tools = build.toolchain()
+tools = toolchain.find()
 print(cuda_home.view(tools.nvcc, "13.0", tools.cxx), tools.cxx, sep="\\n")
 """
     view, cxx = map(Path, python(made, code).splitlines())

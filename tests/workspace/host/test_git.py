@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from custom_kernels import bench as kernel_bench
+from custom_kernels.bench import provenance as kernel_provenance
 
 from tests.workspace.conftest import nasty_settings
 from workspace.bench import pristine, provenance
@@ -20,7 +20,7 @@ from workspace.host.paths import KERNELS, ROOT
 ALONE = {
     "workspace/host/git.py",
     "workspace/bundle/unbundle.py",  # travels without the rest
-    "kernels/custom_kernels/bench.py",  # is installed without the rest
+    "kernels/custom_kernels/bench/provenance.py",  # is installed without the rest
 }
 
 
@@ -68,7 +68,7 @@ def test_a_record_names_the_trees_own_commit_and_every_file_that_is_not_in_it(tr
 
 
 def test_a_kernel_record_names_this_checkouts_commit(tree: Path) -> None:
-    commit = kernel_bench._git("rev-parse", "HEAD")
+    commit = kernel_provenance._git("rev-parse", "HEAD")
     assert commit == git.git("rev-parse", "HEAD", tree=ROOT).strip()
     assert commit != git.git("rev-parse", "HEAD", tree=Path(os.environ["GIT_WORK_TREE"])).strip()
 

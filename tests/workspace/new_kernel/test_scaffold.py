@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from custom_kernels import build
+from custom_kernels import paths
 
 from tests.conftest import nvcc_missing
 from workspace.host.errors import WorkspaceError
@@ -61,13 +61,13 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
 
     def unwanted(folder: str, names: list[str]) -> list[str]:
         here = Path(folder)
-        if here == build.PACKAGE:
+        if here == paths.PACKAGE:
             other = {path.parent.name for path in here.glob("*/reference.py")} - {"gemm"}
             return [name for name in names if name in other or name == "__pycache__"]
         return [name for name in names if here.name == "gemm" and name not in own]
 
-    shutil.copytree(build.PACKAGE, made.root / "custom_kernels", ignore=unwanted)
-    monkeypatch.setattr(build, "PACKAGE", made.root / "custom_kernels")
+    shutil.copytree(paths.PACKAGE, made.root / "custom_kernels", ignore=unwanted)
+    monkeypatch.setattr(paths, "PACKAGE", made.root / "custom_kernels")
     return made
 
 
@@ -86,7 +86,7 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> N
         assert "scaled_silu" not in (copy.root / "custom_kernels" / name).read_text()
 
     mine = [f"{operation}.my_{kind}" for kind in kinds]
-    found = copy.python("-m", "custom_kernels.inspection", *mine, "--arch", "9.0a", "--json")
+    found = copy.python("-m", "custom_kernels.inspect", *mine, "--arch", "9.0a", "--json")
     assert found.returncode == 0, found.stderr
     document = json.loads(found.stdout)
     assert document["warnings"] == []
@@ -95,7 +95,7 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> N
         assert reports
         assert operation != "gemm" or any(report["tensor"] for report in reports)
 
-    checked = copy.python("-m", "custom_kernels.checking", operation)
+    checked = copy.python("-m", "custom_kernels.check", operation)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     lines = dict(line.split(" ", 1) for line in checked.stdout.splitlines())
     assert "cases right" in lines[f"{operation}.my_triton"]
@@ -138,7 +138,7 @@ def test_nothing_is_written_over(copy: Copy) -> None:
         (("gemm", "cuda", "Mine"), "NAME=Mine cannot name a Python module"),
         (("gemm", "cuda", "cases"), "NAME=cases is a file that every operation has"),
         (("norm", "cuda", "reference"), "NAME=reference is a file that every operation has"),
-        (("timing", "cuda"), "OP=timing is taken"),
+        (("launches", "cuda"), "OP=launches is taken"),
         (("vllm", "cuda"), "OP=vllm is taken"),
     ],
 )

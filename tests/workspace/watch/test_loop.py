@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from custom_kernels import build
+from custom_kernels import paths
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -44,7 +44,7 @@ def exact(x):
 """
 CASES = """
 import torch
-from custom_kernels.timing import Case
+from custom_kernels.check.case import Case
 
 DTYPES = ("float32",)
 
@@ -64,7 +64,7 @@ TRITON = """
 import triton
 import triton.language as tl
 import torch
-from custom_kernels.inspection import Specialization
+from custom_kernels.operation import Specialization
 
 
 @triton.jit
@@ -127,12 +127,12 @@ class Editor:
     def __init__(self, folder: Path) -> None:
         self.package = folder / "copy" / "custom_kernels"
         shutil.copytree(
-            build.PACKAGE,
+            paths.PACKAGE,
             self.package,
             ignore=lambda _, names: [
                 name
                 for name in names
-                if name == "__pycache__" or (build.PACKAGE / name / "reference.py").is_file()
+                if name == "__pycache__" or (paths.PACKAGE / name / "reference.py").is_file()
             ],
         )
         for name, text in {

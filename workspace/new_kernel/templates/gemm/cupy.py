@@ -7,7 +7,7 @@ x [M, K], W [N, K], b [N] or none, y [M, N], all bfloat16 or all float16; sums i
 
 import cupy
 import torch
-from custom_kernels.inspection import nvrtc_includes
+from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
 TILE = 32
@@ -70,7 +70,7 @@ KERNELS = {
             f"-DTILE={TILE}",
             f"-DTHREADS={THREADS}",
             "-std=c++17",
-            *nvrtc_includes(),
+            *nvrtc.include_options(),
         ),
     )
     for dtype, name in ((torch.bfloat16, "__nv_bfloat16"), (torch.float16, "__half"))

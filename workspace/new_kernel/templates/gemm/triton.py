@@ -7,7 +7,7 @@ x [M, K], W [N, K], b [N] or none, y [M, N], all bfloat16 or all float16; sums i
 import torch
 import triton
 import triton.language as tl
-from custom_kernels.inspection import Specialization
+from custom_kernels.operation import Specialization
 from triton import knobs
 
 DTYPES = (torch.bfloat16, torch.float16)

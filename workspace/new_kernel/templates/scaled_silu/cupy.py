@@ -6,7 +6,7 @@ x [M, K], scale [K], y [M, K], all bfloat16 or all float16; computed in float32.
 
 import cupy
 import torch
-from custom_kernels.inspection import nvrtc_includes
+from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
 THREADS = 256
@@ -29,7 +29,7 @@ KERNELS = {
     dtype: cupy.RawKernel(
         SOURCE,
         "scaled_silu",
-        options=(f"-DT={name}", f"-DTHREADS={THREADS}", "-std=c++17", *nvrtc_includes()),
+        options=(f"-DT={name}", f"-DTHREADS={THREADS}", "-std=c++17", *nvrtc.include_options()),
     )
     for dtype, name in ((torch.bfloat16, "__nv_bfloat16"), (torch.float16, "__half"))
 }

@@ -7,7 +7,7 @@ x [M, K], scale [K], y [M, K], all bfloat16 or all float16; computed in float32.
 import torch
 import triton
 import triton.language as tl
-from custom_kernels.inspection import Specialization
+from custom_kernels.operation import Specialization
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU reaches at best, and what its clocks do while something is measured."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from custom_kernels.check.outputs import one_line
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches at best, measured now."""
+
+    bytes_per_second: float
+    """A large device-to-device copy, bytes read plus bytes written."""
+    flops_per_second: dict[str, float]
+    """An 8192-cubed dense product of random numbers through torch, per dtype: the best of some. A
+    kernel can be above it, where torch's is not as fast as the chip or the chip was warmer."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Dtypes whose product this device or torch cannot do, and why."""
+
+
+def ceilings(device: torch.device, dtypes: Iterable[str] = ("bfloat16",)) -> Ceilings:
+    """Measure what the device can do with copies and with dense products in these dtypes; less than
+    a second."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    copy = _best_seconds(lambda: target.copy_(source))
+    rates: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    size = 8192
+    for name in dict.fromkeys(dtypes):
+        try:
+            rates[name] = 2 * size**3 / _best_seconds(_product(name, size, device))
+        except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+            missing[name] = one_line(error)
+    return Ceilings(2 * source.numel() / copy, rates, missing)
+
+
+def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
+    """A dense product of two random square matrices, through the function that torch has for the
+    dtype."""
+    if dtype == "int8":
+        a, b = (
+            torch.randint(-127, 128, (size, size), dtype=torch.int8, device=device)
+            for _ in range(2)
+        )
+        return lambda: torch._int_mm(a, b.t())
+    if dtype == "float8_e4m3fn":
+        one = torch.ones((), device=device)
+        a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        return lambda: torch._scaled_mm(
+            a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
+    return lambda: a @ b.t()
+
+
+def _best_seconds(function: Callable[[], Any], repeats: int = 20) -> float:
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+class Clocks:
+    """What the driver says of the clocks while something runs, through NVML where its Python
+    package (nvidia-ml-py) is installed."""
+
+    SLOWDOWNS = (
+        ("SwThermalSlowdown", "slowed down by heat"),
+        ("HwThermalSlowdown", "slowed down by heat"),
+        ("HwSlowdown", "slowed down by the hardware"),
+        ("HwPowerBrakeSlowdown", "slowed down by the power brake"),
+        ("SwPowerCap", "held at its power limit"),
+    )
+    UNSTEADY = 0.05
+    """Clocks that differ by more than this within a case are worth a warning."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._samples: list[tuple[int, int]] = []
+        self._nvml, self._handle, self._problem = _nvml(device)
+
+    def sample(self) -> None:
+        """Note the SM clock and the reasons for which it is held down."""
+        if self._nvml is None:
+            return
+        try:
+            self._samples.append(
+                (
+                    self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM),
+                    self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle),
+                )
+            )
+        except self._nvml.NVMLError as error:
+            self._nvml, self._problem = None, f"NVML: {error}"
+
+    def summary(self) -> dict[str, Any]:
+        """``sm_mhz``: lowest and highest; ``reasons``: why they were held down; ``unknown``: why
+        nothing is known."""
+        if not self._samples:
+            return {"unknown": self._problem or "not sampled"}
+        clocks = [clock for clock, _ in self._samples]
+        reasons = 0
+        for _, bits in self._samples:
+            reasons |= bits
+        return {"sm_mhz": [min(clocks), max(clocks)], "reasons": self._names(reasons)}
+
+    def _names(self, bits: int) -> list[str]:
+        held = []
+        for name, words in self.SLOWDOWNS:
+            bit: int = getattr(self._nvml, f"nvmlClocksEventReason{name}", 0)
+            if bits & bit and words not in held:
+                held.append(words)
+        return held
+
+
+def clock_warnings(clocks: Sequence[dict[str, Any]]) -> list[str]:
+    """What in the clocks summaries of a run makes its times doubtful: heat, the hardware's own
+    brakes, and clocks that moved within a case. The power limit alone is where a large product
+    runs, so it is recorded but no reason to doubt."""
+    warnings = []
+    for reason in dict.fromkeys(words for _, words in Clocks.SLOWDOWNS[:-1]):
+        if count := sum(reason in one.get("reasons", ()) for one in clocks):
+            warnings.append(f"the GPU was {reason} in {count} of {len(clocks)} cases")
+    moved = [
+        one["sm_mhz"]
+        for one in clocks
+        if "sm_mhz" in one and one["sm_mhz"][0] < (1 - Clocks.UNSTEADY) * one["sm_mhz"][1]
+    ]
+    if moved:
+        warnings.append(
+            f"the SM clock moved by more than {Clocks.UNSTEADY:.0%} in {len(moved)} of "
+            f"{len(clocks)} cases ({min(low for low, _ in moved)} to "
+            f"{max(high for _, high in moved)} MHz): ratios bear that, times do not"
+        )
+    unknown = dict.fromkeys(one["unknown"] for one in clocks if "unknown" in one)
+    return warnings + [f"the clocks were not watched: {reason}" for reason in unknown]
+
+
+def _nvml(device: torch.device) -> tuple[Any, Any, str | None]:
+    if device.type != "cuda":
+        return None, None, "not a GPU"
+    try:
+        import pynvml
+    except ImportError:
+        return None, None, "the package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        # torch counts the devices that CUDA_VISIBLE_DEVICES leaves, NVML all of them.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid), None
+    except pynvml.NVMLError as error:
+        return None, None, f"NVML: {error}"

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time implementations of an operation against each other, as inference would run them.
+
+- **Cold L2.** In inference a layer's weights come from HBM: by the time its turn comes again, the
+  other layers have pushed them out. So each CUDA graph runs over several input sets in turn,
+  together at least twice the size of L2.
+- **No launch gaps.** Every contender is captured into a CUDA graph, long enough that the gap
+  between two replays does not count, and timed by events around a replay.
+- **Interleaved.** Replays go in palindromic blocks, A B C C B A, without a pause, and are compared
+  block by block, so that a drift of clocks or temperature hits all contenders alike.
+- **Checked while measured.** Inputs are fresh random numbers in every repetition. Before the first
+  and after the last repetition the outputs are poisoned, and what a replay leaves there is compared
+  with the exact result. A contender that is wrong, does not fit or cannot run is recorded as such
+  and does not stop the others.
+
+On a CPU the same runs with the host's clock and without graphs: that is for trying out a case, a
+kernel or this module itself, and gives no figure worth recording.
+"""
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from custom_kernels.bench.device import Clocks
+from custom_kernels.bench.intervals import CONFIDENCE, coverage, median_interval
+from custom_kernels.check.case import Case, Contender
+from custom_kernels.check.outputs import one_line
+from custom_kernels.check.replay import SIDES, Side
+
+DIFFERENT_FROM = 0.01
+"""Two contenders are called different when their ratio is surely further than this from 1 ..."""
+SAME_WITHIN = 0.02
+"""... and the same when it is surely within this."""
+
+COLD_FACTOR = 2
+"""How many times the size of L2 lies between two uses of the same input set."""
+MAX_SETS = 256
+"""Input sets at most: an operation so small that more were needed finds its input in L2 in
+inference too, where the operation before it has just written it."""
+REPLAY_SECONDS = 300e-6
+"""A replay shorter than this goes through the input sets more than once: what lies between two
+replays, a microsecond or two, should not count."""
+MAX_ROUNDS = 16
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds per call, over all blocks."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender at one case."""
+
+    name: str
+    times: Times | None = None
+    """None if it failed."""
+    error: float | None = None
+    """The largest seen in the checks."""
+    ratio: float | None = None
+    """Median over blocks of baseline time / own time: above 1 it is faster. None for a contender
+    without times, and for all if the baseline has none."""
+    low: float | None = None
+    high: float | None = None
+    """95 % confidence interval of the ratio."""
+    repetitions: tuple[float, ...] = ()
+    """The ratio in each repetition alone."""
+    blocks: int = 0
+    failure: str | None = None
+
+    @property
+    def verdict(self) -> str | None:
+        """FASTER, SLOWER, SAME, or AMBIGUOUS when the interval does not settle it; None without a
+        ratio."""
+        if self.ratio is None or self.low is None or self.high is None:
+            return None
+        return verdict(self.low, self.high, self.blocks, self.repetitions)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case, all contenders."""
+
+    case: Case
+    baseline: str
+    results: dict[str, Result]
+    sets: int
+    """Input sets that a replay goes through."""
+    rounds: int
+    """How often it goes through them."""
+    cold: bool
+    """Whether the sets are together large enough that every call finds a cold L2."""
+    clocks: dict[str, Any] = field(default_factory=dict)
+    """What the driver said of the clocks meanwhile, see Clocks.summary."""
+
+
+class DeviceLostError(RuntimeError):
+    """A contender left the device in an error, after which nothing in this process can run on
+    it."""
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def measure(
+    case: Case,
+    contenders: Sequence[Contender],
+    exact: Callable[..., Any],
+    device: torch.device,
+    seconds: float = 0.25,
+    repetitions: int = 3,
+) -> Measurement:
+    """Measure all contenders at ``case``, for about ``seconds`` of device time in all. The first is
+    the baseline of the ratios.
+
+    Raises ValueError without contenders or with a name twice, and DeviceLostError if a contender
+    broke the device; anything else that goes wrong with a contender is in its result.
+    """
+    names = [contender.name for contender in contenders]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"contenders must have names of their own, got {names}")
+    failures: dict[str, str] = {}
+    errors = dict.fromkeys(names, 0.0)
+    sets = _input_sets(case, device)
+    sides: dict[str, Side] = {}
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            result = action()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return result
+        except Exception as error:
+            failures[name] = one_line(error)
+            sides.pop(name, None)
+        _still_alive(device, name, failures[name])
+        return None
+
+    def build(contender: Contender) -> None:
+        reason = contender.unavailable(device)
+        if reason is not None:
+            failures[contender.name] = reason
+            return
+        side = SIDES[device.type](contender, case, sets)
+        side.warm_up()
+        sides[contender.name] = side
+
+    def check(name: str) -> None:
+        for inputs in sets:
+            case.fill(inputs)
+        errors[name] = max(errors[name], sides[name].error(exact))
+
+    for contender in contenders:
+        attempt(contender.name, functools.partial(build, contender))
+    once = {name: attempt(name, side.replay_seconds) for name, side in list(sides.items())}
+    rounds = rounds_for([time for time in once.values() if time is not None])
+    if rounds > 1:
+        for name, side in list(sides.items()):
+            attempt(name, functools.partial(side.extend, rounds))
+    for name in list(sides):
+        attempt(name, functools.partial(check, name))
+
+    fastest_first = sum(once[name] for name in sides) * rounds
+    blocks = max(3, min(100, math.ceil(seconds / repetitions / (2 * fastest_first or 1))))
+    times: dict[str, list[list[float]]] = {name: [] for name in sides}
+    clocks = Clocks(device)
+    for _ in range(repetitions if sides else 0):
+        for inputs in sets:
+            case.fill(inputs)
+        order = [name for _ in range(blocks) for name in palindrome(list(sides))]
+        pending = [(name, sides[name].timed_replay()) for name in order]
+        clocks.sample()  # while the device is at work
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calls = len(sets) * rounds
+        elapsed = [(name, seconds_of() * 1e6 / calls) for name, seconds_of in pending]
+        for name, values in per_block(elapsed, blocks).items():
+            times[name].append(values)
+    for name in list(sides):
+        attempt(name, functools.partial(check, name))
+
+    return Measurement(
+        case=case,
+        baseline=names[0],
+        results=_results(names, names[0], times, errors, failures),
+        sets=len(sets),
+        rounds=rounds,
+        cold=len(sets) * case.bytes >= COLD_FACTOR * _l2_bytes(device),
+        clocks=clocks.summary(),
+    )
+
+
+def palindrome(names: Sequence[str]) -> list[str]:
+    """A B C C B A: whatever drifts, and whatever one leaves behind for the next, weighs on all
+    alike."""
+    return [*names, *reversed(names)]
+
+
+def per_block(elapsed: Sequence[tuple[str, float]], blocks: int) -> dict[str, list[float]]:
+    """For every name the mean of its two times in each block, in order."""
+    if blocks < 1 or len(elapsed) % blocks:
+        raise ValueError(f"{len(elapsed)} times are not {blocks} blocks")
+    size = len(elapsed) // blocks
+    means: dict[str, list[float]] = {}
+    for start in range(0, len(elapsed), size):
+        block: dict[str, list[float]] = {}
+        for name, value in elapsed[start : start + size]:
+            block.setdefault(name, []).append(value)
+        for name, values in block.items():
+            means.setdefault(name, []).append(statistics.mean(values))
+    return means
+
+
+def rounds_for(seconds: Collection[float]) -> int:
+    """How often a replay must go through the input sets so that the fastest contender's lasts
+    REPLAY_SECONDS."""
+    fastest = min(seconds, default=REPLAY_SECONDS)
+    return max(1, min(MAX_ROUNDS, math.ceil(REPLAY_SECONDS / max(fastest, 1e-9))))
+
+
+def _results(
+    names: Sequence[str],
+    baseline: str,
+    times: dict[str, list[list[float]]],
+    errors: dict[str, float],
+    failures: dict[str, str],
+) -> dict[str, Result]:
+    right = {name: repetitions for name, repetitions in times.items() if name not in failures}
+    return {
+        name: Result(name, failure=failures[name])
+        if name in failures
+        else result(name, right[name], right.get(baseline), errors[name], name == baseline)
+        for name in names
+    }
+
+
+def result(
+    name: str,
+    own: Sequence[Sequence[float]],
+    base: Sequence[Sequence[float]] | None,
+    error: float,
+    is_baseline: bool = False,
+) -> Result:
+    """A contender's result from its times and the baseline's, [repetitions][blocks] in
+    microseconds."""
+    flat = [value for repetition in own for value in repetition]
+    times = Times(statistics.median(flat), *_spread(flat))
+    if is_baseline or base is None:
+        return Result(name, times, error, blocks=len(flat))
+    ratios = [
+        [theirs / ours for theirs, ours in zip(base_blocks, own_blocks, strict=True)]
+        for base_blocks, own_blocks in zip(base, own, strict=True)
+    ]
+    every = [ratio for repetition in ratios for ratio in repetition]
+    low, high, _ = median_interval(every)
+    return Result(
+        name,
+        times,
+        error,
+        ratio=statistics.median(every),
+        low=low,
+        high=high,
+        repetitions=tuple(map(statistics.median, ratios)),
+        blocks=len(every),
+    )
+
+
+def verdict(low: float, high: float, blocks: int, repetitions: Sequence[float] = ()) -> str:
+    """FASTER or SLOWER: the whole interval is more than 1 % off 1, and every repetition agrees.
+    SAME: the interval is within 2 %. AMBIGUOUS: anything else, and too few blocks for an
+    interval."""
+    if coverage(blocks, 1) < CONFIDENCE:
+        return "AMBIGUOUS"
+    if low > 1 + DIFFERENT_FROM:
+        return "FASTER" if all(ratio > 1 for ratio in repetitions) else "AMBIGUOUS"
+    if high < 1 - DIFFERENT_FROM:
+        return "SLOWER" if all(ratio < 1 for ratio in repetitions) else "AMBIGUOUS"
+    return "SAME" if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN else "AMBIGUOUS"
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    quantiles = statistics.quantiles(values, n=5, method="inclusive")
+    return quantiles[0], quantiles[3]
+
+
+def _input_sets(case: Case, device: torch.device) -> list[tuple[Any, ...]]:
+    """Enough input sets to hold COLD_FACTOR times the L2 between two uses of the same one."""
+    wanted = 1 + math.ceil(COLD_FACTOR * _l2_bytes(device) / max(case.bytes, 1.0))
+    sets = [case.empty_inputs(device) for _ in range(max(2, min(MAX_SETS, wanted)))]
+    for inputs in sets:
+        case.fill(inputs)
+    return sets
+
+
+def _l2_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    size: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return size
+
+
+def _still_alive(device: torch.device, name: str, failure: str) -> None:
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        raise DeviceLostError(f"{name} left the GPU in an error: {failure}") from error

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m custom_kernels.check gemm.triton``: check backends against the exact result."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from custom_kernels import registry
+from custom_kernels.check.check import check
+from custom_kernels.compile.toolchain import BuildError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, check, print. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m custom_kernels.check",
+        description="Check backends against the exact result.",
+    )
+    parser.add_argument("kernel", nargs="+", help="an operation, or operation.backend")
+    parser.add_argument("--dtype", help="default: all that the backend takes")
+    parser.add_argument("--quick", action="store_true", help="one dtype, one set of numbers")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
+    failures = 0
+    try:
+        backends = registry.chosen(options.kernel)
+    except registry.BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for operation, backend in backends:
+        try:
+            found = check(operation, backend, device, options.dtype, options.quick)
+        except (registry.BackendError, BuildError) as error:
+            print(f"{operation}.{backend}: not checked: {error}")
+            failures += isinstance(error, BuildError)
+            continue
+        wrong = [one for one in found if one.failure is not None]
+        failures += len(wrong)
+        seconds = sum(one.seconds for one in found)
+        print(
+            f"{operation}.{backend} on {device}: {len(found) - len(wrong)} of {len(found)} cases "
+            f"right, {seconds:.1f} s"
+        )
+        for one in wrong:
+            print(f"  {one}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    sys.exit(main())

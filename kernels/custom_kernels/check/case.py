@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked and measured: a case of an operation, and a contender that computes it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from custom_kernels import paths, registry
+from custom_kernels.check import outputs
+
+
+def same_arguments(inputs: Sequence[Any]) -> Sequence[Any]:
+    """The contender takes the operation's own arguments."""
+    return inputs
+
+
+def always_available(_: torch.device) -> str | None:
+    """The contender runs everywhere."""
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape at which an operation is measured or checked."""
+
+    labels: dict[str, str | int]
+    """What tells it from the others, for example ``{"model": ..., "layer": "qkv", "M": 16}``."""
+    empty_inputs: Callable[[torch.device], tuple[Any, ...]]
+    """Allocates the operation's arguments, not yet filled."""
+    fill: Callable[[Sequence[Any]], None]
+    """Fills them in place with fresh random numbers."""
+    flops: float
+    """Floating-point operations of one call, as a dense product would need them."""
+    bytes: float
+    """The fewest bytes one call moves through HBM: each input read once, the output written
+    once."""
+    tolerance: float
+    """The largest acceptable error."""
+    error: Callable[[Sequence[Any], Any], float] | None = None
+    """``error(inputs, outputs)``. None: ‖out - exact‖ / ‖exact‖ over some rows, the first and the
+    last among them; the first input then has a row per token, and outputs must be finite."""
+    peak: str = "bfloat16"
+    """Whose dense matmul rate is the ceiling: bfloat16, float16, float8_e4m3fn or int8."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing that is timed: a backend of ours, or what a user would call instead."""
+
+    name: str
+    run: Callable[..., Any]
+    """Called with what ``prepare`` returned, as positional arguments."""
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = same_arguments
+    """Makes its arguments from the operation's, outside of the timing: packs or quantizes a weight,
+    say. It is called once per input set, and again where results are checked, since inputs are then
+    other numbers; tensors that it makes anew are copied over those of the first call. Everything
+    else stays: what ``fill`` refreshes must either be passed on or end up in a tensor."""
+    unavailable: Callable[[torch.device], str | None] = always_available
+    """Why it cannot run on a device."""
+
+
+def definition(operation: str) -> ModuleType:
+    """The operation's ``cases.py``. Raises registry.BackendError if it has none."""
+    if not (paths.PACKAGE / operation / "cases.py").is_file():
+        raise registry.BackendError(f"{operation} has no cases.py, which says what to check")
+    return import_module(f"custom_kernels.{operation}.cases")
+
+
+def contender_of(
+    operation: str, backend: str, device: Any, dtype: str, definition: ModuleType
+) -> Any:
+    """A backend as a contender: the operation's own way to set it up, or its plain call. Raises
+    BackendError or BuildError if it cannot run."""
+    if (make := getattr(definition, "contender", None)) is not None:
+        return make(backend, device, dtype)
+    # What a backend takes is a matter of its first argument's dtype.
+    smallest = next(iter(definition.checks(dtype)))
+    first = next(outputs.tensors(smallest.empty_inputs(torch.device("cpu"))))
+    return Contender(backend, registry.runner(operation, backend, device, first.dtype))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a backend right? Every case of its operation's ``cases.checks``, against the exact result.
+
+``python -m custom_kernels.check gemm.triton`` on the GPU, or without one in Triton's
+interpreter. Each case is called
+
+- on fresh random inputs, twice with other numbers, so that nothing remembered passes for a result;
+- with memory that torch allocates poisoned first, so that an element that is not written is found;
+- twice with the same inputs, which must give the same bits (a comment ``# not deterministic:
+  <reason>`` in the backend's file, ``//`` in a ``.cu``, says that they need not);
+- on a GPU also captured in a CUDA graph and replayed on other numbers.
+
+A case without elements, no rows say, goes through the operation's public function, which is what
+answers it. Tolerances are those of the cases.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from custom_kernels import registry
+from custom_kernels.check.case import Case, Contender, contender_of, definition
+from custom_kernels.check.outputs import PoisonedMemory, WrongResultError, error_of, tensors
+from custom_kernels.check.replay import captured
+from custom_kernels.inspect.compilers import explain
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One case of one backend."""
+
+    dtype: str
+    labels: dict[str, str | int]
+    seconds: float
+    error: float | None = None
+    """The largest error seen; None if it failed before there was one."""
+    failure: str | None = None
+    """What is wrong, with the first wrong element; None if nothing is."""
+
+    def __str__(self) -> str:
+        shape = (f"{name}={value}" for name, value in self.labels.items())
+        what = " ".join(filter(None, [self.dtype, *shape]))
+        return f"{what}: " + (self.failure or f"error {self.error:.1e}")
+
+
+def dtypes(operation: str, backend: str, device: torch.device) -> list[str]:
+    """Names of the operation's dtypes that the backend takes there.
+
+    Raises registry.BackendError if it cannot run there at all, or takes none of them.
+    """
+    registry.require(operation, backend, device)
+    cases = definition(operation)
+    found, reason = [], None
+    for dtype in cases.DTYPES:
+        try:
+            contender_of(operation, backend, device, dtype, cases)
+        except registry.BackendError as error:
+            reason = error
+        else:
+            found.append(dtype)
+    if not found:
+        raise reason or registry.BackendError(f"{operation}: its cases.py names no DTYPES")
+    return found
+
+
+def check(
+    operation: str,
+    backend: str,
+    device: torch.device,
+    dtype: str | None = None,
+    quick: bool = False,
+) -> list[Checked]:
+    """Check every case in ``dtype``, or in each that the backend takes. ``quick`` takes the first
+    dtype and calls each case on one set of numbers only, on a CPU only once.
+
+    Raises registry.BackendError or build.BuildError if it cannot run there.
+    """
+    cases = definition(operation)
+    exact = import_module(f"custom_kernels.{operation}.reference").exact
+    names = [dtype] if dtype else dtypes(operation, backend, device)
+    function = getattr(import_module(f"custom_kernels.{operation}"), f"custom_{operation}")
+    public = functools.partial(function, backend=backend)
+    deterministic = "not deterministic" not in registry.notes(operation, backend)
+    found = []
+    for name in names[:1] if quick else names:
+        contender = contender_of(operation, backend, device, name, cases)
+        for case in cases.checks(name):
+            found.append(
+                check_case(
+                    contender,
+                    case,
+                    exact,
+                    device,
+                    dtype=name,
+                    public=public,
+                    deterministic=deterministic,
+                    quick=quick,
+                )
+            )
+    return found
+
+
+def check_case(
+    contender: Contender,
+    case: Case,
+    exact: Any,
+    device: torch.device,
+    *,
+    dtype: str = "",
+    public: Callable[..., Any] | None = None,
+    deterministic: bool = True,
+    quick: bool = False,
+) -> Checked:
+    """Check one implementation at one case; nothing that it does wrong raises here.
+
+    ``public`` is called in its place where an input has no elements: a backend never sees those.
+    """
+    started = time.perf_counter()
+    worst: float | None = None
+    failure = None
+    try:
+        inputs = case.empty_inputs(device)
+        run = contender.run
+        if public is not None and not all(one.numel() for one in tensors(inputs)):
+            run = public
+        for _ in range(1 if quick else 2):
+            case.fill(inputs)
+            arguments = contender.prepare(inputs)
+            with PoisonedMemory():
+                outputs = run(*arguments)
+            try:
+                worst = max(worst or 0.0, error_of(case, inputs, outputs, exact))
+            except WrongResultError as error:
+                raise WrongResultError(
+                    f"{error}{_first_wrong(case, inputs, outputs, exact)}"
+                ) from None
+            if not deterministic or (quick and device.type == "cpu"):
+                continue
+            with PoisonedMemory():
+                again = run(*arguments)
+            if place := _first_different(outputs, again):
+                raise WrongResultError(f"two calls on the same inputs differ{place}")
+        if device.type == "cuda" and run is contender.run:
+            graph = captured(contender, case, inputs)
+            case.fill(inputs)
+            try:
+                worst = max(worst or 0.0, graph.error(exact))
+            except WrongResultError as error:
+                raise WrongResultError(f"replayed from a CUDA graph: {error}") from None
+            torch.cuda.synchronize(device)
+    except WrongResultError as error:
+        failure = str(error)
+    except Exception as error:
+        # An error of CUDA explains itself at length: its first line is what happened.
+        failure = explain(error)
+        if "CUDA error" in failure:
+            failure = failure.splitlines()[0]
+    return Checked(dtype, case.labels, time.perf_counter() - started, worst, failure)
+
+
+def _first_wrong(case: Case, inputs: Sequence[Any], outputs: Any, exact: Any) -> str:
+    """Where the output is first clearly wrong, as far as it can be compared element by element."""
+    got = list(tensors(outputs))
+    wanted = list(tensors(exact(*inputs)))
+    for index, (output, right) in enumerate(zip(got, wanted, strict=False)):
+        if output.shape != right.shape:
+            return f"; the output has shape {list(output.shape)}, not {list(right.shape)}"
+        have, want = output.double(), right.double()
+        size = float(want.nan_to_num().norm()) / max(1, want.numel()) ** 0.5
+        allowed = 8 * case.tolerance * torch.maximum(want.abs(), torch.tensor(size))
+        wrong = ~((have - want).abs() <= allowed) & ~(have.isnan() & want.isnan())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            name = f"output {index}" if len(got) > 1 else "output"
+            return (
+                f"; first at {name}{place}: {float(have[tuple(place)]):.6g}, should be "
+                f"{float(want[tuple(place)]):.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
+            )
+    return ""
+
+
+def _first_different(one: Any, other: Any) -> str:
+    for a, b in zip(tensors(one), tensors(other), strict=True):
+        # As bytes: a NaN equals itself here.
+        bits = [
+            tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.itemsize)
+            for tensor in (a, b)
+        ]
+        different = (bits[0] != bits[1]).any(-1)
+        if different.any():
+            return f", first at {different.nonzero()[0].tolist()}"
+    return ""

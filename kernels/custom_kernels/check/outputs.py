@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether outputs are right: memory that is poisoned first, and the error against the exact
+result."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from custom_kernels.check.case import Case
+
+_CHECKED_ROWS = 48
+_POISON: dict[torch.dtype, tuple[torch.dtype, int]] = {
+    torch.float64: (torch.int64, 0x7FF8_0000_0000_D1E5),
+    torch.float32: (torch.int32, 0x7FC0_D1E5),
+    torch.float16: (torch.int16, 0x7ED1),
+    torch.bfloat16: (torch.int16, 0x7FD1),
+    torch.float8_e4m3fn: (torch.uint8, 0x7F),
+    torch.float8_e5m2: (torch.uint8, 0x7D),
+    torch.int8: (torch.int8, -128),
+}
+"""Bits that no kernel writes: a NaN of our own, which arithmetic does not produce (the only NaN in
+e4m3), and the one int8 that symmetric quantization leaves out."""
+
+
+class WrongResultError(RuntimeError):
+    """A contender does not compute what the reference does, so its time means nothing."""
+
+
+def tensors(structure: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors in nested tuples, lists and dicts, and inside of tensor subclasses."""
+    if isinstance(structure, torch.Tensor):
+        if is_traceable_wrapper_subclass(structure):
+            names, _ = structure.__tensor_flatten__()
+            for name in names:
+                yield from tensors(getattr(structure, name))
+        else:
+            yield structure
+    elif isinstance(structure, (tuple, list)):
+        for item in structure:
+            yield from tensors(item)
+    elif isinstance(structure, dict):
+        yield from tensors(tuple(structure.values()))
+
+
+def poison(outputs: Any) -> None:
+    """Fill outputs with what no kernel writes; dtypes that have no such value with an unlikely
+    one."""
+    for output in tensors(outputs):
+        if output.dtype in _POISON:
+            bits, pattern = _POISON[output.dtype]
+            output.view(bits).fill_(pattern)
+        elif output.dtype == torch.bool:
+            output.fill_(True)
+        elif output.is_complex():
+            output.fill_(complex(math.nan, math.nan))
+        elif output.is_floating_point():
+            output.fill_(math.nan)
+        else:
+            # An unsigned number has no value that stands out.
+            output.fill_(torch.iinfo(output.dtype).min or 0xA5)
+
+
+def unwritten(outputs: Any) -> int:
+    """How many elements still hold the poison, in dtypes that have one."""
+    count = 0
+    for output in tensors(outputs):
+        if output.dtype in _POISON:
+            bits, pattern = _POISON[output.dtype]
+            count += int((output.view(bits) == pattern).sum())
+    return count
+
+
+class PoisonedMemory(TorchDispatchMode):
+    """Inside of it, memory that torch allocates uninitialized is poisoned.
+
+    This is how an output that a kernel forgot is found where there is no CUDA graph whose outputs
+    could be poisoned before a replay. It sees what Python code allocates, not what an operator
+    allocates inside.
+    """
+
+    _EMPTY = frozenset(
+        {
+            torch.ops.aten.empty,
+            torch.ops.aten.empty_like,
+            torch.ops.aten.empty_strided,
+            torch.ops.aten.new_empty,
+            torch.ops.aten.new_empty_strided,
+        }
+    )
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in self._EMPTY:
+            poison(out)
+        return out
+
+
+def error_of(case: "Case", inputs: Sequence[Any], outputs: Any, exact: Callable[..., Any]) -> float:
+    """The error of outputs that were poisoned before the call. Raises WrongResultError if it is
+    larger than the case allows, or if an element was not written."""
+    left = unwritten(outputs)
+    if left:
+        raise WrongResultError(f"{left} elements of the output were not written")
+    if case.error is not None:
+        error = case.error(inputs, outputs)
+    else:
+        for output in tensors(outputs):
+            if output.is_floating_point() and not torch.isfinite(output.float()).all():
+                raise WrongResultError("the output has elements that are not finite")
+        error = _relative_error(inputs, outputs, exact)
+    if not error <= case.tolerance:
+        raise WrongResultError(f"error {error:.1e}, {case.tolerance:.1e} is allowed")
+    return error
+
+
+def _relative_error(inputs: Sequence[Any], outputs: Any, exact: Callable[..., Any]) -> float:
+    x, *others = inputs
+    rows = torch.linspace(0, x.shape[0] - 1, min(_CHECKED_ROWS, x.shape[0])).long().to(x.device)
+    wanted = list(tensors(exact(x[rows], *others)))
+    worst = 0.0
+    for output, right in zip(tensors(outputs), wanted, strict=True):
+        got, right = output[rows].double(), right.double()
+        if got.shape != right.shape:
+            raise WrongResultError(
+                f"the output has shape {list(output.shape)}, its rows should be "
+                f"{list(right.shape[1:])}"
+            )
+        size = float(right.norm())
+        worst = max(worst, float((got - right).norm()) / (size or 1.0))
+    return worst
+
+
+def one_line(error: Exception) -> str:
+    """One line of what an exception says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else "no message"
+    return first if isinstance(error, WrongResultError) else f"{type(error).__name__}: {first}"

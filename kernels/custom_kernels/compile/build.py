@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile ``<operation>/<backend>.cu`` into a plain shared library behind apache-tvm-ffi.
+
+The name of a library holds the hash of everything that made it: the source and every file that it
+includes from this package, the flags, the versions of nvcc, of the host compiler and of tvm-ffi,
+the architectures. So "is it up to date" is "does this name exist", and nothing is ever rebuilt or
+loaded by mistake. A library is written in a folder of its own and renamed when whole: a compile
+that is killed leaves nothing that could be taken for a library, and the next one clears what it
+left.
+
+A compile waits until the machine has a core and the memory for it (see jobs). How long it took and
+the peak of its memory are kept in the report beside the library.
+
+This module does not import torch: finding that there is nothing to do takes a fraction of a second.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from custom_kernels import paths
+from custom_kernels.compile import jobs, ptx, sources, toolchain
+from custom_kernels.compile.ptx import Kernel
+from custom_kernels.compile.sources import Source
+from custom_kernels.compile.toolchain import BuildError
+
+if TYPE_CHECKING:
+    import torch
+
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-Xptxas=-v")
+PEAK_MEMORY = 5 * jobs.GIB // 2
+"""Bytes that a compile may take at most; what one is taken to need before it was seen."""
+REPORT = 2
+"""Number of the form of the report beside a library; another one is compiled anew."""
+KEPT_LIBRARIES = 8
+"""How many older libraries of a backend stay in the cache, for going back and forth between
+edits."""
+
+_NVCC_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """One library in the cache."""
+
+    source: Source
+    path: Path
+    architectures: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    compiled: bool
+    """True if this call compiled it, False if it was up to date."""
+    seconds: float
+    """What this call took; next to nothing where the library was up to date."""
+    peak_memory: int
+    """Bytes that the largest process of its compile took."""
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+
+def build_all(
+    architectures: Sequence[str] | None = None,
+    force: bool = False,
+    progress: Callable[[Built], None] | None = None,
+    operation: str | None = None,
+) -> list[Built]:
+    """Bring every kernel (of ``operation``, if given) up to date for ``architectures`` (default:
+    the pinned ones), in parallel; a source that is written for none of them is left out.
+
+    ``progress`` is called with each library as it becomes ready. Raises BuildError, after all
+    others are built, with the compiler's messages of those that failed.
+    """
+    architectures = tuple(architectures or sources.pinned_architectures())
+    remove_stale()
+    wanted = [
+        source
+        for source in sources.find_all()
+        if source.architectures(architectures) and operation in (None, source.operation)
+    ]
+    stale = [
+        source for source in wanted if force or not library_path(source, architectures).is_file()
+    ]
+    done, errors = [], []
+    for source in wanted:
+        if source not in stale:
+            done.append(build(source, architectures))
+            if progress is not None:
+                progress(done[-1])
+    if not stale:
+        return done
+
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    threads = max(1, len(os.sched_getaffinity(0)) // len(stale))
+    with ThreadPoolExecutor(max_workers=len(stale)) as pool:
+        # The one that took longest comes first, so that none is left alone at the end.
+        stale.sort(key=lambda source: _last_report(source.name).get("seconds", 0), reverse=True)
+        running = [pool.submit(build, source, architectures, force, threads) for source in stale]
+        for job in as_completed(running):
+            try:
+                done.append(job.result())
+            except BuildError as error:
+                errors.append(str(error))
+                continue
+            if progress is not None:
+                progress(done[-1])
+    if errors:
+        raise BuildError("\n\n".join(errors))
+    return sorted(done, key=lambda item: item.source.name)
+
+
+def build(
+    source: Source, architectures: Sequence[str], force: bool = False, threads: int = 0
+) -> Built:
+    """Bring one kernel up to date for ``architectures`` and return its library.
+
+    ``threads`` compilers run at once for several architectures; 0: as many as there are cores. Two
+    processes that want the same library at once compile it once: the second waits for the first.
+    """
+    started = time.perf_counter()
+    architectures = source.architectures(architectures)
+    path = library_path(source, architectures)
+    compiled = False
+    if force or not path.is_file():
+        with _lock(source.name):
+            if force or not path.is_file():
+                _clear_scratch(source.name)
+                threads = min(threads or len(os.sched_getaffinity(0)), len(architectures))
+                _compile(source, architectures, path, threads)
+                _drop_old(source.name)
+                compiled = True
+    report = json.loads(_report_path(path).read_text())
+    kernels = tuple(Kernel(**item) for item in report["kernels"])
+    seconds = time.perf_counter() - started
+    return Built(
+        source, path, architectures, kernels, compiled, seconds, int(report["peak_memory"])
+    )
+
+
+def library_path(source: Source, architectures: Sequence[str]) -> Path:
+    """Where the library of ``source`` for ``architectures`` is, or will be once it is compiled."""
+    tools = toolchain.find()
+    architectures = source.architectures(architectures)
+    recipe = {
+        "report": REPORT,
+        "headers": [package for _, package in source.headers()],
+        "files": {str(path.relative_to(paths.PACKAGE)): _sha256(path) for path in source.files()},
+        "flags": [*FLAGS, *_code_flags(architectures)],
+        "libraries": source.libraries(),
+        "tools": tools.versions(),
+        "environment": {name: os.environ.get(name, "") for name in _NVCC_ENVIRONMENT},
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    return paths.cache_dir() / f"{source.name}-{key[:20]}.so"
+
+
+def remove_stale() -> None:
+    """Remove what killed compiles left behind; compiles that are running keep theirs."""
+    for scratch in paths.cache_dir().glob("*.tmp"):
+        name = scratch.name.split("-", 1)[0]
+        with _lock(name, wait=False) as held:
+            if held:
+                _clear_scratch(name)
+
+
+def unavailable(source: Source, device_architecture: str) -> str | None:
+    """None if ``source`` is compiled, or can be, for the architecture; else the reason why not."""
+    if not source.architectures((device_architecture,)):
+        return f"{source.path.name} is not written for {device_architecture}"
+    try:
+        if existing(source, device_architecture) is None:
+            toolchain.find()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def load(operation: str, backend: str, device: "torch.device | None" = None) -> Any:
+    """Load a backend's library as a ``tvm_ffi.Module``; compile it first if it is not up to date.
+
+    Any library that holds the device's architecture serves; one that must be compiled is compiled
+    for this architecture alone. Without ``device`` (or on the CPU) it is the library for the pinned
+    architectures.
+    """
+    # torch first: it brings the CUDA libraries, and a library that is loaded is not loaded twice.
+    import torch
+    import tvm_ffi
+
+    source = sources.find(operation, backend)
+    if source is None:
+        raise BuildError(f"{paths.PACKAGE / operation} has no {backend}.cu")
+    if device is None or torch.device(device).type != "cuda":
+        path = build(source, sources.pinned_architectures()).path
+    else:
+        target = sources.architecture(torch.device(device))
+        found = existing(source, target)
+        if found is None:
+            log.warning("compiling %s for %s: this happens once", source.name, target)
+            found = build(source, (target,)).path
+        path = found
+    return tvm_ffi.load_module(str(path))
+
+
+def existing(source: Source, device_architecture: str) -> Path | None:
+    """A library that is up to date and holds the device's architecture."""
+    for wanted in (sources.pinned_architectures(), (device_architecture,)):
+        architectures = source.architectures(wanted)
+        if device_architecture in architectures:
+            path = library_path(source, architectures)
+            if path.is_file():
+                return path
+    return None
+
+
+def _compile(source: Source, architectures: Sequence[str], path: Path, threads: int) -> None:
+    tools = toolchain.find()
+    if tools.origin == "system":
+        _say_once(f"compiling with {tools.nvcc}, the system's: this environment holds no nvcc")
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{source.name}-", suffix=".tmp", dir=path.parent))
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    try:
+        quotable = _Quotable(scratch)
+        headers = [*(folder for folder, _ in source.headers()), *tools.include]
+        libraries = [toolchain.library(tools, name) for name in ("tvm_ffi", *source.libraries())]
+        command = [
+            str(tools.nvcc),
+            *FLAGS,
+            *_code_flags(architectures),
+            f"--threads={threads}",
+            "-shared",
+            "-Xcompiler=-fPIC",
+            f"-ccbin={quotable(tools.cxx)}",
+            f"-I{quotable(paths.PACKAGE)}",
+            "-isystem",
+            quotable(tools.tvm_ffi / "include"),
+            *(item for folder in headers for item in ("-isystem", quotable(folder))),
+            quotable(source.path),
+            "-o",
+            path.name,
+            "--keep",  # the PTX, for the report; it goes when the scratch folder goes
+            "--keep-dir=.",
+            # Packages hold only lib<name>.so.<major>, without the plain link name. The result asks
+            # for it by the name that is written in it, which is the one that torch has loaded.
+            *(f"-L{quotable(library.parent)}" for library in libraries),
+            *(f"-l:{library.name}" for library in libraries),
+        ]
+        need = _last_report(source.name).get("peak_memory") or PEAK_MEMORY
+        with jobs.slot(need * threads) as slot:
+            ran = quotable.named(_run_nvcc(command, scratch, slot.fileno()))
+        if ran.status != 0:
+            raise BuildError(_failure(source, ran))
+        if library_path(source, architectures) != path:
+            raise BuildError(f"{source.path} changed while it was compiled: run the same again")
+        report = {
+            "source": source.name,
+            "architectures": list(architectures),
+            "tools": tools.versions(),
+            "seconds": round(ran.seconds, 1),
+            "peak_memory": ran.peak_memory,
+            "kernels": [asdict(kernel) for kernel in ptx.kernels(ran.log, scratch)],
+        }
+        # The report first: where there is a library, there is its report.
+        output, report_output = scratch / path.name, scratch / "report.json"
+        report_output.write_text(json.dumps(report, indent=1))
+        for written in (output, report_output):
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+        report_output.replace(_report_path(path))
+        output.replace(path)
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """One run of nvcc; the memory is that of the largest of its processes."""
+
+    status: int
+    log: str
+    seconds: float
+    peak_memory: int
+
+
+class _Quotable:
+    """Paths as nvcc can pass them on. It writes ``\\'`` for a quote within double quotes, which is
+    another path: a file or folder with one gets a link in the scratch folder."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._links: dict[Path, str] = {}
+
+    def __call__(self, path: Path) -> str:
+        if not re.search(r"['\"`$\\]", str(path)):
+            return str(path)
+        if path not in self._links:
+            # Its own name at the end: an #include relative to a source is found beside it.
+            folder = path if path.is_dir() else path.parent
+            link = f"link{len(self._links)}_"
+            (self._scratch / link).symlink_to(folder)
+            self._links[path] = link if folder is path else f"{link}/{path.name}"
+        return self._links[path]
+
+    def named(self, ran: _Ran) -> _Ran:
+        """What nvcc said, with the paths as everybody knows them."""
+        log = ran.log
+        for path, link in self._links.items():
+            log = log.replace(link, str(path))
+        return replace(ran, log=log)
+
+
+def _run_nvcc(command: Sequence[str], scratch: Path, slot: int) -> _Ran:
+    """Run nvcc in its scratch folder, which it knows as ``.``: it hands its temporary files to a
+    shell without quotes, so their names must not hold the folder's own."""
+    started = time.perf_counter()
+    log = scratch / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command,
+            cwd=scratch,
+            env={**os.environ, "TMPDIR": "."},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(slot,),
+        ) as process,
+    ):
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return _Ran(
+        status=process.returncode,
+        log=log.read_text(errors="replace"),
+        seconds=time.perf_counter() - started,
+        peak_memory=usage.ru_maxrss * 1024,
+    )
+
+
+def _failure(source: Source, ran: _Ran) -> str:
+    messages = "\n".join(line for line in ran.log.splitlines() if not line.startswith("ptxas info"))
+    if ran.status in (-9, 137) or "signal 9" in messages or "Killed" in messages:
+        return (
+            f"the compiler of {source.path.name} was killed at {ran.peak_memory / jobs.GIB:.1f} "
+            "GiB, most likely for want of memory: end other programs and run the same again"
+        )
+    return f"nvcc cannot compile {source.path}:\n{messages.strip()}"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def _last_report(name: str) -> dict[str, Any]:
+    """The newest report of a source, whatever version of it that was; empty where there is none."""
+    found = sorted(paths.cache_dir().glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
+    with contextlib.suppress(IndexError, OSError, ValueError):
+        return dict(json.loads(found[-1].read_text()))
+    return {}
+
+
+def _code_flags(architectures: Iterable[str]) -> list[str]:
+    numbers = [architecture.replace(".", "") for architecture in architectures]
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+
+
+def _report_path(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _lock(name: str, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of one backend; the operating system releases it when its holder dies."""
+    path = paths.cache_dir() / f"{name}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise _not_writable(path.parent, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _clear_scratch(name: str) -> None:
+    """Remove the temporary folders of a backend whose lock we hold: whoever made them is gone."""
+    for scratch in paths.cache_dir().glob(f"{name}-*.tmp"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _drop_old(name: str) -> None:
+    libraries = sorted(
+        paths.cache_dir().glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime
+    )
+    for path in libraries[: -KEPT_LIBRARIES - 1]:
+        path.unlink(missing_ok=True)
+        _report_path(path).unlink(missing_ok=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> BuildError:
+    return BuildError(
+        f"cannot write compiled kernels to {folder} ({error.strerror or error}): make room or make "
+        "it writable, or set CUSTOM_KERNELS_CACHE to another folder"
+    )

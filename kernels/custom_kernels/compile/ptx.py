@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read what compilers print: PTX, and ptxas's report of registers, shared memory and spills."""
+
+import functools
+import itertools
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the assembler says of one kernel on one architecture: registers, and bytes per thread or
+    block."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    ptx: int | None = None
+    """Instructions of its PTX."""
+    threads: int | None = None
+    """Threads in a block, where ``__launch_bounds__`` fixes it."""
+    dynamic: bool = False
+    """Whether it uses shared memory whose size the launch chooses, beyond ``shared``."""
+
+
+# --- ptxas ----------------------------------------------------------------------
+
+_COMPILING = re.compile(r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P<sm>\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (?P<registers>\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def kernels(log: str, kept: Path) -> list[Kernel]:
+    """What ptxas says in ``log``, with what the PTX in the folder ``kept`` says beside it."""
+    written = {}
+    for path in kept.glob("*.ptx"):
+        text = path.read_text()
+        if target := re.search(r"^\.target sm_(\w+)", text, re.MULTILINE):
+            for entry in entries(text):
+                written[entry.name, _architecture_name(target[1])] = entry
+    found = parse_ptxas(log)
+    for index, kernel in enumerate(found):
+        said = written.get((kernel.name, kernel.architecture))
+        if said is not None:
+            found[index] = replace(
+                kernel, ptx=said.instructions, threads=said.threads, dynamic=said.dynamic
+            )
+    names = demangle([kernel.name for kernel in found])
+    return [replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]
+
+
+def _architecture_name(sm: str) -> str:
+    number = re.fullmatch(r"(\d+)(\d)(\w?)", sm)
+    return f"{number[1]}.{number[2]}{number[3]}" if number else sm
+
+
+def parse_ptxas(text: str) -> list[Kernel]:
+    """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared
+    memory."""
+    kernels: list[Kernel] = []
+    entry: dict[str, str] | None = None
+    memory = (0, 0, 0)
+    for line in text.splitlines():
+        if match := _COMPILING.search(line):
+            entry = match.groupdict()
+        elif match := _SPILLS.search(line):
+            memory = (int(match[1]), int(match[2]), int(match[3]))
+        elif entry is not None and (match := _USED.search(line)):
+            shared = _SHARED.search(line)
+            kernels.append(
+                Kernel(
+                    entry["name"],
+                    _architecture_name(entry["sm"]),
+                    int(match["registers"]),
+                    *memory,
+                    int(shared[1]) if shared else 0,
+                )
+            )
+            entry = None
+    return kernels
+
+
+# --- PTX ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel in PTX."""
+
+    name: str
+    instructions: int
+    threads: int | None
+    """Per block, as ``__launch_bounds__`` or the compiler fixes it."""
+    dynamic: bool
+    """Whether it uses shared memory whose size the launch chooses."""
+
+
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
+_FUNCTION = re.compile(r"^(?:\.\w+\s+)*\.(?:entry|func)\b", re.MULTILINE)
+_THREADS = re.compile(r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
+_DYNAMIC = re.compile(r"^\.extern\s+\.shared\b.*?([\w$]+)\s*(?:\[\])?;", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*(?:@!?%\w+\s+)?[a-z][\w.:]*(?:\s[^;]*)?;", re.MULTILINE)
+
+
+def entries(ptx: str) -> list[Entry]:
+    """The kernels of a PTX text, in its order."""
+    dynamic = _DYNAMIC.findall(ptx)
+    starts = [match.start() for match in _FUNCTION.finditer(ptx)] + [len(ptx)]
+    found = []
+    for start, end in itertools.pairwise(starts):
+        text = ptx[start:end]
+        name = _ENTRY.match(text[text.find(".entry") :]) if ".entry" in text else None
+        if name is None:
+            continue
+        threads = _THREADS.search(text)
+        body = text[text.find("{") :]
+        found.append(
+            Entry(
+                name=name[1],
+                instructions=len(_INSTRUCTION.findall(body)),
+                threads=math.prod(int(n) for n in threads.groups() if n) if threads else None,
+                dynamic=any(re.search(rf"\b{re.escape(symbol)}\b", body) for symbol in dynamic),
+            )
+        )
+    return found
+
+
+def demangle(names: Sequence[str]) -> list[str]:
+    """C++ names without their parameters; as they are where there is no c++filt."""
+    filt = _filt()
+    if filt is None or not names:
+        return list(names)
+    result = subprocess.run(
+        [filt, "--no-params"], input="\n".join(names), capture_output=True, text=True, check=False
+    )
+    found = result.stdout.splitlines()
+    return found if len(found) == len(names) else list(names)
+
+
+@functools.cache
+def _filt() -> str | None:
+    return shutil.which("c++filt")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m custom_kernels.inspect gemm.triton``: a table of what became of every kernel."""
+
+import argparse
+import json
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from custom_kernels import registry
+from custom_kernels.compile import sources
+from custom_kernels.compile.toolchain import BuildError
+from custom_kernels.inspect import reports as inspection
+from custom_kernels.inspect.report import InspectionError, Report, table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, compile, print. Returns the exit status: 1 if a kernel does not
+    compile; warnings do not count."""
+    parser = argparse.ArgumentParser(
+        prog="python -m custom_kernels.inspect",
+        description="Registers, spills, shared memory, occupancy and instructions of every kernel.",
+    )
+    parser.add_argument("kernel", nargs="*", help="an operation, or operation.backend; default all")
+    parser.add_argument("--arch", action="append", help="for example 9.0a; repeatable")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    options = parser.parse_args(arguments)
+    wanted = [name for words in options.arch or [] for name in words.replace(",", " ").split()]
+    wrong = [name for name in wanted if not re.fullmatch(r"\d+\.\d[a-z]?", name)]
+    if wrong:
+        print(f"error: {wrong[0]!r} is not an architecture; write 9.0a", file=sys.stderr)
+        return 1
+
+    reports: list[Report] = []
+    errors: dict[str, str] = {}
+    nothing: list[str] = []
+    try:
+        backends = registry.chosen(options.kernel)
+    except registry.BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for operation, backend in backends:
+        try:
+            found = inspection.inspect(operation, backend, wanted or None)
+        except (InspectionError, BuildError) as error:
+            errors[f"{operation}.{backend}"] = str(error)
+            continue
+        reports += found
+        if not found:
+            nothing.append(_why_nothing(operation, backend, wanted))
+    if options.json:
+        document = {
+            "reports": [
+                asdict(one) | {"occupancy": asdict(one.occupancy) if one.occupancy else None}
+                for one in reports
+            ],
+            "warnings": inspection.warnings(reports),
+            "errors": errors,
+        }
+        print(json.dumps(document, indent=1))
+        return 1 if errors else 0
+
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
+    if reports:
+        console.print(table(reports))
+        console.print(
+            "registers, stack and spills per thread, shared memory per block, in bytes; occupancy: "
+            "warps of a multiprocessor; PTX: instructions; load and store: the widest to global "
+            "memory"
+        )
+    for line in nothing:
+        console.print(line, markup=False)
+    for operation, backend in dict.fromkeys((one.operation, one.backend) for one in reports):
+        for what, reason in registry.notes(operation, backend).items():
+            if what != "architectures":
+                console.print(f"{operation}.{backend}: {what}: {reason}", markup=False)
+    for line in inspection.warnings(reports):
+        console.print(f"warning: {line}", style="yellow", markup=False)
+    for message in errors.values():
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _why_nothing(operation: str, backend: str, wanted: Sequence[str]) -> str:
+    if registry.kind(operation, backend) == "torch":
+        return f"{operation}.{backend}: torch's own kernels, nothing to inspect"
+    if not registry.architectures(operation, backend, wanted or sources.pinned_architectures()):
+        return f"{operation}.{backend}: not written for {', '.join(wanted)}"
+    return f"{operation}.{backend}: has no kernels of its own"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    sys.exit(main())

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the kernels of a backend for GPUs that need not be there, and read what came out.
+
+- CUDA C++: what ``custom_kernels.compile`` compiled.
+- Triton: the backend's ``specializations()``, compiled as a launch would.
+- CuPy: every ``RawKernel`` that the backend's module holds (by itself, or in a dict, list or
+  tuple), by CuPy's own code, with the options and headers of a launch. CuPy compiles for ``sm_90``
+  where the others compile for ``sm_90a``, so its kernels have no wgmma.
+"""
+
+import importlib
+import io
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from custom_kernels import paths, registry
+from custom_kernels.compile import build, ptx, sources
+from custom_kernels.compile.toolchain import BuildError
+from custom_kernels.inspect import assembly
+from custom_kernels.inspect.report import InspectionError, Report
+from custom_kernels.operation import Specialization
+
+
+def compile_here(
+    operation: str, backend: str, names: Sequence[str], most: int | None = None
+) -> list[Report]:
+    """The same as ``reports.inspect`` without cache and without a process of its own; of a Triton
+    backend with many specializations ``most`` of them, some of each kernel.
+
+    A Triton backend must have been imported without Triton's interpreter.
+    """
+    kind = registry.kind(operation, backend)
+    if kind == "cuda":
+        return read_library(operation, backend, names)
+    if kind == "torch":
+        return []
+    jobs = list(_jobs(operation, backend, kind, names))
+    return _run_jobs(_some(jobs, most) if most and len(jobs) > most else jobs)
+
+
+def read_library(operation: str, backend: str, names: Sequence[str]) -> list[Report]:
+    source = sources.find(operation, backend)
+    assert source is not None
+    pinned = sources.pinned_architectures()
+    # One library holds all pinned architectures; what is compiled already is not compiled again.
+    whole = set(names) <= set(pinned) and build.library_path(source, pinned).is_file()
+    built = build.build(source, pinned if whole else names)
+    reports = []
+    for name in names:
+        said = {kernel.name: kernel for kernel in built.kernels if kernel.architecture == name}
+        if not said:
+            continue
+        codes = assembly.read(built.path, name)
+        for kernel, code in zip(ptx.demangle([code.name for code in codes]), codes, strict=True):
+            if kernel in said:
+                known = said[kernel]
+                spills = known.spill_stores + known.spill_loads
+                reports.append(
+                    _report(operation, backend, kernel, name, code, spills, known.shared)
+                    | {"ptx": known.ptx, "threads": known.threads, "dynamic": known.dynamic}
+                )
+    return [Report(**report) for report in reports]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One compilation: a Triton specialization, or a RawKernel with its label."""
+
+    operation: str
+    backend: str
+    architecture: str
+    item: Any
+
+
+def _jobs(operation: str, backend: str, kind: str, names: Sequence[str]) -> Iterator[_Job]:
+    module = _import(operation, backend)
+    items: Sequence[Any]
+    if kind == "triton":
+        if not hasattr(module, "specializations"):
+            raise InspectionError(
+                f"{module.__file__} has no specializations(), which says what its launches "
+                "compile; kernels/README.md shows one"
+            )
+        try:
+            items = module.specializations()
+        except Exception as error:
+            raise InspectionError(explain(error)) from error
+    else:
+        items = _raw_kernels(module)
+    for name in names:
+        for item in items:
+            only = getattr(item, "architectures", ())
+            if not only or name in only:
+                yield _Job(operation, backend, name, item)
+
+
+def _some(jobs: Sequence[_Job], most: int) -> list[_Job]:
+    """``most`` of the jobs, all kernels in turn, spread over what each has."""
+    kernels: dict[int, list[_Job]] = {}
+    for job in jobs:
+        kernels.setdefault(id(getattr(job.item, "kernel", job)), []).append(job)
+    groups = list(kernels.values())[:most]
+    shares = [most // len(groups) + (index < most % len(groups)) for index in range(len(groups))]
+    return [
+        group[round(step * (len(group) - 1) / max(1, min(share, len(group)) - 1))]
+        for group, share in zip(groups, shares, strict=True)
+        for step in range(min(share, len(group)))
+    ]
+
+
+def _run_jobs(jobs: Sequence[_Job]) -> list[Report]:
+    """All of them, in parallel. Raises InspectionError with the messages of all that failed."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    global _shared_jobs
+    _shared_jobs = list(jobs)
+    if len(jobs) == 1:
+        found = [_run_shared(0)]
+    else:
+        # Forked: kernels are functions that cannot be sent, and imports cost seconds.
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+            found = list(pool.map(_run_shared, range(len(jobs))))
+    # What the compiler says is mostly the same for every dtype and architecture: show it once.
+    errors = {error.partition("\n")[2] or error: error for error in found if isinstance(error, str)}
+    if errors:
+        raise InspectionError("\n\n".join(errors.values()))
+    return [report for one in found if not isinstance(one, str) for report in one]
+
+
+_shared_jobs: list[_Job] = []
+
+
+def _run_shared(index: int) -> list[Report] | str:
+    try:
+        return _run_job(_shared_jobs[index])
+    except (InspectionError, BuildError) as error:
+        return str(error)
+
+
+def _run_job(job: _Job) -> list[Report]:
+    run = _triton if isinstance(job.item, Specialization) else _cupy
+    return [Report(**report) for report in run(job)]
+
+
+def _triton(job: _Job) -> list[dict[str, Any]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    item: Specialization = job.item
+    kernel = item.kernel
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn  # autotune and heuristics wrap it
+    types = {
+        name: "constexpr" if name in item.constexprs else item.signature.get(name)
+        for name in kernel.arg_names
+    }
+    unknown = ", ".join(sorted({*item.signature, *item.constexprs} - set(types))) or "nothing"
+    missing = ", ".join(name for name, kind in types.items() if kind is None) or "nothing"
+    if (unknown, missing) != ("nothing", "nothing"):
+        raise InspectionError(
+            f"{_place(kernel)}: the specialization {item.label!r} of {kernel.__name__} lacks "
+            f"{missing}, and names {unknown} that is no argument"
+        )
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in item.aligned
+    }
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, types, item.constexprs, attributes),
+            target=GPUTarget("cuda", int(_number(job.architecture)), 32),
+            options={"num_warps": item.num_warps, "num_stages": item.num_stages},
+        )
+    except Exception as error:
+        raise InspectionError(explain(error, kernel)) from error
+    (code,) = (
+        code for code in _disassembled(compiled.asm["cubin"]) if code.name == compiled.metadata.name
+    )
+    (entry,) = (
+        entry for entry in ptx.entries(compiled.asm["ptx"]) if entry.name == compiled.metadata.name
+    )
+    name = f"{kernel.__name__}" + (f" ({item.label})" if item.label else "")
+    # Triton's kernels have no arrays of their own in local memory: what is there was spilled.
+    shared = compiled.metadata.shared
+    report = _report(job.operation, job.backend, name, job.architecture, code, code.local, shared)
+    return [report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": False}]
+
+
+def raw_kernel(kernel: Any, architecture: str, label: str = "", path: Path | None = None) -> Report:
+    """What CuPy's compiler makes of one ``cupy.RawKernel``; needs no GPU.
+
+    ``path`` is the file in which its source stands, for the compiler's messages. Raises
+    InspectionError if it does not compile.
+    """
+    return Report(**_raw_kernel(kernel, architecture, label or kernel.name, path))
+
+
+def _cupy(job: _Job) -> list[dict[str, Any]]:
+    label, kernel = job.item
+    path = paths.PACKAGE / job.operation / f"{job.backend}.py"
+    report = _raw_kernel(kernel, job.architecture, label, path)
+    return [report | {"operation": job.operation, "backend": job.backend}]
+
+
+def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -> dict[str, Any]:
+    # So that the compiler's messages name the line of the Python file in which it stands.
+    line = _line_of(path, kernel.code) if path is not None else None
+    source = f'#line {line} "{path}"\n{kernel.code}' if line else kernel.code
+    file = str(path or f"{kernel.name}.cu")
+    try:
+        cubin, text, log = _compiled_by_cupy(kernel, source, file, _number(architecture))
+    except Exception as error:
+        message = str(error).strip("\0\n ")
+        raise InspectionError(f"CuPy cannot compile {file} ({label}):\n{message}") from None
+    said = {entry.name: entry for entry in ptx.entries(text)}
+    if kernel.name not in said:
+        names = ", ".join(said) or "none"
+        raise InspectionError(
+            f"{file}: its source has no kernel {kernel.name!r}; there is {names} "
+            '(is it `extern "C" __global__`?)'
+        )
+    (code,) = (code for code in _disassembled(cubin) if code.name == kernel.name)
+    spilled = {one.name: one.spill_stores + one.spill_loads for one in ptx.parse_ptxas(log)}
+    entry = said[kernel.name]
+    report = _report("", "", label, architecture, code, spilled[kernel.name], code.shared)
+    return report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
+
+
+def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple[bytes, str, str]:
+    """Cubin, PTX and log of ``source``, compiled as CuPy compiles this kernel when it is launched.
+
+    All of it is CuPy's own code: what it asks the GPU (the architecture) is answered here, and what
+    it would load into the GPU is taken.
+    """
+    from unittest.mock import patch
+
+    from cupy._core import core
+    from cupy.cuda import compiler, function
+    from cupy_backends.cuda.libs import nvrtc
+
+    class Program(compiler._NVRTCProgram):
+        def __init__(self, source: str, name: str = "", *others: Any, **more: Any) -> None:
+            super().__init__(source, file, *others, **more)
+
+        def compile(self, options: tuple[str, ...] = (), log_stream: Any = None) -> Any:
+            # What comes from NVRTC's cache comes without ptxas's report. CUDA 12.8's has no cache.
+            more = ("--no-cache",) if nvrtc.getVersion() >= (13, 0) else ()
+            compiled = super().compile((*options, *more), log_stream)
+            text = nvrtc.getPTX(self.ptr)
+            (folder / "kernel.ptx").write_bytes(text.encode() if isinstance(text, str) else text)
+            return compiled
+
+    class Module(function.Module):
+        def load(self, code: bytes) -> None:
+            # CuPy's getCUBIN takes the last byte, a zero, for the end of a string.
+            loaded.append(code + b"\0")
+
+    loaded: list[bytes] = []
+    log = io.StringIO()
+    state = kernel.__getstate__()
+    with tempfile.TemporaryDirectory() as name, patch.object(function, "Module", Module):
+        folder = Path(name)
+        more = ["--ptxas-options=-v"]
+        if state["backend"] == "nvcc":
+            more += ["--keep", f"--keep-dir={folder}"]  # for its PTX
+        with patch.multiple(
+            compiler,
+            _NVRTCProgram=Program,
+            _get_arch_for_options_for_nvrtc=lambda _: (f"-arch=sm_{number}", "cubin"),
+            _kernel_cache_backend=compiler._DiskKernelCacheBackend(name),
+        ):
+            core.compile_with_cache(
+                source,
+                (*state["options"], *more),
+                arch=number,
+                prepend_cupy_headers=False,
+                backend=state["backend"],
+                translate_cucomplex=state["translate_cucomplex"],
+                enable_cooperative_groups=state["enable_cooperative_groups"],
+                name_expressions=state["name_expressions"],
+                log_stream=log,
+                jitify=bool(state["jitify"]),
+            )
+        (written,) = folder.glob("*.ptx")
+        return loaded[0], written.read_text(), log.getvalue()
+
+
+def _report(
+    operation: str,
+    backend: str,
+    kernel: str,
+    architecture: str,
+    code: assembly.Code,
+    spills: int,
+    shared: int,
+) -> dict[str, Any]:
+    found = asdict(code)
+    del found["name"]
+    found["sass"] = found.pop("bytes")
+    return found | {
+        "operation": operation,
+        "backend": backend,
+        "kernel": kernel,
+        "architecture": architecture,
+        "spills": spills,
+        "shared": shared,
+    }
+
+
+def _raw_kernels(module: ModuleType) -> list[tuple[str, Any]]:
+    """Every RawKernel of a module with a label, each compilation once."""
+    import cupy
+
+    found: dict[str, tuple[str, Any]] = {}
+
+    def add(label: str, value: Any) -> None:
+        if isinstance(value, cupy.RawKernel):
+            # All that CuPy compiles it from.
+            found.setdefault(repr(value.__getstate__()), (f"{value.name}{label}", value))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                add(f" [{_key_text(key)}]", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                add(f" [{index}]", item)
+
+    for value in list(vars(module).values()):
+        add("", value)
+    return list(found.values())
+
+
+def _key_text(key: Any) -> str:
+    parts = key if isinstance(key, tuple) else (key,)
+    return ", ".join(str(part).removeprefix("torch.") for part in parts)
+
+
+def _disassembled(cubin: bytes) -> list[assembly.Code]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return assembly.read(Path(file.name))
+
+
+def _line_of(path: Path, code: str) -> int | None:
+    """The line at which ``code`` stands in the file, None if it was put together."""
+    text = path.read_text()
+    start = text.find(code)
+    return text.count("\n", 0, start) + 1 if start >= 0 and code else None
+
+
+def _number(architecture: str) -> str:
+    return re.sub(r"\D", "", architecture)
+
+
+def _place(kernel: Any) -> str:
+    return f"{kernel.fn.__code__.co_filename}:{_line_of_def(kernel)}"
+
+
+def _line_of_def(kernel: Any) -> int:
+    """Of the word ``def``, from which Triton counts: decorators stand before it."""
+    lines = enumerate(kernel.raw_src)
+    decorators = next((index for index, line in lines if line.lstrip().startswith("def ")), 0)
+    return int(kernel.starting_line_number) + decorators
+
+
+def _import(operation: str, backend: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"custom_kernels.{operation}.{backend}")
+    except Exception as error:
+        raise InspectionError(explain(error)) from error
+
+
+def explain(error: BaseException, kernel: Any = None) -> str:
+    """What an error says, with the file and line in this package that it comes from.
+
+    Triton counts lines from the start of the function; they are turned into the file's.
+    """
+    if isinstance(error, (InspectionError, BuildError)):
+        return str(error)
+    if isinstance(error, SyntaxError):
+        return "".join(traceback.format_exception_only(error)).strip()
+    chain = [error]
+    while cause := (chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(cause)
+    for inner in reversed(chain):
+        node: Any = getattr(inner, "node", None)
+        source = getattr(inner, "src", None)
+        if source is not None and hasattr(node, "lineno"):
+            for function in _functions_like(kernel):
+                if function.src == source:
+                    path = function.fn.__code__.co_filename
+                    line = _line_of_def(function) + node.lineno - 1
+                    return f"{path}:{line}: {inner}"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).parent.parent == paths.PACKAGE]
+    where = f"{ours[-1].filename}:{ours[-1].lineno}: " if ours else ""
+    return where + "".join(traceback.format_exception_only(error)).strip()
+
+
+def _functions_like(kernel: Any) -> list[Any]:
+    """The kernel, and every Triton function that its module knows by name."""
+    if kernel is None:
+        return []
+    return [
+        kernel,
+        *(
+            value
+            for value in kernel.fn.__globals__.values()
+            if hasattr(value, "starting_line_number")
+        ),
+    ]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reports of a backend's kernels for every pinned architecture, kept until it changes.
+
+Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
+``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
+``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An
+operation is a matrix product if its ``__init__.py`` says ``MATRIX = True``.
+
+Reports are kept in the cache folder under the hash of all that they depend on, so that asking a
+second time takes a fraction of a second.
+"""
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from custom_kernels import paths, registry
+from custom_kernels.compile import build, ptx, sources
+from custom_kernels.inspect import assembly, compilers
+from custom_kernels.inspect import report as report_module
+from custom_kernels.inspect.compilers import compile_here
+from custom_kernels.inspect.report import InspectionError, Report
+
+MULTIPLYING = frozenset({"cublas", "cublasLt", "cusparse", "cusparseLt"})
+"""Libraries that multiply matrices on tensor cores."""
+KEPT_REPORTS = 500
+"""Reports that stay in the cache."""
+_VERSIONS = (
+    *("triton", "cupy-cuda13x", "cupy-cuda12x"),
+    *("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch"),
+)
+
+
+def inspect(
+    operation: str, backend: str, wanted: Sequence[str] | None = None, keep: bool = True
+) -> list[Report]:
+    """Every kernel of a backend on every architecture of ``wanted`` (default: the pinned ones) that
+    it is written for; none for a backend that has no kernels of its own.
+
+    Compiles what was not compiled yet, in processes of their own: nothing is imported here.
+
+    Raises InspectionError or toolchain.BuildError if a kernel does not compile.
+    """
+    names = registry.architectures(operation, backend, wanted or sources.pinned_architectures())
+    if registry.kind(operation, backend) == "torch" or not names:
+        return []
+    paths = {name: _cached(operation, backend, name) for name in names}
+    missing = [name for name in names if not (keep and paths[name].is_file())]
+    made = _in_own_process(operation, backend, missing) if missing else {}
+    for name, reports in made.items():
+        _write(paths[name], reports)
+    return [
+        report for name in names for report in (made[name] if name in made else _read(paths[name]))
+    ]
+
+
+def warnings(reports: Sequence[Report]) -> list[str]:
+    """What is wrong with the kernels of one backend, unless its file says that it is on purpose."""
+    found = []
+    for report in reports:
+        said = registry.notes(report.operation, report.backend)
+        where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
+        if report.spills and "spills" not in said:
+            found.append(f"{where} spills {report.spills} bytes")
+        elif report.local and not report.spills and "spills" not in said:
+            found.append(f"{where} uses local memory ({report.local} bytes, {report.stack} stack)")
+    for operation, backend in dict.fromkeys((item.operation, item.backend) for item in reports):
+        if not registry.is_matrix(operation) or "no tensor cores" in registry.notes(
+            operation, backend
+        ):
+            continue
+        source = sources.find(operation, backend)
+        if source is not None and MULTIPLYING & set(source.libraries()):
+            continue  # the library multiplies; what is compiled here prepares and finishes
+        own = [item for item in reports if (item.operation, item.backend) == (operation, backend)]
+        for name in dict.fromkeys(report.architecture for report in own):
+            if not any(report.tensor for report in own if report.architecture == name):
+                found.append(
+                    f"{operation}.{backend} multiplies matrices without tensor-core instructions "
+                    f"on {name}"
+                )
+    return found
+
+
+# --- in processes of their own, and kept ----------------------------------------------------------
+
+
+def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[str, list[Report]]:
+    """compile_here in a process that is not in Triton's interpreter, whatever this one is in."""
+    if registry.kind(operation, backend) == "cuda":
+        reports = compilers.read_library(operation, backend, names)
+    else:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [
+            sys.executable,
+            "-c",
+            "from custom_kernels.inspect import reports; reports.serve()",
+        ]
+        folder = str(paths.PACKAGE.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [folder, *filter(None, [environment.get("PYTHONPATH")])]
+        )
+        result = subprocess.run(
+            command,
+            input=json.dumps([operation, backend, list(names)]),
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answer = result.stdout.rpartition("\n\0")[2]
+        if result.returncode != 0 or not answer:
+            raise InspectionError(
+                f"compiling {operation}.{backend} ended with status {result.returncode}:\n"
+                f"{(result.stdout + result.stderr).strip()}"
+            )
+        found = json.loads(answer)
+        if "error" in found:
+            raise InspectionError(found["error"])
+        reports = [Report(**report) for report in found["reports"]]
+    return {name: [one for one in reports if one.architecture == name] for name in names}
+
+
+def serve() -> None:
+    """Answer one request on standard input."""
+    operation, backend, names = json.load(sys.stdin)
+    answer: dict[str, Any]
+    try:
+        answer = {"reports": [asdict(one) for one in compile_here(operation, backend, names)]}
+    except InspectionError as error:
+        answer = {"error": str(error)}
+    # Compilers print: the answer is what follows the mark.
+    print("\n\0" + json.dumps(answer))
+
+
+def fingerprint(operation: str, backend: str) -> str:
+    """A hash of all files of this package that the backend is made of."""
+    digest = hashlib.sha256()
+    source = sources.find(operation, backend)
+    compiled = source.files() if source is not None else []
+    for path in sorted({*_closure(operation, backend), *compiled}):
+        digest.update(f"{path.relative_to(paths.PACKAGE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cached(operation: str, backend: str, architecture: str) -> Path:
+    made_of = f"{operation}.{backend} {architecture} {fingerprint(operation, backend)}\0"
+    digest = hashlib.sha256(made_of.encode())
+    source = sources.find(operation, backend)
+    if source is not None:
+        digest.update(build.library_path(source, (architecture,)).name.encode())
+    for name in _VERSIONS:
+        try:
+            digest.update(f"{name} {importlib.metadata.version(name)}\0".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (
+        paths.cache_dir() / "inspections" / f"{operation}.{backend}-{digest.hexdigest()[:20]}.json"
+    )
+
+
+def _closure(operation: str, backend: str) -> set[Path]:
+    """The backend's Python file, all files of this package that it imports, directly or not, and
+    the data beside it."""
+    found = {Path(str(module.__file__)) for module in (assembly, compilers, ptx, report_module)}
+    queue = [paths.PACKAGE / operation / f"{backend}.py"]
+    while queue:
+        path = queue.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        try:
+            tree = ast.parse(path.read_text())
+        except SyntaxError:
+            continue  # the compilation will say so
+        for node in ast.walk(tree):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for module in modules:
+                first, *rest = module.split(".")
+                if first == paths.PACKAGE.name:
+                    base = paths.PACKAGE.joinpath(*rest)
+                    queue += [base.with_suffix(".py"), base / "__init__.py"]
+    return found | set((paths.PACKAGE / operation).glob("*/*.json"))
+
+
+def _read(path: Path) -> list[Report]:
+    return [Report(**report) for report in json.loads(path.read_text())]
+
+
+def _write(path: Path, reports: Sequence[Report]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump([asdict(report) for report in reports], file)
+    os.replace(file.name, path)
+    kept = sorted(path.parent.glob("*.json"), key=lambda found: found.stat().st_mtime)
+    for old in kept[:-KEPT_REPORTS]:
+        old.unlink(missing_ok=True)

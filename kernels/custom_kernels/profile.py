@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m custom_kernels.profile OPERATION --backend NAME``: Nsight Compute on one call of
+one backend.
+
+A process of its own sets the case up and warms the backend up; only the one call after that is
+profiled, with flushed caches and with the clocks as they are. The report, for ``ncu-ui``, goes to
+benchmarks/results; its key figures are printed. Exits with 1 if there is no GPU, no ``ncu``, or
+nothing to profile.
+"""
+
+import argparse
+import csv
+import datetime
+import glob
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from custom_kernels import registry
+from custom_kernels.bench import plan as bench
+from custom_kernels.bench.plan import UsageError
+from custom_kernels.bench.records import results_folder
+from custom_kernels.compile.toolchain import BuildError
+
+NCU = "NCU"
+"""Environment variable that names the program."""
+PLACES = (
+    "/usr/local/cuda/bin/ncu",
+    "/opt/nvidia/nsight-compute/*/ncu",
+    "/usr/local/cuda*/bin/ncu",
+)
+CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
+"""Files that Docker and podman put into every container."""
+TOP_STALLS = 3
+
+_STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio$")
+_TENSOR = re.compile(r"pipe_tensor\w*\.avg\.pct_of_peak_sustained_(?:active|elapsed)$")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The key figures of one kernel launch; None for what this ncu or GPU does not count."""
+
+    kernel: str
+    microseconds: float | None
+    dram_percent: float | None
+    """Of the peak bandwidth that ncu knows, not of a measured copy."""
+    sm_percent: float | None
+    tensor_percent: float | None
+    """Of the busiest tensor pipe, while the SMs were active."""
+    occupancy: float | None
+    """Achieved, percent of the warps an SM can hold."""
+    occupancy_limit: float | None
+    registers: int | None
+    shared_bytes: int | None
+    grid: str
+    block: str
+    stalls: tuple[tuple[str, float], ...]
+    """The reasons for which warps waited most, and their share of the time between two
+    instructions of a warp, percent."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Profile, or be the process that is profiled. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _call(options) if options.child else _profile(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m custom_kernels.profile", description=__doc__)
+    parser.add_argument("operation", help=f"one of {', '.join(registry.operations())}")
+    parser.add_argument("--backend", help="default: the best for this device")
+    parser.add_argument("--model", help="default: the last of those measured by default")
+    parser.add_argument("--layer", help="default: the first of the model")
+    parser.add_argument("--tokens", type=int, default=4096, help="M")
+    parser.add_argument("--pattern", help="sparsity pattern; default: the first")
+    parser.add_argument("--dtype", help="default: the operation's first")
+    parser.add_argument("--output", type=Path, help="folder for the report")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+# --- the process that is profiled -----------------------------------------------------------------
+
+
+def case_of(options: argparse.Namespace, definition: Any) -> Any:
+    """The one case that is asked for. Raises UsageError if there is none."""
+    model = options.model or definition.DEFAULT_MODELS[-1]
+    if model not in definition.MODELS:
+        raise UsageError(f"no model {model}; there are: {', '.join(definition.MODELS)}")
+    dtype = options.dtype or definition.DTYPES[0]
+    if dtype not in definition.DTYPES:
+        raise UsageError(f"no dtype {dtype}; there are: {', '.join(definition.DTYPES)}")
+    cases = list(definition.cases([model], [options.tokens], dtype))
+    for name in ("layer", "pattern"):
+        wanted = getattr(options, name)
+        there = list(dict.fromkeys(str(case.labels.get(name, "none")) for case in cases))
+        if wanted and wanted not in there:
+            raise UsageError(f"no {name} {wanted}; there are: {', '.join(there)}")
+        cases = [case for case in cases if not wanted or str(case.labels.get(name)) == wanted]
+    return cases[0]
+
+
+def _call(options: argparse.Namespace) -> int:
+    """Warm up, then one call between cudaProfilerStart and cudaProfilerStop."""
+    import torch
+
+    from custom_kernels.check.case import contender_of
+
+    definition = bench.definition_of(options.operation)
+    device = torch.device("cuda", torch.cuda.current_device())
+    case = case_of(options, definition)
+    dtype = options.dtype or definition.DTYPES[0]
+    try:
+        contender = contender_of(options.operation, options.backend, device, dtype, definition)
+    except (registry.BackendError, BuildError) as error:
+        raise UsageError(str(error)) from error
+    inputs = case.empty_inputs(device)
+    case.fill(inputs)
+    arguments = contender.prepare(inputs)
+    for _ in range(3):  # compiles, searches, loads modules
+        contender.run(*arguments)
+    torch.cuda.synchronize(device)
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaProfilerStart()
+    contender.run(*arguments)
+    torch.cuda.synchronize(device)
+    runtime.cudaProfilerStop()
+    return 0
+
+
+# --- the process that profiles --------------------------------------------------------------------
+
+
+def _profile(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "profiling needs a GPU and torch sees none; without one, "
+            f"`make inspect K={options.operation}` shows registers, occupancy and instructions"
+        )
+    ncu = find_ncu()
+    definition = bench.definition_of(options.operation)
+    case = case_of(options, definition)
+    device = torch.device("cuda", torch.cuda.current_device())
+    if options.backend is None:
+        first = next(iter(case.empty_inputs(torch.device("meta"))))
+        options.backend = registry.best(options.operation, device, first.dtype)
+    elif options.backend not in registry.backends(options.operation):
+        there = ", ".join(registry.backends(options.operation))
+        raise UsageError(f"no backend {options.backend}; there are: {there}")
+    print(f"profiling {options.operation}.{options.backend} at {bench.words(case.labels)}")
+    folder = options.output or results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
+    place = re.sub(r"[^\w.-]+", "-", bench.words(case.labels))
+    report = folder / f"profile-{options.operation}-{options.backend}-{place}-{stamp}.ncu-rep"
+    run_ncu(ncu, report, [sys.executable, "-m", "custom_kernels.profile", *_child(options)])
+    profiles = parse(_raw(ncu, report))
+    if not profiles:
+        raise UsageError(f"no kernel ran in the profiled call; ncu's report is {report}")
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print(table(profiles))
+    console.print(f"wrote {report}; open it with ncu-ui", soft_wrap=True, markup=False)
+    return 0
+
+
+def _child(options: argparse.Namespace) -> list[str]:
+    words = [options.operation, "--child"]
+    for name in ("backend", "model", "layer", "tokens", "pattern", "dtype"):
+        value = getattr(options, name)
+        words += [f"--{name}", str(value)] if value else []
+    return words
+
+
+def find_ncu() -> str:
+    """The program: $NCU, from PATH, or where CUDA's installer puts it. Raises UsageError."""
+    if given := os.environ.get(NCU):
+        found = shutil.which(given)
+        if found is None:
+            raise UsageError(f"{NCU}={given} is not a program")
+        return found
+    if found := shutil.which("ncu"):
+        return found
+    places = [path for pattern in PLACES for path in sorted(glob.glob(pattern), reverse=True)]
+    if places:
+        return places[0]
+    raise UsageError(
+        "Nsight Compute (ncu) is not on PATH: install NVIDIA's package nsight-compute, or name "
+        f"the program with {NCU}="
+    )
+
+
+def run_ncu(ncu: str, report: Path, command: Sequence[str]) -> None:
+    """Profile ``command`` into ``report``. Raises UsageError with ncu's reason if that fails."""
+    done = subprocess.run(
+        [
+            ncu,
+            "--set=full",
+            "--profile-from-start=off",  # the call begins it, so torch's fills are left out
+            "--clock-control=none",  # the machine's clocks are not ours to set
+            "--cache-control=all",  # cold, as in the bench
+            "--target-processes=application-only",
+            "--import-source=yes",
+            "--force-overwrite",
+            f"--export={report.with_suffix('')}",
+            *command,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    if "ERR_NVGPUCTRPERM" in output:
+        raise UsageError(_no_counters(in_container(), os.geteuid() == 0))
+    if done.returncode != 0 or not report.is_file():
+        raise UsageError(f"ncu failed: {_reason(output)}")
+
+
+def in_container() -> bool:
+    """Whether this runs in a container of Docker or podman."""
+    return any(os.path.exists(mark) for mark in CONTAINER_MARKS)
+
+
+def _no_counters(container: bool, root: bool) -> str:
+    """What lets ncu read the hardware counters, for who asks and where.
+
+    The driver gives them to processes with CAP_SYS_ADMIN only, unless its option says otherwise.
+    root on the host has the capability, root in a container has it where the container was given
+    it, other users have it nowhere.
+    """
+    option = "the driver option NVreg_RestrictProfilingToAdminUsers=0"
+    if container:
+        capability = "give the container the capability (docker's --cap-add=SYS_ADMIN)"
+        capability += "" if root else " and profile as root in it"
+        remedy = f"set {option} on the host, or {capability}; see .devcontainer/README.md"
+    else:
+        remedy = f"set {option}" + ("" if root else ", or profile with sudo")
+        remedy += "; see https://developer.nvidia.com/ERR_NVGPUCTRPERM"
+    return f"the driver keeps the GPU's hardware counters from this process: {remedy}"
+
+
+def _reason(output: str) -> str:
+    """The line of ncu's output that says most: the child's error, ncu's own, or the last."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for mark in ("error: ", "==ERROR=="):
+        for line in lines:
+            if mark in line:
+                return line.removeprefix("error: ")
+    return lines[-1] if lines else "it said nothing"
+
+
+def _raw(ncu: str, report: Path) -> str:
+    command = [ncu, "--import", str(report), "--page=raw", "--csv", "--print-units=base"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UsageError(f"ncu cannot read its own report: {_reason(done.stdout + done.stderr)}")
+    return done.stdout
+
+
+def parse(raw: str) -> list[Profile]:
+    """The key figures from ``ncu --page raw --csv --print-units base``: a header, a line of units,
+    then a line per kernel."""
+    lines = raw.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    rows = list(csv.DictReader(io.StringIO("\n".join(lines[start:]))))
+    return [_figures(row) for row in rows if row["ID"]]
+
+
+def _figures(row: dict[str, str]) -> Profile:
+    def number(*names: str) -> float | None:
+        return next(
+            (value for name in names if (value := _number(row.get(name))) is not None), None
+        )
+
+    def whole(name: str) -> int | None:
+        value = number(name)
+        return None if value is None else round(value)
+
+    nanoseconds = number("gpu__time_duration.sum")
+    tensor = [
+        value
+        for name in row
+        if name and _TENSOR.search(name) and (value := _number(row[name])) is not None
+    ]
+    return Profile(
+        kernel=row["Kernel Name"],
+        microseconds=None if nanoseconds is None else nanoseconds / 1e3,
+        dram_percent=number(
+            "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+            "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        ),
+        sm_percent=number("sm__throughput.avg.pct_of_peak_sustained_elapsed"),
+        tensor_percent=max(tensor, default=None),
+        occupancy=number("sm__warps_active.avg.pct_of_peak_sustained_active"),
+        occupancy_limit=number("sm__maximum_warps_per_active_cycle_pct"),
+        registers=whole("launch__registers_per_thread"),
+        shared_bytes=whole("launch__shared_mem_per_block"),
+        grid=row.get("Grid Size", ""),
+        block=row.get("Block Size", ""),
+        stalls=_stalls(row),
+    )
+
+
+def _stalls(row: dict[str, str]) -> tuple[tuple[str, float], ...]:
+    cycles = {
+        found[1]: value
+        for name, text in row.items()
+        if name and (found := _STALL.match(name)) and (value := _number(text)) is not None
+    }
+    total = sum(cycles.values())
+    cycles.pop("selected", None)  # the warp that issues does not wait
+    worst = sorted(cycles.items(), key=lambda item: -item[1])[:TOP_STALLS]
+    return tuple((name.replace("_", " "), 100 * value / total) for name, value in worst if value)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float((text or "").replace(",", ""))
+    except ValueError:
+        return None
+
+
+def table(profiles: Sequence[Profile]) -> Any:
+    """A rich table: a line per kernel that the call launched."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=44)
+    for name in ("µs", "DRAM %", "SM %", "tensor %", "occupancy %", "regs", "shared"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("warps wait for")
+    for one in profiles:
+        limit = "" if one.occupancy_limit is None else f" of {one.occupancy_limit:.0f}"
+        shown.add_row(
+            one.kernel,
+            _text(one.microseconds, 2),
+            _text(one.dram_percent),
+            _text(one.sm_percent),
+            _text(one.tensor_percent),
+            _text(one.occupancy) + limit,
+            _text(one.registers, 0),
+            _text(one.shared_bytes, 0),
+            ", ".join(f"{name} {share:.0f} %" for name, share in one.stalls),
+        )
+    return shown
+
+
+def _text(value: float | None, places: int = 1) -> str:
+    return "n/a" if value is None else f"{value:.{places}f}"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    sys.exit(main())

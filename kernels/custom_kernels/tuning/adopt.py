@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a tuning file from the record of a benchmark (``python -m custom_kernels.bench``)."""
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from custom_kernels import tuned
+from custom_kernels.bench import records
+from custom_kernels.tuned import Range, Tuning, TuningError, layer_key
+
+MARGIN = 0.01
+"""By how much a backend must surely be faster than the preferred one to be taken instead."""
+
+PROVENANCE = (
+    "device",
+    "driver",
+    "torch",
+    "cuda",
+    "git_commit",
+    "git_dirty",
+    "kernel_source_hash",
+    "time",
+    "command",
+)
+"""What of a record's provenance is kept."""
+
+
+def adopt(record: records.Record | Path, path: Path | None = None) -> list[str]:
+    """Keep what a record of a benchmark shows, in the user's own file for that GPU (or in
+    ``path``), beside what is there of other layers. Returns what was kept, a line per layer.
+
+    Raises TuningError if the record has nothing to choose from, records.RecordError if it is none.
+    """
+    if isinstance(record, Path):
+        record = records.read(record)
+    operation, gpu = record["operation"], str(record["provenance"]["device"])
+    path = path or tuned.files(operation, gpu)[0]
+    new = choices(record)
+    try:
+        file = tuned.read(path, operation, gpu)
+    except FileNotFoundError:
+        file = {"choices": [], "settings": {}, "provenance": []}
+    except TuningError as error:
+        raise TuningError(f"{path} is in the way: {error}; move it away") from None
+
+    source = {name: record["provenance"].get(name) for name in PROVENANCE}
+    replaced = {_entry_key(entry) for entry in new}
+    kept = [entry for entry in file["choices"] if _entry_key(entry) not in replaced]
+    index = len(file["provenance"])
+    merged = {
+        "schema": tuned.SCHEMA,
+        "operation": operation,
+        "gpu": gpu,
+        "provenance": [*file["provenance"], source],
+        "choices": [*kept, *({**entry, "provenance": index} for entry in new)],
+        "settings": file["settings"],
+    }
+    records.write_whole(path, lambda beside: _write(beside, merged))
+    tuned.forget()
+    return [f"{path}: {len(new)} layers", *map(_line, new)]
+
+
+def choices(record: records.Record) -> list[dict[str, Any]]:
+    """Per layer of a record the ranges of M and the backend for each, see ``tuned``'s schema."""
+    operation = record["operation"]
+    definition = import_module(f"custom_kernels.{operation}.cases")
+    layer_of = getattr(definition, "layer_of", None)
+    if layer_of is None:
+        raise TuningError(f"{operation} has no choice that is tuned: its cases have no layer_of")
+    preference = import_module(f"custom_kernels.{operation}").PREFERENCE["cuda"][0]
+    ours = [name for name in record["backends"] if name != preference]
+
+    layers: dict[tuple[Any, ...], dict[int, str]] = {}
+    described: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in record["rows"]:
+        layer = layer_of(row["labels"])
+        incumbent = row["contenders"].get(preference, {})
+        if layer is None or incumbent.get("ratio") is None:
+            continue
+        faster = [
+            (row["contenders"][name]["us"], name)
+            for name in ours
+            if surely_faster(row["contenders"].get(name, {}), incumbent)
+        ]
+        key = layer_key(record["dtype"], layer)
+        described[key] = {"dtype": record["dtype"], **layer}
+        layers.setdefault(key, {})[int(row["labels"]["M"])] = (
+            min(faster)[1] if faster else preference
+        )
+    if not layers:
+        raise TuningError(
+            f"no row of the record has a time of {preference}, with which others are compared"
+        )
+    return [
+        {**described[key], "ranges": [list(item) for item in ranges(found)]}
+        for key, found in layers.items()
+    ]
+
+
+def surely_faster(one: Mapping[str, Any], incumbent: Mapping[str, Any]) -> bool:
+    """Whether the whole confidence interval of one ratio to the baseline lies above the other's, by
+    ``MARGIN``."""
+    if one.get("low") is None or incumbent.get("high") is None:
+        return False
+    return bool(one["low"] > (1 + MARGIN) * incumbent["high"])
+
+
+def ranges(chosen: Mapping[int, str]) -> list[Range]:
+    """Neighbouring M with the same choice as one range: {1: "a", 2: "a", 4: "b"} gives 1-2 a,
+    4-4 b."""
+    found: list[Range] = []
+    for m in sorted(chosen):
+        if found and found[-1][2] == chosen[m]:
+            found[-1] = (found[-1][0], m, chosen[m])
+        else:
+            found.append((m, m, chosen[m]))
+    return found
+
+
+def _entry_key(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    layer = {k: v for k, v in entry.items() if k not in ("dtype", "ranges", "provenance")}
+    return layer_key(entry["dtype"], layer)
+
+
+def _write(path: Path, file: Tuning) -> None:
+    """JSON with a line per entry, so that a diff shows which changed."""
+
+    def lines(entries: Iterable[Any]) -> str:
+        return ",\n  ".join(json.dumps(entry) for entry in entries)
+
+    settings = ",\n  ".join(
+        f"{json.dumps(name)}: [\n  {lines(entries)}]" for name, entries in file["settings"].items()
+    )
+    path.write_text(
+        f'{{"schema": {file["schema"]},\n "operation": {json.dumps(file["operation"])},\n '
+        f'"gpu": {json.dumps(file["gpu"])},\n "provenance": [\n  {lines(file["provenance"])}],\n '
+        f'"choices": [\n  {lines(file["choices"])}],\n "settings": {{{settings}}}}}\n'
+    )
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    layer = " ".join(
+        f"{k}={v}" for k, v in entry.items() if k not in ("dtype", "ranges", "provenance")
+    )
+    spans = ", ".join(
+        f"M {first}-{last}: {name}" if last > first else f"M {first}: {name}"
+        for first, last, name in entry["ranges"]
+    )
+    return f"{entry['dtype']} {layer}: {spans}"

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check must not be fooled: backends that are wrong in all the ways it claims to find."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from custom_kernels.check.case import Case, Contender
+from custom_kernels.check.check import check_case
+
+from tests.kernels.conftest import PackageCopy
+
+OPERATION = """
+import torch
+from custom_kernels import registry
+
+PREFERENCE = {"cuda": ("reference",), "cpu": ("reference",)}
+
+
+def empty_output(x):
+    return torch.empty_like(x)
+
+
+def custom_toy(x, *, backend=None):
+    run = registry.runner("toy", backend or "reference", x.device, x.dtype)
+    return empty_output(x) if x.numel() == 0 else run(x)
+"""
+REFERENCE = """
+def run(x):
+    return 2 * x
+
+
+def exact(x):
+    return 2 * x.double()
+"""
+CASES = """
+import torch
+from custom_kernels.check.case import Case
+
+DTYPES = ("float32", "bfloat16")
+
+
+def checks(dtype):
+    for m in (0, 1, 3):
+        yield Case(
+            {"M": m},
+            lambda device, m=m: (torch.empty(m, 8, dtype=getattr(torch, dtype), device=device),),
+            lambda inputs: inputs[0].normal_(),
+            8.0 * m,
+            64.0 * m,
+            1e-6,
+        )
+"""
+
+RIGHT = """
+import torch
+
+
+def run(x):
+    assert x.numel()
+    y = torch.empty_like(x)
+    y.copy_(2 * x)
+    return y
+"""
+
+
+@pytest.fixture
+def toy(package_copy: PackageCopy) -> PackageCopy:
+    for name, text in {"__init__": OPERATION, "reference": REFERENCE, "cases": CASES}.items():
+        package_copy.add(f"toy/{name}.py", text)
+    return package_copy
+
+
+def test_a_right_backend_is_right_in_every_dtype(toy: PackageCopy) -> None:
+    toy.add("toy/mine.py", RIGHT)
+    result = toy.python("-m", "custom_kernels.check", "toy")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"^toy\.mine on \w+.*: 6 of 6 cases right", result.stdout, re.MULTILINE)
+    assert re.search(r"^toy\.reference on \w+.*: 6 of 6 cases right", result.stdout, re.MULTILINE)
+    quick = toy.python("-m", "custom_kernels.check", "toy.mine", "--quick")
+    assert ": 3 of 3 cases right" in quick.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    return y", "    y[-1, 5] = 7\n    return y",
+         r"M=3: error .*; first at output\[2, 5\]: 7"),
+        ("y.copy_(2 * x)", "y[:, :7].copy_(2 * x[:, :7])",
+         r"M=3: 3 elements of the output were not written; first at output\[0, 7\]: nan"),
+        ("    return y", "    return kept.setdefault(x.shape, y)",
+         r"M=1: error .*; first at output"),
+        ("y.copy_(2 * x)", "y.copy_(2 * x + 4e-7 * torch.rand(()))",
+         r"two calls on the same inputs differ, first at \["),
+        ("return y", "return y[:, :4]", r"has shape \[3, 4\]"),
+        ("y = torch", "raise ValueError('no such luck')\n    y = torch",
+         r"mine\.py:\d+: ValueError: no such luck"),
+        ("    return y", "    y[0, 0] = float('inf')\n    return y", r"not finite"),
+    ],
+)  # fmt: skip
+def test_a_wrong_backend_is_found(toy: PackageCopy, old: str, new: str, said: str) -> None:
+    text = "kept = {}\n" + RIGHT
+    assert old in text
+    toy.add("toy/mine.py", text.replace(old, new))
+    result = toy.python("-m", "custom_kernels.check", "toy.mine", "--dtype", "float32")
+    assert result.returncode == 1
+    assert re.search(said, result.stdout), result.stdout
+
+
+def test_a_backend_may_say_that_its_bits_vary(toy: PackageCopy) -> None:
+    text = RIGHT.replace("y.copy_(2 * x)", "y.copy_(2 * x + 4e-7 * torch.rand(()))")
+    toy.add("toy/mine.py", "# not deterministic: it adds in any order\n" + text)
+    result = toy.python("-m", "custom_kernels.check", "toy.mine", "--dtype", "float32")
+    assert result.returncode == 0, result.stdout
+
+
+def test_what_cannot_be_checked_says_why(toy: PackageCopy) -> None:
+    toy.add("toy/gpu.py", "import cupy\n")
+    toy.add("toy/narrow.py", "import torch\nDTYPES = (torch.int8,)\n" + RIGHT)
+    toy.add("other/reference.py", "")
+    toy.add("other/__init__.py", "")
+    result = toy.python("-m", "custom_kernels.check", "toy.narrow", "other")
+    assert result.returncode == 0
+    assert "toy.narrow: not checked: toy.narrow does not take" in result.stdout
+    assert "other.reference: not checked: other has no cases.py" in result.stdout
+    if not torch.cuda.is_available():
+        result = toy.python("-m", "custom_kernels.check", "toy.gpu")
+        assert "it runs on CUDA devices only" in result.stdout
+
+
+@pytest.mark.gpu
+def test_a_result_that_is_not_made_again_in_a_graph_is_found() -> None:
+    device = torch.device("cuda", 0)
+    kept: list[torch.Tensor] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return kept[-1]  # computed before the capture: a replay does nothing
+        kept.append(2 * x)
+        return kept[-1]
+
+    case = Case(
+        {"M": 4},
+        lambda device: (torch.empty(4, 8, device=device),),
+        lambda inputs: inputs[0].normal_(),
+        1.0,
+        1.0,
+        1e-6,
+    )
+    found = check_case(Contender("cheat", run), case, lambda x: 2 * x.double(), device)
+    assert found.failure is not None
+    assert "replayed from a CUDA graph" in found.failure

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All kernels of the package, whatever operations there are, on a machine without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from custom_kernels import registry
+from custom_kernels.compile import build, sources
+from custom_kernels.compile.sources import Source
+from custom_kernels.inspect import reports as inspection
+
+SOURCES = pytest.mark.parametrize("source", sources.find_all(), ids=lambda source: source.name)
+BACKENDS = [
+    pytest.param(
+        operation,
+        backend,
+        id=f"{operation}.{backend}",
+        marks=[pytest.mark.nvcc] if sources.find(operation, backend) else [],
+    )
+    for operation in registry.operations()
+    for backend in sorted(registry.backend_files(operation))
+    if registry.kind(operation, backend) != "torch"
+]
+
+
+@pytest.mark.parametrize(("operation", "backend"), BACKENDS)
+def test_compiles_for_every_pinned_architecture_without_spills(
+    operation: str, backend: str
+) -> None:
+    reports = inspection.inspect(operation, backend)
+    if reports:
+        wanted = registry.architectures(operation, backend, sources.pinned_architectures())
+        assert {report.architecture for report in reports} == set(wanted)
+    else:
+        # Only a backend that does nothing but call a library has no kernels.
+        source = sources.find(operation, backend)
+        assert source is not None
+        assert not any("__global__" in path.read_text() for path in source.files())
+    # What its file says to be on purpose is no warning.
+    assert inspection.warnings(reports) == []
+
+
+@SOURCES
+@pytest.mark.nvcc
+def test_a_small_machine_can_compile_it(source: Source) -> None:
+    built = build.build(source, sources.pinned_architectures())
+    assert 0 < built.peak_memory < build.PEAK_MEMORY
+
+
+@SOURCES
+@pytest.mark.nvcc
+def test_loads_without_a_gpu_and_brings_no_second_cuda_library(source: Source) -> None:
+    module = build.load(source.operation, source.backend)
+    assert module is not None
+    loaded = {
+        Path(line.split()[-1])
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/lib" in line
+    }
+    for name in source.libraries():
+        copies = {path for path in loaded if path.name.startswith(f"lib{name}.so")}
+        assert len(copies) == 1, f"{name}: {copies}"
+
+
+def test_pinned_architectures_are_those_of_the_pins() -> None:
+    assert sources.pinned_architectures() == ("8.0", "9.0a", "10.0a", "12.0a")
