@@ -155,9 +155,7 @@ def runner(
         run: Callable[..., Any] = module.run
         return run
 
-    from custom_kernels.compile import build
-
-    compiled = build.load(operation, backend, device)[operation]
+    compiled = library(operation, backend, device)[operation]
     empty_output = _operation(operation).empty_output
 
     def run_compiled(*arguments: Any) -> Any:
@@ -166,6 +164,13 @@ def runner(
         return out
 
     return run_compiled
+
+
+def library(operation: str, backend: str, device: "torch.device") -> Any:
+    """The compiled half of a backend, a ``tvm_ffi.Module``; it is compiled first if need be."""
+    from custom_kernels.compile import build
+
+    return build.load(operation, backend, device)
 
 
 def _interpreting() -> bool:

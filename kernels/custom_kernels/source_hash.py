@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The identity of this package's sources, for the provenance of a result."""
+"""The identity of the kernels: what they are made of, and what decides how they run."""
 
 import hashlib
+from pathlib import Path
 
 from custom_kernels import paths
+
+TOOLS = frozenset({"compile", "inspect", "check", "bench", "tuning", "profile"})
+"""Folders and modules that the run time never imports, except compile/ for a missing library."""
+
+
+def is_run_time(path: Path) -> bool:
+    """Whether a path, relative to the package, is part of what is imported inside vLLM."""
+    return path.parts[0].removesuffix(".py") not in TOOLS and path.name != "cases.py"
 
 
 def source_hash() -> str:
@@ -12,7 +21,6 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted(paths.PACKAGE.rglob("*")):
         if path.suffix in {".py", ".cu", ".cuh"}:
-            digest.update(
-                f"{path.relative_to(paths.PACKAGE)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode()
-            )
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(paths.PACKAGE)}\0{content}\0".encode())
     return digest.hexdigest()

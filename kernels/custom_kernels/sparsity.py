@@ -23,6 +23,9 @@ Source: the sliding-window decomposition of (2N-2):2N patterns, SlideSparse (202
 
 from dataclasses import dataclass
 
+import torch
+from torch.nn.functional import pad
+
 SECTION_MULTIPLE = 16
 """Values: 16 bytes of a quantized row, so that either section starts where a wide store may."""
 ROW_MULTIPLE = 64
@@ -88,6 +91,24 @@ def pattern(name: str) -> Pattern:
             f"{name} is not of the kind (2N-2):2N that expands to 2:4; 2:4, 4:6, 6:8, 8:10, ... are"
         )
     return Pattern(int(group) // 2)
+
+
+def expand(values: torch.Tensor, pattern: Pattern | None) -> torch.Tensor:
+    """[..., K] of any dtype into [..., K']: the even section, the odd section, and zeros.
+
+    Without a pattern the row is only padded with zeros to a multiple of 16.
+    """
+    k = values.shape[-1]
+    if pattern is None:
+        return pad(values, (0, -k % SECTION_MULTIPLE))
+    count = pattern.groups(k)
+    groups = pad(values, (0, count * pattern.group - k)).unflatten(-1, (count, pattern.group))
+    out = values.new_zeros((*values.shape[:-1], pattern.expanded(k)))
+    even, odd = count * pattern.even, count * pattern.odd
+    out[..., :even] = groups[..., : pattern.even].flatten(-2)
+    start = pattern.odd_start(k)
+    out[..., start : start + odd] = groups[..., 2 : 2 + pattern.odd].flatten(-2)
+    return out
 
 
 def _up(value: int, multiple: int) -> int:

@@ -12,6 +12,7 @@ from custom_kernels import custom_quant_expand, launches, registry
 from custom_kernels.check.outputs import poison, unwritten
 from custom_kernels.compile import build
 from custom_kernels.quant_expand import cases, empty_output, expanded, reference
+from custom_kernels.quantization import quantize
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -311,7 +312,7 @@ def test_a_case_counts_the_bytes_that_move_and_sees_a_wrong_bit(dtype: str) -> N
     wrong.view(torch.uint8)[3, 5] ^= 1
     assert case.error(inputs, (wrong, scale)) == 1 / (q.numel() + 16)
     assert case.error(inputs, (q[:, :-16], scale)) == 1
-    rounded = cases.Rounded(*reference.quantize(inputs[0], q.dtype))
+    rounded = cases.Rounded(*quantize(inputs[0], q.dtype))
     assert case.error(inputs, rounded) == 0
     assert case.error(inputs, cases.Rounded(rounded.q.view(INT8) + 2, scale)) > 0.1
 

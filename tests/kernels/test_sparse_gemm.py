@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from custom_kernels import launches, registry, sparsity
+from custom_kernels.buckets import buckets
 from custom_kernels.check.check import check
 from custom_kernels.compile import build
-from custom_kernels.gemm.cublaslt import buckets
-from custom_kernels.quant_expand.reference import expand, quantize
+from custom_kernels.quantization import quantize
 from custom_kernels.sparse_gemm import (
     DTYPES,
     SCALED,
@@ -28,6 +28,7 @@ from custom_kernels.sparse_gemm import (
     sparse_linear,
     wgmma,
 )
+from custom_kernels.sparsity import expand
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

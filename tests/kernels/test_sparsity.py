@@ -9,8 +9,7 @@ import random
 
 import pytest
 import torch
-from custom_kernels.quant_expand import reference
-from custom_kernels.sparsity import ROW_MULTIPLE, SECTION_MULTIPLE, Pattern, pattern
+from custom_kernels.sparsity import ROW_MULTIPLE, SECTION_MULTIPLE, Pattern, expand, pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +20,7 @@ LENGTHS = st.one_of(st.integers(1, 200), st.sampled_from([3584, 4864, 18944]))
 def sources(form: Pattern, k: int) -> list[int]:
     """What stands at each place of the expanded row: a value's index, or -1 for padding."""
     # Found by expanding the indices themselves, from 1 so that padding is told from value 0.
-    return (reference.expand(torch.arange(1, k + 1), form) - 1).tolist()
+    return (expand(torch.arange(1, k + 1), form) - 1).tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,19 +133,17 @@ def test_a_product_over_the_expanded_row_is_the_product(form: Pattern, k: int, s
                 packed[window_at[start + 2 * j] + item - 2 * j] = value
     assert all((packed.view(-1, 4) != 0).sum(1) <= 2)
     x = torch.randint(-9, 10, (3, k))
-    assert torch.equal(reference.expand(x, form) @ packed, x @ weight[:k])
+    assert torch.equal(expand(x, form) @ packed, x @ weight[:k])
 
 
 def test_expand_keeps_leading_dimensions_and_any_dtype() -> None:
     x = torch.arange(2 * 3 * 10).view(2, 3, 10)
-    wide = reference.expand(x, Pattern(4))
+    wide = expand(x, Pattern(4))
     assert wide.shape == (2, 3, 64)
     for dtype in (torch.int8, torch.bfloat16, torch.float8_e4m3fn, torch.float64):
-        assert torch.equal(
-            reference.expand(x.to(dtype), Pattern(4)).double(), wide.to(dtype).double()
-        )
-    assert reference.expand(x, None).shape == (2, 3, 16)
-    assert reference.expand(x[:0], Pattern(3)).shape == (0, 3, 64)
+        assert torch.equal(expand(x.to(dtype), Pattern(4)).double(), wide.to(dtype).double())
+    assert expand(x, None).shape == (2, 3, 16)
+    assert expand(x[:0], Pattern(3)).shape == (0, 3, 64)
 
 
 @pytest.mark.parametrize(

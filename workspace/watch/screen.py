@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from custom_kernels.inspect.report import Report, short
+from custom_kernels.inspect.report import Report
+from custom_kernels.inspect.table import short
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape

@@ -3,9 +3,8 @@
 shapes to keep it.
 
 A plan is what a search found for one layer (N, K, dtype, bias, alignment) and one bucket of M.
-Small batches, the ones that vLLM captures as CUDA graphs, have a bucket each; from 64 rows on there
-are four buckets to a doubling. Plans are kept on disk per device, cuBLAS version and source, so
-that an engine searches once and not at every start.
+Plans are kept on disk per device, cuBLAS version and source, so that an engine searches once and
+not at every start.
 """
 
 import functools
@@ -18,15 +17,15 @@ import re
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from custom_kernels import paths
-from custom_kernels.compile import build
+from custom_kernels import paths, registry
+from custom_kernels.buckets import buckets
 from custom_kernels.gemm.reference import exact
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -85,25 +84,6 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tor
     if not library.run(x, weight, bias, out):
         _run_first_time(library, x, weight, bias, out)
     return out
-
-
-def buckets(rows: int) -> Iterator[int]:
-    """All buckets up to the one that holds ``rows``, ascending; a bucket is named by its largest
-    M."""
-    bucket = 1
-    while True:
-        yield bucket
-        if bucket >= rows:
-            return
-        bucket += bucket_step(bucket)
-
-
-def bucket_step(bucket: int) -> int:
-    """Distance to the next bucket: 1, 2, 4, 8, 16, 24, ... 64, 80, 96, 112, 128, 160, ... 256, 320,
-    ..."""
-    if bucket < 8:
-        return bucket
-    return max(8, 1 << (bucket.bit_length() - 3))
 
 
 def _run_first_time(
@@ -330,7 +310,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return build.load("gemm", "cublaslt", device)
+    return registry.library("gemm", "cublaslt", device)
 
 
 @functools.cache

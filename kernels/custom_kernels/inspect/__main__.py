@@ -13,7 +13,8 @@ from custom_kernels import registry
 from custom_kernels.compile import sources
 from custom_kernels.compile.toolchain import BuildError
 from custom_kernels.inspect import reports as inspection
-from custom_kernels.inspect.report import InspectionError, Report, table
+from custom_kernels.inspect.report import InspectionError, Report
+from custom_kernels.inspect.table import table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from custom_kernels.inspect import assembly, compilers
 from custom_kernels.inspect import report as report_module
 from custom_kernels.inspect.compilers import compile_here
 from custom_kernels.inspect.report import InspectionError, Report
+from custom_kernels.source_hash import is_run_time
 
 MULTIPLYING = frozenset({"cublas", "cublasLt", "cusparse", "cusparseLt"})
 """Libraries that multiply matrices on tensor cores."""
@@ -54,13 +55,13 @@ def inspect(
     names = registry.architectures(operation, backend, wanted or sources.pinned_architectures())
     if registry.kind(operation, backend) == "torch" or not names:
         return []
-    paths = {name: _cached(operation, backend, name) for name in names}
-    missing = [name for name in names if not (keep and paths[name].is_file())]
+    kept = {name: _cached(operation, backend, name) for name in names}
+    missing = [name for name in names if not (keep and kept[name].is_file())]
     made = _in_own_process(operation, backend, missing) if missing else {}
     for name, reports in made.items():
-        _write(paths[name], reports)
+        _write(kept[name], reports)
     return [
-        report for name in names for report in (made[name] if name in made else _read(paths[name]))
+        report for name in names for report in (made[name] if name in made else _read(kept[name]))
     ]
 
 
@@ -144,7 +145,7 @@ def serve() -> None:
 
 
 def fingerprint(operation: str, backend: str) -> str:
-    """A hash of all files of this package that the backend is made of."""
+    """A hash of all files of this package that the backend is made of; of the tools none is."""
     digest = hashlib.sha256()
     source = sources.find(operation, backend)
     compiled = source.files() if source is not None else []
@@ -156,6 +157,8 @@ def fingerprint(operation: str, backend: str) -> str:
 def _cached(operation: str, backend: str, architecture: str) -> Path:
     made_of = f"{operation}.{backend} {architecture} {fingerprint(operation, backend)}\0"
     digest = hashlib.sha256(made_of.encode())
+    for reader in (assembly, compilers, ptx, report_module):
+        digest.update(Path(str(reader.__file__)).read_bytes())
     source = sources.find(operation, backend)
     if source is not None:
         digest.update(build.library_path(source, (architecture,)).name.encode())
@@ -172,7 +175,7 @@ def _cached(operation: str, backend: str, architecture: str) -> Path:
 def _closure(operation: str, backend: str) -> set[Path]:
     """The backend's Python file, all files of this package that it imports, directly or not, and
     the data beside it."""
-    found = {Path(str(module.__file__)) for module in (assembly, compilers, ptx, report_module)}
+    found: set[Path] = set()
     queue = [paths.PACKAGE / operation / f"{backend}.py"]
     while queue:
         path = queue.pop()
@@ -191,7 +194,7 @@ def _closure(operation: str, backend: str) -> set[Path]:
                 modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             for module in modules:
                 first, *rest = module.split(".")
-                if first == paths.PACKAGE.name:
+                if first == paths.PACKAGE.name and is_run_time(Path(*rest, "_")):
                     base = paths.PACKAGE.joinpath(*rest)
                     queue += [base.with_suffix(".py"), base / "__init__.py"]
     return found | set((paths.PACKAGE / operation).glob("*/*.json"))

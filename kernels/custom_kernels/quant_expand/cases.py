@@ -16,6 +16,7 @@ from custom_kernels import registry
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand import expanded, reference
+from custom_kernels.quantization import quantize
 
 __all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
 
@@ -147,7 +148,7 @@ def error(inputs: Sequence[Any], outputs: Any) -> float:
     if isinstance(outputs, Rounded):
         q, scale = outputs
         if q.shape[-1] == x.shape[1]:
-            right, right_scale = reference.quantize(x, dtype)
+            right, right_scale = quantize(x, dtype)
         else:
             right, right_scale = reference.run(x, pattern, dtype)
         off = (_steps(q) - _steps(right)).abs() > 1

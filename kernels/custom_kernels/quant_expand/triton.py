@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from custom_kernels import sparsity
+from custom_kernels import quantization, sparsity
 from custom_kernels.operation import Specialization
-from custom_kernels.quant_expand import OUTPUTS, empty_output, reference
+from custom_kernels.quant_expand import OUTPUTS, empty_output
 
 ON_CHIP = 65536
 """Values of a row that registers hold; of longer rows this is what is worked on at a time."""
@@ -255,7 +255,7 @@ def plan(
     form = sparsity.pattern(pattern) if pattern else None
     formats = {
         "BF16": bfloat16,
-        "QMAX": reference.QMAX[dtype],
+        "QMAX": quantization.QMAX[dtype],
         "INT8": dtype == torch.int8,
         "NATIVE": native and dtype != torch.int8,
     }

@@ -12,9 +12,8 @@ from importlib import import_module
 
 import torch
 
-from custom_kernels import launches, registry, sparsity
+from custom_kernels import launches, quantization, registry, sparsity
 from custom_kernels.quant_expand import custom_quant_expand
-from custom_kernels.quant_expand import reference as quantization
 from custom_kernels.sparse_gemm import _packing
 
 PREFERENCE = {"cuda": ("wgmma", "cusparselt", "reference"), "cpu": ("reference",)}
@@ -190,7 +189,7 @@ def sparse_linear(
     if weight.dtype == torch.bfloat16:
         # The expansion for 2:4 is the row itself, padded.
         same = weight.pattern.n == 2 and weight.k == weight.expanded
-        a = x if same else quantization.expand(x, weight.pattern)
+        a = x if same else sparsity.expand(x, weight.pattern)
         return custom_sparse_gemm(a, None, weight, bias)
     q, scale = custom_quant_expand(x, str(weight.pattern), weight.dtype)
     return custom_sparse_gemm(q, scale, weight, bias)

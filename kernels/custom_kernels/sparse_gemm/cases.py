@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, pad
 
-from custom_kernels import registry, sparsity
+from custom_kernels import quantization, registry, sparsity
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand import reference as quantization
 from custom_kernels.sparse_gemm import SparseWeight, pack, reference, sparse_linear
 
 __all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]

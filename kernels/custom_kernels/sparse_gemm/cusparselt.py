@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from custom_kernels.compile import build
-from custom_kernels.gemm.cublaslt import buckets
+from custom_kernels import registry
+from custom_kernels.buckets import buckets
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
 
@@ -119,4 +119,4 @@ def _find(
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return build.load("sparse_gemm", "cusparselt", device)
+    return registry.library("sparse_gemm", "cusparselt", device)

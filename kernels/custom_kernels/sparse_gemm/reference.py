@@ -7,7 +7,7 @@ in float64; the result is rounded once. It is far too slow to serve a model.
 
 import torch
 
-from custom_kernels.quant_expand import reference as quantization
+from custom_kernels import quantization
 from custom_kernels.sparse_gemm import _packing
 
 

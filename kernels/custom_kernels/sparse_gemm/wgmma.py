@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from custom_kernels.compile import build
+from custom_kernels import registry
 from custom_kernels.sparse_gemm import _packing
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
@@ -177,7 +177,7 @@ def _microseconds(
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return build.load("sparse_gemm", "wgmma", device)
+    return registry.library("sparse_gemm", "wgmma", device)
 
 
 @functools.cache

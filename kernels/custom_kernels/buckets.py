@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buckets of M, for which a library's algorithms are searched once.
+
+Small batches, the ones that vLLM captures as CUDA graphs, have a bucket each; from 64 rows on there
+are four buckets per doubling.
+"""
+
+from collections.abc import Iterator
+
+
+def buckets(rows: int) -> Iterator[int]:
+    """All buckets up to the one that holds ``rows``, ascending; a bucket is named by its largest
+    M."""
+    bucket = 1
+    while True:
+        yield bucket
+        if bucket >= rows:
+            return
+        bucket += step(bucket)
+
+
+def step(bucket: int) -> int:
+    """Distance to the next bucket: 1, 2, 4, 8, 16, 24, ... 64, 80, 96, 112, 128, 160, ... 256, 320,
+    ..."""
+    if bucket < 8:
+        return bucket
+    return max(8, 1 << (bucket.bit_length() - 3))
