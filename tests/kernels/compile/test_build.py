@@ -21,7 +21,6 @@ import pytest
 from custom_kernels import paths
 from custom_kernels.compile import build, sources, toolchain
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
-from custom_kernels.source_hash import source_hash
 
 from tests.kernels.conftest import PackageCopy
 
@@ -279,12 +278,6 @@ def test_with_nothing_to_do_nothing_is_compiled_and_torch_not_imported() -> None
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False False"
-
-
-def test_source_hash_follows_every_source(toy: PackageCopy) -> None:
-    before = source_hash()
-    toy.add("toy/scale.cuh", "#define SCALE 4.f\n")
-    assert source_hash() != before
 
 
 def test_the_kernel_in_the_readme_compiles_and_exports_its_function(toy: PackageCopy) -> None:
