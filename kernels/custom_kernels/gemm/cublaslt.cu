@@ -23,7 +23,6 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
@@ -34,8 +33,13 @@
 #include <utility>
 #include <vector>
 
+#define KERNEL "gemm.cublaslt"
+#include "include/launch.cuh"
+
 namespace {
 
+using custom_kernels::current_stream;
+using custom_kernels::DeviceGuard;
 using tvm::ffi::Array;
 using tvm::ffi::Optional;
 using tvm::ffi::Tensor;
@@ -44,20 +48,12 @@ using tvm::ffi::TensorView;
 constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what NVIDIA advises for Hopper
 constexpr int kHeuristics = 64;
 
-#define CHECK_CUBLAS(call)                                                                       \
-  do {                                                                                           \
-    cublasStatus_t status_ = (call);                                                             \
-    if (status_ != CUBLAS_STATUS_SUCCESS)                                                        \
-      TVM_FFI_THROW(RuntimeError) << "gemm.cublaslt: " << cublasGetStatusName(status_) << " in " \
-                                  << #call;                                                      \
-  } while (0)
-
-#define CHECK_CUDA(call)                                                                   \
+#define CHECK_CUBLAS(call)                                                                 \
   do {                                                                                     \
-    cudaError_t error_ = (call);                                                           \
-    if (error_ != cudaSuccess)                                                             \
-      TVM_FFI_THROW(RuntimeError) << "gemm.cublaslt: " << cudaGetErrorName(error_) << " (" \
-                                  << cudaGetErrorString(error_) << ") in " << #call;       \
+    cublasStatus_t status_ = (call);                                                       \
+    if (status_ != CUBLAS_STATUS_SUCCESS)                                                  \
+      TVM_FFI_THROW(RuntimeError) << KERNEL ": " << cublasGetStatusName(status_) << " in " \
+                                  << #call;                                                \
   } while (0)
 
 // ---- One GEMM, described to the library
@@ -82,7 +78,7 @@ struct Problem {
 
   Problem(TensorView x_, TensorView w_, const Optional<TensorView>& b_, TensorView y_) {
     device = x_.device().device_id;
-    stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+    stream = current_stream(device);
     type = x_.dtype().code == kDLBfloat ? CUDA_R_16BF : CUDA_R_16F;
     m = x_.size(0), n = w_.size(0), k = x_.size(1);
     // The distance between rows means nothing where there is one row.
@@ -155,23 +151,6 @@ State& state() {
   static State* instance = new State;
   return *instance;
 }
-
-// Sets the device of the calling thread for one scope; handles are bound to the device they are
-// made on.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    CHECK_CUDA(cudaGetDevice(&before_));
-    if (before_ != device) CHECK_CUDA(cudaSetDevice(device));
-    now_ = device;
-  }
-  ~OnDevice() {
-    if (before_ != now_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, now_ = 0;
-};
 
 // Call with the mutex held.
 DeviceHandles& handles(int device) {
@@ -282,7 +261,7 @@ std::vector<Choice> heuristics(const Problem& p, const Description& d, size_t wo
 Choice first_guess(const Problem& p, const Description& d, bool may_split = true) {
   std::vector<Choice> choices = heuristics(p, d, kWorkspaceBytes, 1, may_split);
   if (choices.empty())
-    TVM_FFI_THROW(RuntimeError) << "gemm.cublaslt: cuBLASLt has no algorithm for M=" << p.m
+    TVM_FFI_THROW(RuntimeError) << KERNEL ": cuBLASLt has no algorithm for M=" << p.m
                                 << " N=" << p.n << " K=" << p.k << " with rows " << p.x_stride
                                 << " and " << p.w_stride << " apart";
   return choices[0];
@@ -416,7 +395,7 @@ Plan pack(const Choice& choice) {
 
 Choice unpack(const Plan& plan) {
   if (plan.size() != 2 + kAlgoWords)
-    TVM_FFI_THROW(ValueError) << "gemm.cublaslt: a plan has " << 2 + kAlgoWords << " integers, not "
+    TVM_FFI_THROW(ValueError) << KERNEL ": a plan has " << 2 + kAlgoWords << " integers, not "
                               << plan.size();
   Choice choice{plan[0] != 0, static_cast<size_t>(plan[1]), {}};
   std::array<int64_t, kAlgoWords> words;
@@ -447,7 +426,7 @@ bool run(TensorView x, TensorView w, Optional<TensorView> b, TensorView y) {
   std::lock_guard<std::mutex> guard(state().mutex);
   const auto found = state().choices.find(p.key());
   if (found == state().choices.end()) return false;
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   launch(p, found->second);
   return true;
 }
@@ -458,7 +437,7 @@ bool run(TensorView x, TensorView w, Optional<TensorView> b, TensorView y) {
 void run_unplanned(TensorView x, TensorView w, Optional<TensorView> b, TensorView y) {
   const Problem p(x, w, b, y);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   launch(p, first_guess(p, Description(p), p.bias == nullptr));
 }
 
@@ -468,7 +447,7 @@ bool run_plan(TensorView x, TensorView w, Optional<TensorView> b, TensorView y, 
   const Problem p(x, w, b, y);
   Choice choice = unpack(plan);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   if (!usable(p, choice)) return false;
   launch(p, choice);
   return true;
@@ -479,7 +458,7 @@ bool adopt(TensorView x, TensorView w, Optional<TensorView> b, TensorView y, Pla
   const Problem p(x, w, b, y);
   Choice choice = unpack(plan);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   if (!usable(p, choice)) return false;
   state().choices[p.key()] = choice;
   return true;
@@ -491,7 +470,7 @@ Array<Plan> candidates(TensorView x, TensorView w, Optional<TensorView> b, Tenso
   const Problem p(x, w, b, y);
   const Description d(p);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   std::vector<Choice> found;
   if (p.bias == nullptr) {  // classic cuBLAS has no epilogue
     prepare_classic(p.device);
@@ -507,7 +486,7 @@ Array<Plan> variations_of(TensorView x, TensorView w, Optional<TensorView> b, Te
                           Plan plan) {
   const Problem p(x, w, b, y);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   const Choice base = unpack(plan);
   return pack(base.classic ? std::vector<Choice>{} : variations(p, Description(p), base));
 }
@@ -523,7 +502,7 @@ Array<Array<double>> time_plans(TensorView x, TensorView w, Optional<TensorView>
   const Problem p(x, w, b, y);
   const Description d(p);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   std::vector<Problem> sets{p};
   for (int64_t i = 0; i < xs.size(0); ++i) {
     const auto at = [&](TensorView copies) {

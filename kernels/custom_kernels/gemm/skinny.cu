@@ -32,14 +32,18 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#define KERNEL "gemm.skinny"
+#include "include/launch.cuh"
+
 namespace {
 
+using custom_kernels::current_stream;
+using custom_kernels::DeviceGuard;
 using tvm::ffi::Array;
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
@@ -48,16 +52,6 @@ constexpr int kSlice = 16;      // tokens per block
 constexpr int kStep = 32;       // elements of K per step of a warp
 constexpr int kMaxWarps = 16;   // per block
 constexpr int kRowsSums = 136;  // floats per 16 by 8 partial sums; 128 would put all into one bank
-
-#define CHECK_CUDA(call)                                                                 \
-  do {                                                                                   \
-    cudaError_t error_ = (call);                                                         \
-    if (error_ != cudaSuccess) {                                                         \
-      cudaGetLastError(); /* it is reported here, and not again by whoever asks next */  \
-      TVM_FFI_THROW(RuntimeError) << "gemm.skinny: " << cudaGetErrorName(error_) << " (" \
-                                  << cudaGetErrorString(error_) << ") in " << #call;     \
-    }                                                                                    \
-  } while (0)
 
 struct Problem {
   const void *x, *w, *bias;
@@ -363,8 +357,7 @@ void dispatch(const Problem& p, const Config& config, const Device& device, cuda
     case 5:
       return launch<T, 5, 3, true>(p, config, device, stream);
   }
-  TVM_FFI_THROW(ValueError) << "gemm.skinny: no kernel with tiles of 8 times " << config.r
-                            << " rows";
+  TVM_FFI_THROW(ValueError) << KERNEL ": no kernel with tiles of 8 times " << config.r << " rows";
 }
 
 // Large tiles read x less often, but only an even share per multiprocessor keeps all of them at
@@ -392,7 +385,8 @@ Config choose(const Problem& p, const Device& device) {
 void run_as(TensorView x, TensorView w, Optional<TensorView> b, TensorView y,
             Array<int64_t> numbers) {
   const int index = x.device().device_id;
-  const auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, index));
+  const DeviceGuard guard(index);
+  const auto stream = current_stream(index);
   Problem p;
   p.m = x.size(0), p.n = w.size(0), p.k = x.size(1);
   // The distance between rows means nothing where there is one row.

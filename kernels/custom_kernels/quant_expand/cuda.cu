@@ -31,7 +31,6 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/dtype.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
@@ -42,19 +41,16 @@
 #include <cstdlib>
 #include <cstring>
 
+#define KERNEL "quant_expand.cuda"
+#include "include/launch.cuh"
+
 namespace {
 
+using custom_kernels::current_stream;
+using custom_kernels::DeviceGuard;
 using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
-
-#define CHECK_CUDA(call)                                                                       \
-  do {                                                                                         \
-    cudaError_t error_ = (call);                                                               \
-    if (error_ != cudaSuccess)                                                                 \
-      TVM_FFI_THROW(RuntimeError) << "quant_expand.cuda: " << cudaGetErrorName(error_) << " (" \
-                                  << cudaGetErrorString(error_) << ") in " << #call;           \
-  } while (0)
 
 constexpr int kWarps = 16;      // of a block, except with tiles
 constexpr int kTileWarps = 32;  // of a block with tiles
@@ -459,21 +455,6 @@ struct Device {
   }
 };
 
-// Sets the device of the calling thread for one scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : device_(device) {
-    CHECK_CUDA(cudaGetDevice(&before_));
-    if (before_ != device) CHECK_CUDA(cudaSetDevice(device));
-  }
-  ~OnDevice() {
-    if (before_ != device_) cudaSetDevice(before_);
-  }
-
- private:
-  int device_, before_ = 0;
-};
-
 enum Way { kBulk, kLoads, kTiles };
 
 struct Schedule {
@@ -588,12 +569,12 @@ Schedule choose(const Arguments& a, const Device& device) {
 void run(TensorView x, const Optional<String>& pattern, TensorView q, TensorView scale,
          const Schedule* forced) {
   int device = x.device().device_id;
-  OnDevice on(device);
-  auto stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+  DeviceGuard on(device);
+  auto stream = current_stream(device);
   int n = pattern.has_value() ? std::atoi(std::strchr(pattern.value().c_str(), ':') + 1) / 2 : 2;
   int64_t k = x.size(1), end = q.size(1);
   if (end > INT32_MAX || 2 * k > INT32_MAX)
-    TVM_FFI_THROW(ValueError) << "quant_expand.cuda: a row of " << k << " values is too long";
+    TVM_FFI_THROW(ValueError) << KERNEL ": a row of " << k << " values is too long";
   Arguments a{};
   a.x = static_cast<const uint16_t*>(x.data_ptr());
   a.q = static_cast<char*>(q.data_ptr());

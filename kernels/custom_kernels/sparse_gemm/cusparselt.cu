@@ -24,7 +24,6 @@
 #include <cusparseLt.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
@@ -33,28 +32,24 @@
 #include <memory>
 #include <mutex>
 
+#define KERNEL "sparse_gemm.cusparselt"
+#include "include/launch.cuh"
+
 namespace {
 
+using custom_kernels::current_stream;
+using custom_kernels::DeviceGuard;
 using tvm::ffi::Array;
 using tvm::ffi::Optional;
 using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
-#define CHECK_SPARSE(call)                                                       \
-  do {                                                                           \
-    cusparseStatus_t status_ = (call);                                           \
-    if (status_ != CUSPARSE_STATUS_SUCCESS)                                      \
-      TVM_FFI_THROW(RuntimeError) << "sparse_gemm.cusparselt: "                  \
-                                  << cusparseLtGetErrorString(status_) << " ("   \
-                                  << static_cast<int>(status_) << ") in " #call; \
-  } while (0)
-
-#define CHECK_CUDA(call)                                                                    \
-  do {                                                                                      \
-    cudaError_t error_ = (call);                                                            \
-    if (error_ != cudaSuccess)                                                              \
-      TVM_FFI_THROW(RuntimeError) << "sparse_gemm.cusparselt: " << cudaGetErrorName(error_) \
-                                  << " (" << cudaGetErrorString(error_) << ") in " #call;   \
+#define CHECK_SPARSE(call)                                                                    \
+  do {                                                                                        \
+    cusparseStatus_t status_ = (call);                                                        \
+    if (status_ != CUSPARSE_STATUS_SUCCESS)                                                   \
+      TVM_FFI_THROW(RuntimeError) << KERNEL ": " << cusparseLtGetErrorString(status_) << " (" \
+                                  << static_cast<int>(status_) << ") in " #call;              \
   } while (0)
 
 // ---- What the library cannot fuse
@@ -116,7 +111,7 @@ struct Problem {
   Problem(TensorView a_, TensorView w_, const Optional<TensorView>& w_scale_,
           const Optional<TensorView>& bias_, TensorView y_) {
     device = a_.device().device_id;
-    stream = static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+    stream = current_stream(device);
     type = type_of(a_.dtype());
     m = a_.size(0), n = y_.size(1), k = a_.size(1);
     a = a_.data_ptr(), w = w_.data_ptr(), y = y_.data_ptr();
@@ -160,23 +155,6 @@ State& state() {
   static State* instance = new State;
   return *instance;
 }
-
-// Sets the device of the calling thread for one scope; handles are bound to the device they are
-// made on.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    CHECK_CUDA(cudaGetDevice(&before_));
-    if (before_ != device) CHECK_CUDA(cudaSetDevice(device));
-    now_ = device;
-  }
-  ~OnDevice() {
-    if (before_ != now_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, now_ = 0;
-};
 
 // Call with the mutex held, on the device.
 const cusparseLtHandle_t* handle(int device) {
@@ -243,7 +221,7 @@ const void* alpha(const Problem& p) {
 Array<int64_t> compressed_size(TensorView expanded) {
   std::lock_guard<std::mutex> guard(state().mutex);
   const int device = expanded.device().device_id;
-  OnDevice scope(device);
+  DeviceGuard scope(device);
   cusparseLtMatDescriptor_t w;
   describe_weight(handle(device), &w, expanded.size(0), expanded.size(1),
                   type_of(expanded.dtype()));
@@ -256,14 +234,13 @@ Array<int64_t> compressed_size(TensorView expanded) {
 void compress(TensorView expanded, TensorView out, TensorView buffer) {
   std::lock_guard<std::mutex> guard(state().mutex);
   const int device = expanded.device().device_id;
-  OnDevice scope(device);
+  DeviceGuard scope(device);
   cusparseLtMatDescriptor_t w;
   describe_weight(handle(device), &w, expanded.size(0), expanded.size(1),
                   type_of(expanded.dtype()));
-  CHECK_SPARSE(cusparseLtSpMMACompress2(
-      handle(device), &w, /*isSparseA=*/1, CUSPARSE_OPERATION_NON_TRANSPOSE, expanded.data_ptr(),
-      out.data_ptr(), buffer.data_ptr(),
-      static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device))));
+  CHECK_SPARSE(cusparseLtSpMMACompress2(handle(device), &w, /*isSparseA=*/1,
+                                        CUSPARSE_OPERATION_NON_TRANSPOSE, expanded.data_ptr(),
+                                        out.data_ptr(), buffer.data_ptr(), current_stream(device)));
   cusparseLtMatDescriptorDestroy(&w);
 }
 
@@ -273,7 +250,7 @@ Array<int64_t> search(TensorView a, TensorView w, Optional<TensorView> w_scale,
                       Optional<TensorView> bias, TensorView y) {
   const Problem p(a, w, w_scale, bias, y);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   const cusparseLtHandle_t* library = handle(p.device);
   Plan plan(library, p, {});
   // Algorithms differ in what they need; the library asks for as much only once one is chosen.
@@ -297,7 +274,7 @@ void adopt(TensorView a, TensorView w, Optional<TensorView> w_scale, Optional<Te
            TensorView y, Array<int64_t> settings) {
   const Problem p(a, w, w_scale, bias, y);
   std::lock_guard<std::mutex> guard(state().mutex);
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   state().plans[p.key()] = std::make_unique<Plan>(handle(p.device), p, settings);
 }
 
@@ -308,7 +285,7 @@ bool multiply(TensorView a, TensorView w, Optional<TensorView> w_scale, Optional
   std::lock_guard<std::mutex> guard(state().mutex);
   const auto found = state().plans.find(p.key());
   if (found == state().plans.end()) return false;
-  OnDevice scope(p.device);
+  DeviceGuard scope(p.device);
   Plan& plan = *found->second;
   Tensor memory;
   if (plan.workspace > 0) memory = scratch(p, plan.workspace);
@@ -323,11 +300,11 @@ bool multiply(TensorView a, TensorView w, Optional<TensorView> w_scale, Optional
 void scale(TensorView y, TensorView a_scale, Optional<TensorView> w_scale,
            Optional<TensorView> bias, TensorView out) {
   const int device = y.device().device_id;
-  OnDevice scope(device);
+  DeviceGuard scope(device);
   const int64_t rows = out.size(0), columns = out.size(1);
   const int64_t vectors = rows * ((columns + kVector - 1) / kVector);
   scale_rows<<<static_cast<unsigned>((vectors + kThreads - 1) / kThreads), kThreads, 0,
-               static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device))>>>(
+               current_stream(device)>>>(
       static_cast<const uint4*>(y.data_ptr()), y.size(1) / kVector,
       static_cast<const float*>(a_scale.data_ptr()),
       w_scale.has_value() ? static_cast<const float*>(w_scale.value().data_ptr()) : nullptr,

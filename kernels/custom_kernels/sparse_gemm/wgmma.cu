@@ -38,7 +38,6 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
-#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
 #include <algorithm>
@@ -48,8 +47,13 @@
 #include <mutex>
 #include <utility>
 
+#define KERNEL "sparse_gemm.wgmma"
+#include "include/launch.cuh"
+
 namespace sparse_gemm {
 
+using custom_kernels::current_stream;
+using custom_kernels::DeviceGuard;
 using tvm::ffi::Array;
 using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
@@ -622,14 +626,6 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
 // ---- Launching
 // -------------------------------------------------------------------------------------------------
 
-#define CHECK_CUDA(call)                                                                       \
-  do {                                                                                         \
-    cudaError_t error_ = (call);                                                               \
-    if (error_ != cudaSuccess)                                                                 \
-      TVM_FFI_THROW(RuntimeError) << "sparse_gemm.wgmma: " << cudaGetErrorName(error_) << " (" \
-                                  << cudaGetErrorString(error_) << ") in " #call;              \
-  } while (0)
-
 struct Problem {
   int device;
   cudaStream_t stream;
@@ -639,22 +635,6 @@ struct Problem {
   int k;
   CUtensorMapDataType type;
   Arguments arguments;
-};
-
-// Sets the device of the calling thread for one scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    CHECK_CUDA(cudaGetDevice(&before_));
-    if (before_ != device) CHECK_CUDA(cudaSetDevice(device));
-    now_ = device;
-  }
-  ~OnDevice() {
-    if (before_ != now_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, now_ = 0;
 };
 
 // A matrix whose boxes of `box_columns` columns, 128 bytes, x `box_rows` rows are copied.
@@ -683,7 +663,7 @@ CUtensorMap describe(void const* data, CUtensorMapDataType type, int bytes, int6
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS)
-    TVM_FFI_THROW(RuntimeError) << "sparse_gemm.wgmma: a tensor map of " << rows << " x " << columns
+    TVM_FFI_THROW(RuntimeError) << KERNEL ": a tensor map of " << rows << " x " << columns
                                 << " is refused: CUresult " << static_cast<int>(result);
   return map;
 }
@@ -798,9 +778,8 @@ void run(TensorView a, Optional<TensorView> a_scale, TensorView weight,
     return t.has_value() ? t.value().data_ptr() : nullptr;
   };
   const int device = a.device().device_id;
-  Problem p{device,       static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device)),
-            a.data_ptr(), y.data_ptr(),
-            y.stride(0),  static_cast<int>(a.size(1))};
+  Problem p{device,      current_stream(device),     a.data_ptr(), y.data_ptr(),
+            y.stride(0), static_cast<int>(a.size(1))};
   p.arguments.weight = static_cast<uint8_t const*>(weight.data_ptr());
   p.arguments.a_scale = static_cast<float const*>(pointer(a_scale));
   p.arguments.w_scale = static_cast<float const*>(pointer(w_scale));
@@ -810,14 +789,14 @@ void run(TensorView a, Optional<TensorView> a_scale, TensorView weight,
   p.arguments.columns = static_cast<int>(weight.size(1));
   p.arguments.pair = static_cast<int>(pair);
   p.arguments.split = static_cast<int>(split);
-  const OnDevice scope(device);
+  const DeviceGuard scope(device);
   const int code = a.dtype().code;
   p.type = code == kDLBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   const auto& entries = code == kDLBfloat ? kTiles<Bf16>
                         : code == kDLInt  ? kTiles<Int8>
                                           : kTiles<Fp8>;
   if (tile < 0 || tile >= static_cast<int64_t>(std::size(entries)))
-    TVM_FFI_THROW(ValueError) << "sparse_gemm.wgmma: there is no tile " << tile;
+    TVM_FFI_THROW(ValueError) << KERNEL ": there is no tile " << tile;
   entries[tile].launch(p);
 }
 
