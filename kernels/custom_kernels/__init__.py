@@ -23,5 +23,4 @@ def __dir__() -> list[str]:
 
 
 def _operations() -> list[str]:
-    operations: list[str] = import_module("custom_kernels.registry").operations()
-    return operations
+    return list(map(str, import_module("custom_kernels.registry").operations()))

@@ -1,8 +1,295 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operation's backends declare of themselves."""
+"""An operation and its backends: what they are made of, where they run, and the function that runs.
 
+- An operation is a folder of this package with a ``reference.py``. Its ``__init__.py`` declares
+  ``BACKEND_PRIORITY``, its backends per device type, best first, and ``empty_output``;
+  ``USES_TENSOR_CORES = True`` says that its kernels should.
+- A backend is a file in that folder: ``<backend>.py``, ``<backend>.cu``, or both (``cases.py``,
+  which says what is checked and measured, and names with a leading underscore are not backends).
+
+A ``<backend>.py`` has ``run(*arguments)``, which returns a tensor or a tuple of tensors, and may
+have ``unavailable_reason(device) -> str | None``, why it cannot run there, and ``DTYPES``, the only
+ones that it supports. A ``<backend>.cu`` without a Python file exports a function named like the
+operation, called with the operation's arguments and the output, or outputs, of ``empty_output``.
+
+Triton and CuPy kernels are Python files that import ``triton`` or ``cupy``. Without a GPU, Triton's
+run in its interpreter where ``TRITON_INTERPRET=1`` is set before Triton is imported.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from custom_kernels import paths
+
+if TYPE_CHECKING:
+    import torch
+
+NOT_BACKENDS = frozenset({"__init__", "cases"})
+_IMPORTS = re.compile(r"^(?:import|from) (triton|cupy)\b", re.MULTILINE)
+_NOTES = re.compile(
+    r"^(?://|#) "
+    r"(link|include|architectures|dtypes|spills|no tensor cores|not deterministic): *(.+)$",
+    re.MULTILINE,
+)
+
+
+class BackendError(RuntimeError):
+    """An operation or backend that does not exist or cannot run here. The message is one line with
+    the remedy."""
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """What a file says of itself in comments at the start of a line (``//`` in a ``.cu``, ``#`` in
+    a ``.py``), for example ``// architectures: 9.0a``."""
+    found: dict[str, str] = {}
+    for name, value in _NOTES.findall(path.read_text()):
+        found[name] = f"{found[name]} {value}" if name in found else value
+    return found
+
+
+class Operation:
+    """What is computed. ``registry.operation`` makes one per name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._backends: dict[str, Backend] = {}
+        # Every call of an operation looks here.
+        self.runner = functools.cache(self._runner)
+        self.best = functools.cache(self._best)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def folder(self) -> Path:
+        return paths.PACKAGE / self.name
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"custom_kernels.{self.name}")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public one, ``custom_<name>``."""
+        function: Callable[..., Any] = getattr(self.module, f"custom_{self.name}")
+        return function
+
+    @property
+    def reference(self) -> ModuleType:
+        """What is right: ``exact``, and in plain torch ``run``."""
+        return import_module(f"custom_kernels.{self.name}.reference")
+
+    @property
+    def cases(self) -> ModuleType:
+        """What is checked and measured. Raises BackendError if there is no ``cases.py``."""
+        if not (self.folder / "cases.py").is_file():
+            raise BackendError(f"{self} has no cases.py, which says what is checked and measured")
+        return import_module(f"custom_kernels.{self.name}.cases")
+
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """What ``USES_TENSOR_CORES`` declares; imports nothing."""
+        text = (self.folder / "__init__.py").read_text()
+        return re.search(r"^USES_TENSOR_CORES = True$", text, re.MULTILINE) is not None
+
+    def priority(self, device_type: str) -> tuple[str, ...]:
+        """Names of the backends for a type of device, best first."""
+        return tuple(getattr(self.module, "BACKEND_PRIORITY", {}).get(device_type, ()))
+
+    def backend(self, name: str) -> "Backend":
+        """The backend of this name, whether it exists or not."""
+        if name not in self._backends:
+            self._backends[name] = Backend(self, name)
+        return self._backends[name]
+
+    def backend_names(self) -> list[str]:
+        """Names of all backends, sorted, by their files alone: imports nothing."""
+        return sorted(
+            {
+                path.stem
+                for path in self.folder.glob("*")
+                if path.suffix in {".py", ".cu"}
+                and not path.stem.startswith("_")
+                and path.stem not in NOT_BACKENDS
+            }
+        )
+
+    @property
+    def backends(self) -> "list[Backend]":
+        """All backends: those with a priority (on any device) first, then the others by name."""
+        names = self.backend_names()
+        declared = getattr(self.module, "BACKEND_PRIORITY", {})
+        ranked = dict.fromkeys(name for ranking in declared.values() for name in ranking)
+        return [self.backend(name) for name in dict.fromkeys([*ranked, *names]) if name in names]
+
+    def preferred(self, device: "torch.device") -> "Backend":
+        """The first backend by priority that can run on ``device``."""
+        for name in self.priority(device.type):
+            if self.backend(name).unavailable_reason(device) is None:
+                return self.backend(name)
+        raise BackendError(self._explain(None, device))
+
+    def _best(self, device: "torch.device", dtype: "torch.dtype") -> "Backend":
+        """The first backend by priority that can run on ``device`` and supports ``dtype``."""
+        for name in self.priority(device.type):
+            backend = self.backend(name)
+            if backend.supports_dtype(dtype) and backend.unavailable_reason(device) is None:
+                return backend
+        raise BackendError(self._explain(None, device))
+
+    def _runner(
+        self, backend: str, device: "torch.device", dtype: "torch.dtype"
+    ) -> Callable[..., Any]:
+        """The function that runs this operation with a backend; compiles it if need be.
+
+        Raises BackendError if the backend cannot run on ``device`` or does not support ``dtype``.
+        """
+        return self.backend(backend).runner(device, dtype)
+
+    def _explain(self, backend: "Backend | None", device: "torch.device") -> str:
+        reasons = {one.name: one.unavailable_reason(device) for one in self.backends}
+        usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
+        if backend is None:
+            problem = "; ".join(
+                f"{name}: {reason}" for name, reason in reasons.items() if reason is not None
+            )
+            return (
+                f"{self} has no preferred backend that runs on {device} ({problem}); "
+                f"available: {usable}"
+            )
+        reason = backend.unavailable_reason(device)
+        return f"{self} cannot use backend {backend.name!r} on {device}: {reason}; " + (
+            f"available: {usable}"
+        )
+
+
+class Backend:
+    """One implementation of an operation. ``Operation.backend`` makes one per name."""
+
+    def __init__(self, operation: Operation, name: str) -> None:
+        self.operation = operation
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"{self.operation}.{self.name}"
+
+    @property
+    def files(self) -> list[Path]:
+        """Its ``.py``, its ``.cu``, or both; none if there is no such backend."""
+        folder = self.operation.folder
+        found = (folder / f"{self.name}{suffix}" for suffix in (".py", ".cu"))
+        return [path for path in found if path.is_file()]
+
+    @property
+    def kind(self) -> str:
+        """What it is written in: ``cuda`` (it has a ``.cu``), ``triton``, ``cupy`` or ``torch``."""
+        for path in reversed(self.files):
+            if path.suffix == ".cu":
+                return "cuda"
+            if found := _IMPORTS.search(path.read_text()):
+                return found[1]
+        return "torch"
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What its files say of themselves."""
+        return {name: value for path in self.files for name, value in read_notes(path).items()}
+
+    @property
+    def module(self) -> ModuleType | None:
+        """Its Python half, imported; None if it has none."""
+        if not (self.operation.folder / f"{self.name}.py").is_file():
+            return None
+        return import_module(f"custom_kernels.{self}")
+
+    def architectures(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Those of ``wanted`` that it is written for."""
+        only = self.notes.get("architectures", "").split()
+        return tuple(name for name in wanted if not only or name in only)
+
+    def supports_dtype(self, dtype: "torch.dtype") -> bool:
+        """Whether it computes in this dtype: all do but those that list theirs, in ``DTYPES`` or in
+        a comment ``// dtypes:`` of the ``.cu``."""
+        dtypes = getattr(self.module, "DTYPES", None)
+        if dtypes is not None:
+            return dtype in dtypes
+        names = self.notes.get("dtypes", "").split()
+        return not names or str(dtype).removeprefix("torch.") in names
+
+    def unavailable_reason(self, device: "torch.device | str") -> str | None:
+        """Why it cannot run on ``device``; None if it can. Compiles nothing."""
+        import torch
+
+        device = torch.device(device)
+        if not self.files:
+            return "there is no such backend"
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return "torch sees no GPU"
+        kind = self.kind
+        if device.type != "cuda" and kind in ("cuda", "cupy"):
+            return "it runs on CUDA devices only"
+        if device.type != "cuda" and kind == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "without a GPU Triton only runs in its interpreter: set TRITON_INTERPRET=1"
+        if kind == "cuda":
+            from custom_kernels.compile import build, sources
+
+            source = sources.find(self.operation.name, self.name)
+            assert source is not None
+            reason = build.unavailable_reason(source, sources.architecture(device))
+            if reason is not None:
+                return reason
+        try:
+            module = self.module
+        except Exception as error:
+            return f"importing it failed: {error!r}"
+        own: Callable[[torch.device], str | None] | None
+        own = getattr(module, "unavailable_reason", None)
+        return own(device) if own is not None else None
+
+    def require_available(self, device: "torch.device") -> None:
+        """Raise BackendError, with the reason and what would run instead, unless it can run
+        there."""
+        if self.unavailable_reason(device) is not None:
+            raise BackendError(self.operation._explain(self, device))
+
+    def library(self, device: "torch.device") -> Any:
+        """Its compiled half, a ``tvm_ffi.Module``; it is compiled first if need be."""
+        from custom_kernels.compile import build
+
+        return build.load(self.operation.name, self.name, device)
+
+    def runner(self, device: "torch.device", dtype: "torch.dtype") -> Callable[..., Any]:
+        """See ``Operation.runner``, which remembers it."""
+        self.require_available(device)
+        if not self.supports_dtype(dtype):
+            able = [one.name for one in self.operation.backends if one.supports_dtype(dtype)]
+            raise BackendError(f"{self} does not take {dtype}; these do: {', '.join(able)}")
+        module = self.module
+        if module is not None:
+            run: Callable[..., Any] = module.run
+            return run
+
+        compiled = self.library(device)[self.operation.name]
+        empty_output = self.operation.module.empty_output
+
+        def run_compiled(*arguments: Any) -> Any:
+            out = empty_output(*arguments)
+            compiled(*arguments, *(out if isinstance(out, tuple) else (out,)))
+            return out
+
+        return run_compiled
+
+    def run(self, *arguments: Any) -> Any:
+        """Run on the device of the first argument, a tensor, whose dtype it must support."""
+        first = arguments[0]
+        return self.operation.runner(self.name, first.device, first.dtype)(*arguments)
 
 
 @dataclass(frozen=True)

@@ -73,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _call(options) if options.child else _profile(options)
-    except UsageError as error:
+    except (UsageError, registry.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.profile", description=__doc__)
-    parser.add_argument("operation", help=f"one of {', '.join(registry.operations())}")
+    parser.add_argument("operation", help=f"one of {', '.join(map(str, registry.operations()))}")
     parser.add_argument("--backend", help="default: the best for this device")
     parser.add_argument("--model", help="default: the last of those measured by default")
     parser.add_argument("--layer", help="default: the first of the model")
@@ -119,12 +119,13 @@ def _call(options: argparse.Namespace) -> int:
 
     from custom_kernels.check.case import contender_of
 
-    definition = bench.definition_of(options.operation)
+    definition = registry.operation(options.operation).cases
     device = torch.device("cuda", torch.cuda.current_device())
     case = case_of(options, definition)
     dtype = options.dtype or definition.DTYPES[0]
     try:
-        contender = contender_of(options.operation, options.backend, device, dtype, definition)
+        backend = registry.operation(options.operation).backend(options.backend)
+        contender = contender_of(backend, device, dtype)
     except (registry.BackendError, BuildError) as error:
         raise UsageError(str(error)) from error
     inputs = case.empty_inputs(device)
@@ -153,14 +154,14 @@ def _profile(options: argparse.Namespace) -> int:
             f"`make inspect K={options.operation}` shows registers, occupancy and instructions"
         )
     ncu = find_ncu()
-    definition = bench.definition_of(options.operation)
+    definition = registry.operation(options.operation).cases
     case = case_of(options, definition)
     device = torch.device("cuda", torch.cuda.current_device())
     if options.backend is None:
         first = next(iter(case.empty_inputs(torch.device("meta"))))
-        options.backend = registry.best(options.operation, device, first.dtype)
-    elif options.backend not in registry.backends(options.operation):
-        there = ", ".join(registry.backends(options.operation))
+        options.backend = registry.operation(options.operation).best(device, first.dtype).name
+    elif options.backend not in (known := bench.backend_names(options.operation)):
+        there = ", ".join(known)
         raise UsageError(f"no backend {options.backend}; there are: {there}")
     print(f"profiling {options.operation}.{options.backend} at {bench.words(case.labels)}")
     folder = options.output or results_folder()

@@ -69,7 +69,7 @@ def backend(
         chosen = measured(operation, _gpu(device), _name(dtype), m, layer)
         if chosen is not None and _runs(operation, chosen, device):
             return chosen
-    return registry.best(operation, device, dtype)
+    return registry.operation(operation).best(device, dtype).name
 
 
 def measured(
@@ -170,7 +170,7 @@ def read(path: Path, operation: str, gpu: str) -> Tuning:
 
 @functools.cache
 def _runs(operation: str, name: str, device: "torch.device") -> bool:
-    reason = registry.available(operation, name, device)
+    reason = registry.operation(operation).backend(name).unavailable_reason(device)
     if reason is not None:
         log.warning(
             "%s: %s was measured to be faster but cannot run here: %s", operation, name, reason

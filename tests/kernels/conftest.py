@@ -67,6 +67,6 @@ def package_copy(tmp_path: Path) -> PackageCopy:
     # nvcc hands names to a shell without quotes: folders are named as people name them.
     odd = tmp_path / "my work (1) ü" / "it's here"
     copy = PackageCopy(odd / "copy", odd / "cache")
-    left_out = shutil.ignore_patterns(*registry.operations(), "__pycache__", "*.cu")
+    left_out = shutil.ignore_patterns(*map(str, registry.operations()), "__pycache__", "*.cu")
     shutil.copytree(paths.PACKAGE, copy.package, ignore=left_out)
     return copy

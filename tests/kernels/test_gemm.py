@@ -11,7 +11,7 @@ import pytest
 import torch
 from custom_kernels import custom_gemm, launches, registry
 from custom_kernels.buckets import buckets
-from custom_kernels.gemm import cublaslt, empty_output
+from custom_kernels.gemm import OPERATION, cublaslt, empty_output
 from custom_kernels.gemm.reference import exact
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ TOLERANCES = {
 CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
 
 
-@pytest.fixture(params=registry.backends("gemm"))
+@pytest.fixture(params=OPERATION.backend_names())
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the folder holds."""
     return str(request.param)
@@ -37,9 +37,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and registry.available("gemm", backend, CUDA) is None:
+    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
         return CUDA
-    reason = registry.available("gemm", backend, "cpu")
+    reason = OPERATION.backend(backend).unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
     return torch.device("cpu")
@@ -62,7 +62,7 @@ def assert_right(
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
-    return [dtype for dtype in TOLERANCES if registry.takes("gemm", backend, dtype)]
+    return [dtype for dtype in TOLERANCES if OPERATION.backend(backend).supports_dtype(dtype)]
 
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 200, 257]))
@@ -325,8 +325,8 @@ def test_rows_beyond_32_bit_offsets(gpu: torch.device) -> None:
     weight = torch.empty((2**31 // 2**20 + 2) * 2**20, dtype=torch.bfloat16, device=gpu)
     weight = weight.view(-1, 2**20)[:, :k].normal_()
     x = torch.randn(5, k, dtype=torch.bfloat16, device=gpu)
-    for backend in registry.backends("gemm"):
-        if registry.available("gemm", backend, gpu) is None:
+    for backend in OPERATION.backend_names():
+        if OPERATION.backend(backend).unavailable_reason(gpu) is None:
             out = custom_gemm(x, weight, backend=backend)
             torch.testing.assert_close(out.double(), exact(x, weight, None), rtol=2**-8, atol=0.1)
 

@@ -11,7 +11,7 @@ import torch
 from custom_kernels import custom_quant_expand, launches, registry
 from custom_kernels.check.outputs import poison, unwritten
 from custom_kernels.compile import build
-from custom_kernels.quant_expand import cases, empty_output, expanded, reference
+from custom_kernels.quant_expand import OPERATION, cases, empty_output, expanded, reference
 from custom_kernels.quantization import quantize
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 PATTERNS = [None, "2:4", "4:6", "6:8", "8:10", "10:12", "30:32"]
 
 
-@pytest.fixture(params=registry.backends("quant_expand"))
+@pytest.fixture(params=OPERATION.backend_names())
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the folder holds."""
     return str(request.param)
@@ -38,9 +38,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and registry.available("quant_expand", backend, CUDA) is None:
+    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
         return CUDA
-    reason = registry.available("quant_expand", backend, "cpu")
+    reason = OPERATION.backend(backend).unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
     return torch.device("cpu")
@@ -182,7 +182,7 @@ def test_input_whose_rows_are_not_adjacent_or_overlap(backend: str, device: torc
 
 
 def test_every_byte_is_written_and_the_same_twice(backend: str, device: torch.device) -> None:
-    run = registry.runner("quant_expand", backend, device, torch.bfloat16)
+    run = OPERATION.runner(backend, device, torch.bfloat16)
     for k, pattern in [(33, None), (33, "2:4"), (50, "4:6"), (40, "6:8"), (31, "8:10")]:
         for dtype in (INT8, FP8):
             x = make(3, k, device=device)

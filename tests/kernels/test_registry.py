@@ -15,21 +15,23 @@ from tests.kernels.conftest import PackageCopy
 
 OPERATION = """
 import torch
-PREFERENCE = {"cpu": ("twice", "reference")}
+BACKEND_PRIORITY = {"cpu": ("twice", "reference")}
 def custom_double(x): return torch.ops.custom_kernels.double(x)
 def empty_output(x): return torch.empty_like(x)
 """
 PROGRAM = """
 import torch, custom_kernels
 from custom_kernels import registry
-print(registry.operations())
-print(registry.backends("double"))
+double = registry.operation("double")
+print(list(map(str, registry.operations())))
+print([one.name for one in double.backends])
 cpu = torch.device("cpu")
-print(registry.best("double", cpu, torch.float32))
-print(registry.runner("double", "twice", cpu, torch.float32)(torch.ones(2)).tolist())
-print(registry.available("double", "compiled", cpu))
-print(registry.available("double", "broken", cpu))
-print(registry.available("double", "picky", cpu))
+print(double.best(cpu, torch.float32).name)
+print(double.runner("twice", cpu, torch.float32)(torch.ones(2)).tolist())
+print(double.backend("twice").run(torch.ones(2)).tolist())
+print(double.backend("compiled").unavailable_reason(cpu))
+print(double.backend("broken").unavailable_reason(cpu))
+print(double.backend("picky").unavailable_reason(cpu))
 print(custom_kernels.custom_double.__name__)
 """
 
@@ -43,7 +45,8 @@ def test_an_operation_and_its_backends_are_found_by_dropping_files(
     package_copy.add("double/compiled.cu", "// no Python half\n")
     package_copy.add("double/broken.py", "import absent_library\n")
     package_copy.add(
-        "double/picky.py", "def unavailable(device): return f'not on {device}'\ndef run(x): ...\n"
+        "double/picky.py",
+        "def unavailable_reason(device): return f'not on {device}'\ndef run(x): ...\n",
     )
     package_copy.add("double/_helper.py", "")
     result = package_copy.python("-c", PROGRAM)
@@ -51,6 +54,7 @@ def test_an_operation_and_its_backends_are_found_by_dropping_files(
         "['double']",
         "['twice', 'reference', 'broken', 'compiled', 'picky']",
         "twice",
+        "[2.0, 2.0]",
         "[2.0, 2.0]",
         "it runs on CUDA devices only",
         "importing it failed: ModuleNotFoundError(\"No module named 'absent_library'\")",
@@ -61,7 +65,7 @@ def test_an_operation_and_its_backends_are_found_by_dropping_files(
 
 def test_a_misspelt_backend_is_one_line_with_those_that_run() -> None:
     with pytest.raises(registry.BackendError) as error:
-        registry.runner("gemm", "cublastl", torch.device("cpu"), torch.float32)
+        registry.operation("gemm").runner("cublastl", torch.device("cpu"), torch.float32)
     # Triton's is there too where its interpreter was chosen.
     assert str(error.value).removesuffix(", triton") == (
         "gemm cannot use backend 'cublastl' on cpu: there is no such backend; available: reference"
@@ -70,7 +74,7 @@ def test_a_misspelt_backend_is_one_line_with_those_that_run() -> None:
 
 def test_an_unknown_operation_is_one_line_with_those_that_exist() -> None:
     with pytest.raises(registry.BackendError, match=r"no operation 'gem'; there are: .*gemm"):
-        registry.backends("gem")
+        registry.operation("gem")
 
 
 def test_a_compiled_backend_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +84,7 @@ def test_a_compiled_backend_without_a_compiler_says_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(toolchain, "find", no_tools)
     source = sources.find("gemm", "cublaslt")
     assert source is not None
-    assert build.unavailable(source, "9.0a") == "there is no nvcc: run `make dev`"
+    assert build.unavailable_reason(source, "9.0a") == "there is no nvcc: run `make dev`"
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

@@ -15,7 +15,7 @@ from custom_kernels import paths, registry, source_hash
 
 # From the ground up. A `__main__` is a command, which may use all of them.
 FLOORS = ["compile", "inspect", "check", "bench", "tuning", "profile"]
-OPERATIONS = registry.operations()
+OPERATIONS = [operation.name for operation in registry.operations()]
 
 
 def modules() -> dict[str, Path]:
@@ -86,7 +86,7 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 def test_a_backend_imports_no_other_backend_and_no_other_operation(operation: str) -> None:
     """Of its own operation it knows the reference, which says what is right, and what is named
     with an underscore."""
-    for backend in registry.backend_files(operation):
+    for backend in registry.operation(operation).backend_names():
         module = f"{operation}.{backend}"
         for name in imports(module) if module in MODULES else ():
             first, _, rest = name.partition(".")

@@ -17,6 +17,7 @@ from custom_kernels.compile import build
 from custom_kernels.quantization import quantize
 from custom_kernels.sparse_gemm import (
     DTYPES,
+    OPERATION,
     SCALED,
     SparseWeight,
     _packing,
@@ -40,7 +41,7 @@ TOLERANCES = {"cusparselt": {"rtol": 2**-7, "atol": 2**-6}}
 
 PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "30:32")
 CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
-BACKENDS = registry.backends("sparse_gemm")
+BACKENDS = OPERATION.backend_names()
 
 
 def make_weight(
@@ -103,9 +104,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> torch.device:
     """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and registry.available("sparse_gemm", backend, CUDA) is None:
+    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
         return CUDA
-    reason = registry.available("sparse_gemm", backend, "cpu")
+    reason = OPERATION.backend(backend).unavailable_reason("cpu")
     if reason is not None:
         pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
     return torch.device("cpu")
@@ -257,7 +258,7 @@ def test_passes_the_operations_own_checks(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     name = str(dtype).removeprefix("torch.")
-    failures = [str(one) for one in check("sparse_gemm", backend, device, name) if one.failure]
+    failures = [str(one) for one in check(OPERATION.backend(backend), device, name) if one.failure]
     assert not failures
 
 

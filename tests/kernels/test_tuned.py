@@ -187,5 +187,7 @@ def test_the_files_of_the_package_are_whole_and_name_backends_that_exist() -> No
         assert tuned.files(operation, gpu)[1] == path
         file = tuned.read(path, operation, gpu)
         for entry in file["choices"]:
-            assert {name for _, _, name in entry["ranges"]} <= set(registry.backends(operation))
+            assert {name for _, _, name in entry["ranges"]} <= set(
+                registry.operation(operation).backend_names()
+            )
             assert file["provenance"][entry["provenance"]]["device"] == gpu

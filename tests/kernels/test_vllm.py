@@ -53,9 +53,9 @@ except registry.BackendError as error:
 
 os.environ["VLLM_CUSTOM_GEMM_BACKEND"] = "reference"
 logging.basicConfig(format="%(message)s")
-takes = registry.takes
-registry.takes = lambda *arguments: False
-registry.best = lambda *arguments: "other"
+gemm = registry.operation("gemm")
+registry.Backend.supports_dtype = lambda *arguments: False
+gemm.best = lambda *arguments: gemm.backend("other")
 print(gemm_hook.choose_backend("cpu", torch.float32))
 print(gemm_hook.choose_backend("cpu", torch.float32))
 """

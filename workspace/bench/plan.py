@@ -196,8 +196,8 @@ def check_backend(backend: str | None, device: Device) -> None:
         raise WorkspaceError(
             f"the kernels package cannot be imported ({error}); run make dev"
         ) from error
-    names = registry.backends("gemm")
-    reasons = {name: registry.available("gemm", name, device.kind) for name in names}
+    backends = registry.operation("gemm").backends
+    reasons = {one.name: one.unavailable_reason(device.kind) for one in backends}
     usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
     if backend not in reasons:
         raise WorkspaceError(f"BACKEND={backend}: no such backend; usable here: {usable}")

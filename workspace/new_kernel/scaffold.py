@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from custom_kernels import paths, registry
+from custom_kernels.operation import NOT_BACKENDS
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
@@ -66,12 +67,12 @@ def run(op: str | None, backend: str | None, name: str | None = None) -> list[Pa
 def _files(op: str, backend: str, name: str) -> dict[Path, str]:
     """What to write where."""
     folder = paths.PACKAGE / op
-    known = registry.operations()
+    known = [operation.name for operation in registry.operations()]
     suffix = Path(KINDS[backend]).suffix
     if op in known:
         example = EXAMPLE if _started_as_example(op) else op
         template = TEMPLATES / example / KINDS[backend]
-        if name in registry.backend_files(op):
+        if name in registry.operation(op).backend_names():
             # Also where only the other half is there: the two would become one backend.
             existing = next(path for path in folder.glob(f"{name}.*") if path.is_file())
             raise WorkspaceError(
@@ -100,7 +101,7 @@ def _started_as_example(op: str) -> bool:
 
 
 def _copy_instead(op: str, backend: str) -> str:
-    alike = sorted(one for one in registry.backend_files(op) if registry.kind(op, one) == backend)
+    alike = [one.name for one in registry.select([op]) if one.kind == backend]
     folder = paths.PACKAGE / op
     found = [
         path for one in alike for path in (folder / f"{one}.py", folder / f"{one}.cu")
@@ -115,7 +116,7 @@ def _check_name(variable: str, name: str) -> None:
         raise WorkspaceError(
             f"{variable}={name} cannot name a Python module; use lower-case letters, digits and _"
         )
-    if variable == "NAME" and name in registry.NOT_BACKENDS | {"reference"}:
+    if variable == "NAME" and name in NOT_BACKENDS | {"reference"}:
         raise WorkspaceError(f"NAME={name} is a file that every operation has; give another")
 
 

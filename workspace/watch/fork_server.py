@@ -23,9 +23,12 @@ from importlib.util import cache_from_source
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from workspace.watch import messages
+
+if TYPE_CHECKING:
+    from custom_kernels.operation import Backend
 
 PRELOADED = (
     "torch", "triton", "triton.language", "triton.compiler", "triton.backends.nvidia.compiler",
@@ -141,50 +144,51 @@ def find_device() -> messages.FoundDevice:
     return messages.FoundDevice(torch.cuda.get_device_name(gpu), architecture(gpu))
 
 
+def _backend(question: messages.Inspect | messages.Check) -> Backend:
+    from custom_kernels import registry
+
+    return registry.operation(question.operation).backend(question.backend)
+
+
 def inspect(question: messages.Inspect) -> messages.Inspected:
     from custom_kernels.inspect import reports
     from custom_kernels.inspect.compilers import compile_here
 
-    found = compile_here(
-        question.operation, question.backend, [question.architecture], MOST_VARIANTS
-    )
+    found = compile_here(_backend(question), [question.architecture], MOST_VARIANTS)
     return messages.Inspected(tuple(found), tuple(reports.warnings(found)))
 
 
 def check(question: messages.Check) -> messages.Checked | messages.NotChecked | messages.Failed:
     import torch
-    from custom_kernels import registry
     from custom_kernels.check import check as checking
 
-    operation, backend = question.operation, question.backend
+    backend = _backend(question)
     device = torch.device("cuda", 0) if question.on_gpu else torch.device("cpu")
-    reason = registry.available(operation, backend, device)
+    reason = backend.unavailable_reason(device)
     if reason is not None:
         return messages.NotChecked(reason)
-    checked = checking.check(operation, backend, device, quick=True)
+    checked = checking.check(backend, device, quick=True)
     wrong = tuple(str(one) for one in checked if one.failure is not None)
     if question.on_gpu and wrong:
         try:
             torch.cuda.synchronize(device)
         except RuntimeError:  # after the first error, every case reports the same one
             return messages.Failed(wrong[0])
-    times = _times(operation, backend, device) if question.on_gpu and not wrong else {}
+    times = _times(backend, device) if question.on_gpu and not wrong else {}
     return messages.Checked(len(checked), wrong, times)
 
 
-def _times(operation: str, backend: str, device: Any) -> dict[str, messages.Timing]:
+def _times(backend: Backend, device: Any) -> dict[str, messages.Timing]:
     """One call with few tokens and one with many, and the ratio to the baseline."""
     from custom_kernels.bench import timing
     from custom_kernels.check.case import contender_of
-    from custom_kernels.check.case import definition as cases_of
     from custom_kernels.check.check import dtypes
 
-    definition = cases_of(operation)
-    dtype = dtypes(operation, backend, device)[0]
-    exact = import_module(f"custom_kernels.{operation}.reference").exact
-    contender = contender_of(operation, backend, device, dtype, definition)
+    definition, exact = backend.operation.cases, backend.operation.reference.exact
+    dtype = dtypes(backend, device)[0]
+    contender = contender_of(backend, device, dtype)
     baseline = next(
-        (one for one in definition.baselines(dtype) if one.unavailable(device) is None), None
+        (one for one in definition.baselines(dtype) if one.unavailable_reason(device) is None), None
     )
     contenders = [contender]
     if baseline is not None and baseline.name != contender.name:

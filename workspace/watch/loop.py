@@ -62,17 +62,17 @@ def run(k: str | None, arch: str | None = None, timeout: str | None = None) -> N
 def chosen(k: str | None) -> list[Backend]:
     """The backends with custom kernels that K names: `gemm` means all of an operation's."""
     if not k:
-        known = ", ".join(registry.operations())
+        known = ", ".join(map(str, registry.operations()))
         raise WorkspaceError(f"name an operation or backend: make watch K=gemm.triton ({known})")
     try:
-        found = registry.chosen(k.replace(",", " ").split())
+        found = registry.select(k.replace(",", " ").split())
     except registry.BackendError as error:
         raise WorkspaceError(str(error)) from None
     if "." not in k:
-        found = [one for one in found if registry.kind(*one) != "torch"]
+        found = [one for one in found if one.kind != "torch"]
     if not found:
         raise WorkspaceError(f"K={k}: none of its backends has kernels of its own")
-    return found
+    return [(one.operation.name, one.name) for one in found]
 
 
 class Watch:
@@ -149,7 +149,8 @@ class Watch:
         operation, name = backend
         inspect = Inspect(operation, name, self.architecture, COMPILE_TIMEOUT)
         asked = [self._threads.submit(self._servers[0].ask, inspect)]
-        kind = registry.kind(operation, name) if fingerprint(backend) else "torch"
+        written = registry.operation(operation).backend(name)
+        kind = written.kind if fingerprint(backend) else "torch"
         if self.gpu is not None or kind in ("triton", "torch"):
             check = Check(operation, name, self.gpu is not None, self._timeout)
             asked.append(self._threads.submit(self._servers[1].ask, check))

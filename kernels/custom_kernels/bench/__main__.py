@@ -17,14 +17,14 @@ from pathlib import Path
 
 from custom_kernels import registry
 from custom_kernels.bench import plots, records
-from custom_kernels.bench.plan import UsageError, definition_of, plan_of
+from custom_kernels.bench.plan import UsageError, plan_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, measure, report. Returns the exit status."""
     try:
         return _main(arguments)
-    except (UsageError, records.RecordError) as error:
+    except (UsageError, registry.BackendError, records.RecordError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -40,7 +40,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return _show(records.read(options.record), options.record, options.output)
     if options.operation is None:
         raise UsageError("name an operation, or a record with --record")
-    definition = definition_of(options.operation)
+    definition = registry.operation(options.operation).cases
     import torch
 
     from custom_kernels.bench.run import failed, run
@@ -66,7 +66,9 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m custom_kernels.bench", description=__doc__)
-    parser.add_argument("operation", nargs="?", help=f"one of {', '.join(registry.operations())}")
+    parser.add_argument(
+        "operation", nargs="?", help=f"one of {', '.join(map(str, registry.operations()))}"
+    )
     parser.add_argument(
         "--model", action="append", help="a model of the operation's cases; repeatable"
     )

@@ -2,11 +2,9 @@
 """What a command line asks a benchmark for: cases, backends and baselines."""
 
 import argparse
-import importlib.util
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -47,25 +45,13 @@ class Plan:
         return shlex.join([*words, "--repetitions", str(self.repetitions)])
 
 
-def definition_of(operation: str) -> ModuleType:
-    """The operation's ``cases.py``. Raises UsageError if there is no such operation or it has
-    none."""
-    if operation not in registry.operations():
-        known = ", ".join(registry.operations())
-        raise UsageError(f"there is no operation {operation!r}; there are: {known}")
-    name = f"custom_kernels.{operation}.cases"
-    if importlib.util.find_spec(name) is None:
-        raise UsageError(f"{operation} has no cases.py, which says at which shapes to measure it")
-    return import_module(name)
-
-
 def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
     """The command line with every default filled in. Raises UsageError for what is not there."""
     dtype = _known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)[0]
     backends = None
     if options.backend and options.backend != "all":
         wanted = [name for name in options.backend.split(",") if name]
-        backends = _known("backend", wanted, registry.backends(options.operation))
+        backends = _known("backend", wanted, backend_names(options.operation))
     if options.seconds <= 0 or options.repetitions < 1 or min(options.tokens or [1]) < 1:
         raise UsageError("--seconds, --repetitions and --tokens must be positive")
     return Plan(
@@ -78,6 +64,11 @@ def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
         seconds=options.seconds,
         repetitions=options.repetitions,
     )
+
+
+def backend_names(operation: str) -> list[str]:
+    """By priority."""
+    return [backend.name for backend in registry.operation(operation).backends]
 
 
 def _known(what: str, wanted: Iterable[str], there: Iterable[str]) -> list[str]:
@@ -112,7 +103,7 @@ def contenders_of(
     skipped: dict[str, str] = {}
     baselines = []
     for contender in definition.baselines(plan.dtype):
-        reason = contender.unavailable(device)
+        reason = contender.unavailable_reason(device)
         if reason is None:
             baselines.append(contender)
         elif not baselines and not skipped:
@@ -120,14 +111,13 @@ def contenders_of(
         else:
             skipped[contender.name] = reason
     ours = []
-    wanted = plan.backends or [
-        name for name in registry.backends(plan.operation) if name != REFERENCE
-    ]
+    wanted = plan.backends or [name for name in backend_names(plan.operation) if name != REFERENCE]
     for name in wanted:
+        backend = registry.operation(plan.operation).backend(name)
         try:
-            ours.append(contender_of(plan.operation, name, device, plan.dtype, definition))
+            ours.append(contender_of(backend, device, plan.dtype, definition))
         except (registry.BackendError, BuildError) as error:
-            reason = registry.available(plan.operation, name, device) or str(error)
+            reason = backend.unavailable_reason(device) or str(error)
             if plan.backends:
                 raise UsageError(f"{name} cannot run on {device}: {reason}") from error
             skipped[name] = reason

@@ -3,7 +3,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from custom_kernels import registry
 from custom_kernels.bench import device as bench_device
 from custom_kernels.bench import records, timing
 from custom_kernels.bench.plan import Plan, cases_of, contenders_of, words
@@ -40,7 +40,7 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> records.Rec
         contenders, ours, skipped = contenders_of(plan, definition, device)
         progress.update(task, description="ceilings")
         limits = bench_device.ceilings(device, sorted({case.peak for case in cases}))
-        exact = import_module(f"custom_kernels.{plan.operation}.reference").exact
+        exact = registry.operation(plan.operation).reference.exact
         rows: list[dict[str, Any]] = []
         problems: list[str] = []
         settled = False

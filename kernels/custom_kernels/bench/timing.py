@@ -146,7 +146,7 @@ def measure(
         return None
 
     def build(contender: Contender) -> None:
-        reason = contender.unavailable(device)
+        reason = contender.unavailable_reason(device)
         if reason is not None:
             failures[contender.name] = reason
             return

@@ -30,22 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
     failures = 0
     try:
-        backends = registry.chosen(options.kernel)
+        backends = registry.select(options.kernel)
     except registry.BackendError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for operation, backend in backends:
+    for backend in backends:
         try:
-            found = check(operation, backend, device, options.dtype, options.quick)
+            found = check(backend, device, options.dtype, options.quick)
         except (registry.BackendError, BuildError) as error:
-            print(f"{operation}.{backend}: not checked: {error}")
+            print(f"{backend}: not checked: {error}")
             failures += isinstance(error, BuildError)
             continue
         wrong = [one for one in found if one.failure is not None]
         failures += len(wrong)
         seconds = sum(one.seconds for one in found)
         print(
-            f"{operation}.{backend} on {device}: {len(found) - len(wrong)} of {len(found)} cases "
+            f"{backend} on {device}: {len(found) - len(wrong)} of {len(found)} cases "
             f"right, {seconds:.1f} s"
         )
         for one in wrong:

@@ -3,14 +3,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from custom_kernels import paths, registry
 from custom_kernels.check import outputs
+from custom_kernels.operation import Backend
 
 
 def same_arguments(inputs: Sequence[Any]) -> Sequence[Any]:
@@ -59,25 +58,20 @@ class Contender:
     say. It is called once per input set, and again where results are checked, since inputs are then
     other numbers; tensors that it makes anew are copied over those of the first call. Everything
     else stays: what ``fill`` refreshes must either be passed on or end up in a tensor."""
-    unavailable: Callable[[torch.device], str | None] = always_available
+    unavailable_reason: Callable[[torch.device], str | None] = always_available
     """Why it cannot run on a device."""
 
 
-def definition(operation: str) -> ModuleType:
-    """The operation's ``cases.py``. Raises registry.BackendError if it has none."""
-    if not (paths.PACKAGE / operation / "cases.py").is_file():
-        raise registry.BackendError(f"{operation} has no cases.py, which says what to check")
-    return import_module(f"custom_kernels.{operation}.cases")
-
-
 def contender_of(
-    operation: str, backend: str, device: Any, dtype: str, definition: ModuleType
-) -> Any:
-    """A backend as a contender: the operation's own way to set it up, or its plain call. Raises
+    backend: Backend, device: torch.device, dtype: str, cases: ModuleType | None = None
+) -> Contender:
+    """A backend as a contender: as its operation's cases set it up, or its plain call. Raises
     BackendError or BuildError if it cannot run."""
-    if (make := getattr(definition, "contender", None)) is not None:
-        return make(backend, device, dtype)
-    # What a backend takes is a matter of its first argument's dtype.
-    smallest = next(iter(definition.checks(dtype)))
+    cases = cases or backend.operation.cases
+    if (make := getattr(cases, "contender", None)) is not None:
+        made: Contender = make(backend, device, dtype)
+        return made
+    # What a backend supports is a matter of its first argument's dtype.
+    smallest = next(iter(cases.checks(dtype)))
     first = next(outputs.tensors(smallest.empty_inputs(torch.device("cpu"))))
-    return Contender(backend, registry.runner(operation, backend, device, first.dtype))
+    return Contender(backend.name, backend.runner(device, first.dtype))

@@ -18,16 +18,15 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 
-from custom_kernels import registry
-from custom_kernels.check.case import Case, Contender, contender_of, definition
+from custom_kernels.check.case import Case, Contender, contender_of
 from custom_kernels.check.outputs import PoisonedMemory, WrongResultError, error_of, tensors
 from custom_kernels.check.replay import captured
 from custom_kernels.inspect.compilers import explain
+from custom_kernels.operation import Backend, BackendError
 
 
 @dataclass(frozen=True)
@@ -48,29 +47,27 @@ class Checked:
         return f"{what}: " + (self.failure or f"error {self.error:.1e}")
 
 
-def dtypes(operation: str, backend: str, device: torch.device) -> list[str]:
+def dtypes(backend: Backend, device: torch.device) -> list[str]:
     """Names of the operation's dtypes that the backend takes there.
 
-    Raises registry.BackendError if it cannot run there at all, or takes none of them.
+    Raises BackendError if it cannot run there at all, or takes none of them.
     """
-    registry.require(operation, backend, device)
-    cases = definition(operation)
+    backend.require_available(device)
     found, reason = [], None
-    for dtype in cases.DTYPES:
+    for dtype in backend.operation.cases.DTYPES:
         try:
-            contender_of(operation, backend, device, dtype, cases)
-        except registry.BackendError as error:
+            contender_of(backend, device, dtype)
+        except BackendError as error:
             reason = error
         else:
             found.append(dtype)
     if not found:
-        raise reason or registry.BackendError(f"{operation}: its cases.py names no DTYPES")
+        raise reason or BackendError(f"{backend.operation}: its cases.py names no DTYPES")
     return found
 
 
 def check(
-    operation: str,
-    backend: str,
+    backend: Backend,
     device: torch.device,
     dtype: str | None = None,
     quick: bool = False,
@@ -78,27 +75,24 @@ def check(
     """Check every case in ``dtype``, or in each that the backend takes. ``quick`` takes the first
     dtype and calls each case on one set of numbers only, on a CPU only once.
 
-    Raises registry.BackendError or build.BuildError if it cannot run there.
+    Raises BackendError or build.BuildError if it cannot run there.
     """
-    cases = definition(operation)
-    exact = import_module(f"custom_kernels.{operation}.reference").exact
-    names = [dtype] if dtype else dtypes(operation, backend, device)
-    function = getattr(import_module(f"custom_kernels.{operation}"), f"custom_{operation}")
-    public = functools.partial(function, backend=backend)
-    deterministic = "not deterministic" not in registry.notes(operation, backend)
+    operation = backend.operation
+    names = [dtype] if dtype else dtypes(backend, device)
+    public = functools.partial(operation.function, backend=backend.name)
     found = []
     for name in names[:1] if quick else names:
-        contender = contender_of(operation, backend, device, name, cases)
-        for case in cases.checks(name):
+        contender = contender_of(backend, device, name)
+        for case in operation.cases.checks(name):
             found.append(
                 check_case(
                     contender,
                     case,
-                    exact,
+                    operation.reference.exact,
                     device,
                     dtype=name,
                     public=public,
-                    deterministic=deterministic,
+                    deterministic="not deterministic" not in backend.notes,
                     quick=quick,
                 )
             )

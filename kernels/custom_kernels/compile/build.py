@@ -179,8 +179,8 @@ def remove_stale() -> None:
                 _clear_scratch(name)
 
 
-def unavailable(source: Source, device_architecture: str) -> str | None:
-    """None if ``source`` is compiled, or can be, for the architecture; else the reason why not."""
+def unavailable_reason(source: Source, device_architecture: str) -> str | None:
+    """Why ``source`` neither is nor can be compiled for the architecture; None if it can."""
     if not source.architectures((device_architecture,)):
         return f"{source.path.name} is not written for {device_architecture}"
     try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from custom_kernels import paths
 from custom_kernels.compile import toolchain
+from custom_kernels.operation import read_notes
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0a", "12.0a")
 LIBRARIES = ("cudart",)
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
-_NEEDS = re.compile(r"^//\s*(link|include|architectures|dtypes):\s*(.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,6 @@ class Source:
         """What it links with, from its ``// link:`` comments, and the CUDA runtime."""
         return [*LIBRARIES, *self._needs("link")]
 
-    def dtypes(self) -> list[str]:
-        """Names of the dtypes that it takes; none means all."""
-        return self._needs("dtypes")
-
     def architectures(self, wanted: Iterable[str]) -> tuple[str, ...]:
         """Those of ``wanted`` that it is written for."""
         only = self._needs("architectures")
@@ -76,8 +72,7 @@ class Source:
         return [toolchain.headers(name) for name in self._needs("include")]
 
     def _needs(self, what: str) -> list[str]:
-        found = _NEEDS.findall(self.path.read_text())
-        return [name for kind, names in found if kind == what for name in names.split()]
+        return read_notes(self.path).get(what, "").split()
 
 
 def find_all() -> list[Source]:

@@ -10,12 +10,14 @@ import torch
 
 from custom_kernels import launches, registry, tuned
 
-PREFERENCE = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
+OPERATION = registry.operation("gemm")
+
+BACKEND_PRIORITY = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first. Where a GPU's tuning file says that another was measured to
 be surely faster than the first, that one goes before."""
 
-MATRIX = True
-"""A product of matrices: inspection warns of kernels without tensor-core instructions."""
+USES_TENSOR_CORES = True
+"""`make inspect` warns of kernels without tensor-core instructions."""
 
 
 def custom_gemm(
@@ -35,9 +37,9 @@ def custom_gemm(
             not adjacent, x is copied first.
         weight: [N, K], dtype and device of x, the elements of a row adjacent.
         bias: [N], dtype and device of x, or None.
-        backend: a name from ``registry.backends("gemm")``; None takes what was measured to be best
+        backend: a name from ``OPERATION.backends``; None takes what was measured to be best
             for this GPU, layer and number of rows (see ``tuned``), or without a measurement the
-            first of PREFERENCE that takes x's device and dtype.
+            first of BACKEND_PRIORITY that takes x's device and dtype.
 
     Returns:
         [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the
@@ -115,7 +117,7 @@ def _gemm(
     if chosen:
         m = x.numel() // k if k else 0
         backend = tuned.backend("gemm", x.device, x.dtype, m, N=n, K=k, bias=bias is not None)
-    run = registry.runner("gemm", backend, x.device, x.dtype)
+    run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0 or n == 0:
         out = empty_output(x, weight, bias)
         return out.zero_() if bias is None else out.copy_(bias)
@@ -124,7 +126,7 @@ def _gemm(
         rows = rows.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if chosen and backend != PREFERENCE["cuda"][0] and x.device.type == "cuda":
+    if chosen and backend != BACKEND_PRIORITY["cuda"][0] and x.device.type == "cuda":
         _plan_ahead(rows, weight, bias)
     out = run(rows, weight, bias)
     launches.record("gemm", backend, weight.data_ptr())
@@ -159,7 +161,7 @@ def _fake(
 # it.
 _library = torch.library.Library("custom_kernels", "FRAGMENT")
 _library.define("gemm(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
-for _device_type in PREFERENCE:
+for _device_type in BACKEND_PRIORITY:
     _library.impl("gemm", _gemm, _device_type.upper())
 torch.library.register_fake("custom_kernels::gemm", _fake, lib=_library)
 _op = torch.ops.custom_kernels.gemm.default

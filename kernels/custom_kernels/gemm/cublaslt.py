@@ -61,7 +61,7 @@ elsewhere should not pay for it.
 _planning = threading.Lock()
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """cuBLASLt's kernels for bfloat16 need compute capability 8.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return (
@@ -310,7 +310,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return registry.library("gemm", "cublaslt", device)
+    return registry.operation("gemm").backend("cublaslt").library(device)
 
 
 @functools.cache

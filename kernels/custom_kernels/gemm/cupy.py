@@ -158,7 +158,7 @@ def _kernel(dtype: torch.dtype, tile: tuple[int, ...]) -> cupy.RawKernel:
 KERNELS = {(dtype, name): _kernel(dtype, tile) for dtype in DTYPES for name, tile in TILES.items()}
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """WMMA for bfloat16 and ``cp.async`` need compute capability 8.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return (

@@ -217,7 +217,7 @@ def config(m: int, n: int, k: int, multiprocessors: int, shared: int) -> Config:
     return dataclasses.replace(fit, split_k=1 << (split.bit_length() - 1))
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> str | None:
     """Triton's kernels for bfloat16 need compute capability 8.0."""
     if device.type != "cuda":
         return None

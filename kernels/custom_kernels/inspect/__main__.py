@@ -16,6 +16,8 @@ from custom_kernels.inspect import reports as inspection
 from custom_kernels.inspect.report import InspectionError, Report
 from custom_kernels.inspect.table import table
 
+SHOWN_NOTES = ("spills", "no tensor cores", "not deterministic")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, compile, print. Returns the exit status: 1 if a kernel does not
@@ -38,19 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors: dict[str, str] = {}
     nothing: list[str] = []
     try:
-        backends = registry.chosen(options.kernel)
+        backends = registry.select(options.kernel)
     except registry.BackendError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for operation, backend in backends:
+    for backend in backends:
         try:
-            found = inspection.inspect(operation, backend, wanted or None)
+            found = inspection.inspect(backend, wanted or None)
         except (InspectionError, BuildError) as error:
-            errors[f"{operation}.{backend}"] = str(error)
+            errors[str(backend)] = str(error)
             continue
         reports += found
         if not found:
-            nothing.append(_why_nothing(operation, backend, wanted))
+            nothing.append(_why_nothing(backend, wanted))
     if options.json:
         document = {
             "reports": [
@@ -75,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     for line in nothing:
         console.print(line, markup=False)
-    for operation, backend in dict.fromkeys((one.operation, one.backend) for one in reports):
-        for what, reason in registry.notes(operation, backend).items():
-            if what != "architectures":
-                console.print(f"{operation}.{backend}: {what}: {reason}", markup=False)
+    for backend in dict.fromkeys(map(inspection.backend_of, reports)):
+        for what, reason in backend.notes.items():
+            if what in SHOWN_NOTES:
+                console.print(f"{backend}: {what}: {reason}", markup=False)
     for line in inspection.warnings(reports):
         console.print(f"warning: {line}", style="yellow", markup=False)
     for message in errors.values():
@@ -86,12 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if errors else 0
 
 
-def _why_nothing(operation: str, backend: str, wanted: Sequence[str]) -> str:
-    if registry.kind(operation, backend) == "torch":
-        return f"{operation}.{backend}: torch's own kernels, nothing to inspect"
-    if not registry.architectures(operation, backend, wanted or sources.pinned_architectures()):
-        return f"{operation}.{backend}: not written for {', '.join(wanted)}"
-    return f"{operation}.{backend}: has no kernels of its own"
+def _why_nothing(backend: registry.Backend, wanted: Sequence[str]) -> str:
+    if backend.kind == "torch":
+        return f"{backend}: torch's own kernels, nothing to inspect"
+    if not backend.architectures(wanted or sources.pinned_architectures()):
+        return f"{backend}: not written for {', '.join(wanted)}"
+    return f"{backend}: has no kernels of its own"
 
 
 if __name__ == "__main__":

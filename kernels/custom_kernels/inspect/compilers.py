@@ -20,33 +20,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from custom_kernels import paths, registry
+from custom_kernels import paths
 from custom_kernels.compile import build, ptx, sources
 from custom_kernels.compile.toolchain import BuildError
 from custom_kernels.inspect import assembly
 from custom_kernels.inspect.report import InspectionError, Report
-from custom_kernels.operation import Specialization
+from custom_kernels.operation import Backend, Specialization
 
 
-def compile_here(
-    operation: str, backend: str, names: Sequence[str], most: int | None = None
-) -> list[Report]:
+def compile_here(backend: Backend, names: Sequence[str], most: int | None = None) -> list[Report]:
     """The same as ``reports.inspect`` without cache and without a process of its own; of a Triton
     backend with many specializations ``most`` of them, some of each kernel.
 
     A Triton backend must have been imported without Triton's interpreter.
     """
-    kind = registry.kind(operation, backend)
-    if kind == "cuda":
-        return read_library(operation, backend, names)
-    if kind == "torch":
+    if backend.kind == "cuda":
+        return read_library(backend, names)
+    if backend.kind == "torch":
         return []
-    jobs = list(_jobs(operation, backend, kind, names))
+    jobs = list(_jobs(backend, names))
     return _run_jobs(_some(jobs, most) if most and len(jobs) > most else jobs)
 
 
-def read_library(operation: str, backend: str, names: Sequence[str]) -> list[Report]:
-    source = sources.find(operation, backend)
+def read_library(backend: Backend, names: Sequence[str]) -> list[Report]:
+    source = sources.find(backend.operation.name, backend.name)
     assert source is not None
     pinned = sources.pinned_architectures()
     # One library holds all pinned architectures; what is compiled already is not compiled again.
@@ -63,7 +60,7 @@ def read_library(operation: str, backend: str, names: Sequence[str]) -> list[Rep
                 known = said[kernel]
                 spills = known.spill_stores + known.spill_loads
                 reports.append(
-                    _report(operation, backend, kernel, name, code, spills, known.shared)
+                    _report(backend, kernel, name, code, spills, known.shared)
                     | {"ptx": known.ptx, "threads": known.threads, "dynamic": known.dynamic}
                 )
     return [Report(**report) for report in reports]
@@ -73,16 +70,15 @@ def read_library(operation: str, backend: str, names: Sequence[str]) -> list[Rep
 class _Job:
     """One compilation: a Triton specialization, or a RawKernel with its label."""
 
-    operation: str
-    backend: str
+    backend: Backend
     architecture: str
     item: Any
 
 
-def _jobs(operation: str, backend: str, kind: str, names: Sequence[str]) -> Iterator[_Job]:
-    module = _import(operation, backend)
+def _jobs(backend: Backend, names: Sequence[str]) -> Iterator[_Job]:
+    module = _import(backend)
     items: Sequence[Any]
-    if kind == "triton":
+    if backend.kind == "triton":
         if not hasattr(module, "specializations"):
             raise InspectionError(
                 f"{module.__file__} has no specializations(), which says what its launches "
@@ -98,7 +94,7 @@ def _jobs(operation: str, backend: str, kind: str, names: Sequence[str]) -> Iter
         for item in items:
             only = getattr(item, "architectures", ())
             if not only or name in only:
-                yield _Job(operation, backend, name, item)
+                yield _Job(backend, name, item)
 
 
 def _some(jobs: Sequence[_Job], most: int) -> list[_Job]:
@@ -190,7 +186,7 @@ def _triton(job: _Job) -> list[dict[str, Any]]:
     name = f"{kernel.__name__}" + (f" ({item.label})" if item.label else "")
     # Triton's kernels have no arrays of their own in local memory: what is there was spilled.
     shared = compiled.metadata.shared
-    report = _report(job.operation, job.backend, name, job.architecture, code, code.local, shared)
+    report = _report(job.backend, name, job.architecture, code, code.local, shared)
     return [report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": False}]
 
 
@@ -205,9 +201,9 @@ def raw_kernel(kernel: Any, architecture: str, label: str = "", path: Path | Non
 
 def _cupy(job: _Job) -> list[dict[str, Any]]:
     label, kernel = job.item
-    path = paths.PACKAGE / job.operation / f"{job.backend}.py"
+    path = job.backend.operation.folder / f"{job.backend.name}.py"
     report = _raw_kernel(kernel, job.architecture, label, path)
-    return [report | {"operation": job.operation, "backend": job.backend}]
+    return [report | _names(job.backend)]
 
 
 def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -> dict[str, Any]:
@@ -230,7 +226,7 @@ def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -
     (code,) = (code for code in _disassembled(cubin) if code.name == kernel.name)
     spilled = {one.name: one.spill_stores + one.spill_loads for one in ptx.parse_ptxas(log)}
     entry = said[kernel.name]
-    report = _report("", "", label, architecture, code, spilled[kernel.name], code.shared)
+    report = _report(None, label, architecture, code, spilled[kernel.name], code.shared)
     return report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
 
 
@@ -293,9 +289,14 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
         return loaded[0], written.read_text(), log.getvalue()
 
 
+def _names(backend: Backend | None) -> dict[str, str]:
+    if backend is None:
+        return {"operation": "", "backend": ""}
+    return {"operation": backend.operation.name, "backend": backend.name}
+
+
 def _report(
-    operation: str,
-    backend: str,
+    backend: Backend | None,
     kernel: str,
     architecture: str,
     code: assembly.Code,
@@ -306,8 +307,7 @@ def _report(
     del found["name"]
     found["sass"] = found.pop("bytes")
     return found | {
-        "operation": operation,
-        "backend": backend,
+        **_names(backend),
         "kernel": kernel,
         "architecture": architecture,
         "spills": spills,
@@ -371,9 +371,9 @@ def _line_of_def(kernel: Any) -> int:
     return int(kernel.starting_line_number) + decorators
 
 
-def _import(operation: str, backend: str) -> ModuleType:
+def _import(backend: Backend) -> ModuleType:
     try:
-        return importlib.import_module(f"custom_kernels.{operation}.{backend}")
+        return importlib.import_module(f"custom_kernels.{backend}")
     except Exception as error:
         raise InspectionError(explain(error)) from error
 

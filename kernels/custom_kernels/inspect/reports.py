@@ -4,7 +4,7 @@
 Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
 ``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
 ``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An
-operation is a matrix product if its ``__init__.py`` says ``MATRIX = True``.
+operation should use tensor cores if its ``__init__.py`` says ``USES_TENSOR_CORES = True``.
 
 Reports are kept in the cache folder under the hash of all that they depend on, so that asking a
 second time takes a fraction of a second.
@@ -30,6 +30,7 @@ from custom_kernels.inspect import assembly, compilers
 from custom_kernels.inspect import report as report_module
 from custom_kernels.inspect.compilers import compile_here
 from custom_kernels.inspect.report import InspectionError, Report
+from custom_kernels.operation import Backend
 from custom_kernels.source_hash import is_run_time
 
 MULTIPLYING = frozenset({"cublas", "cublasLt", "cusparse", "cusparseLt"})
@@ -43,7 +44,7 @@ _VERSIONS = (
 
 
 def inspect(
-    operation: str, backend: str, wanted: Sequence[str] | None = None, keep: bool = True
+    backend: Backend, wanted: Sequence[str] | None = None, keep: bool = True
 ) -> list[Report]:
     """Every kernel of a backend on every architecture of ``wanted`` (default: the pinned ones) that
     it is written for; none for a backend that has no kernels of its own.
@@ -52,12 +53,12 @@ def inspect(
 
     Raises InspectionError or toolchain.BuildError if a kernel does not compile.
     """
-    names = registry.architectures(operation, backend, wanted or sources.pinned_architectures())
-    if registry.kind(operation, backend) == "torch" or not names:
+    names = backend.architectures(wanted or sources.pinned_architectures())
+    if backend.kind == "torch" or not names:
         return []
-    kept = {name: _cached(operation, backend, name) for name in names}
+    kept = {name: _cached(backend, name) for name in names}
     missing = [name for name in names if not (keep and kept[name].is_file())]
-    made = _in_own_process(operation, backend, missing) if missing else {}
+    made = _in_own_process(backend, missing) if missing else {}
     for name, reports in made.items():
         _write(kept[name], reports)
     return [
@@ -65,41 +66,41 @@ def inspect(
     ]
 
 
+def backend_of(report: Report) -> Backend:
+    """The backend that a kernel is of."""
+    return registry.operation(report.operation).backend(report.backend)
+
+
 def warnings(reports: Sequence[Report]) -> list[str]:
     """What is wrong with the kernels of one backend, unless its file says that it is on purpose."""
     found = []
+    by_backend: dict[Backend, list[Report]] = {}
     for report in reports:
-        said = registry.notes(report.operation, report.backend)
-        where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
-        if report.spills and "spills" not in said:
-            found.append(f"{where} spills {report.spills} bytes")
-        elif report.local and not report.spills and "spills" not in said:
-            found.append(f"{where} uses local memory ({report.local} bytes, {report.stack} stack)")
-    for operation, backend in dict.fromkeys((item.operation, item.backend) for item in reports):
-        if not registry.is_matrix(operation) or "no tensor cores" in registry.notes(
-            operation, backend
-        ):
+        by_backend.setdefault(backend_of(report), []).append(report)
+        if "spills" in backend_of(report).notes:
             continue
-        source = sources.find(operation, backend)
-        if source is not None and MULTIPLYING & set(source.libraries()):
+        where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
+        if report.spills:
+            found.append(f"{where} spills {report.spills} bytes")
+        elif report.local:
+            found.append(f"{where} uses local memory ({report.local} bytes, {report.stack} stack)")
+    for backend, own in by_backend.items():
+        if not backend.operation.uses_tensor_cores or "no tensor cores" in backend.notes:
+            continue
+        if MULTIPLYING & set(backend.notes.get("link", "").split()):
             continue  # the library multiplies; what is compiled here prepares and finishes
-        own = [item for item in reports if (item.operation, item.backend) == (operation, backend)]
         for name in dict.fromkeys(report.architecture for report in own):
             if not any(report.tensor for report in own if report.architecture == name):
                 found.append(
-                    f"{operation}.{backend} multiplies matrices without tensor-core instructions "
-                    f"on {name}"
+                    f"{backend} multiplies matrices without tensor-core instructions on {name}"
                 )
     return found
 
 
-# --- in processes of their own, and kept ----------------------------------------------------------
-
-
-def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[str, list[Report]]:
+def _in_own_process(backend: Backend, names: Sequence[str]) -> dict[str, list[Report]]:
     """compile_here in a process that is not in Triton's interpreter, whatever this one is in."""
-    if registry.kind(operation, backend) == "cuda":
-        reports = compilers.read_library(operation, backend, names)
+    if backend.kind == "cuda":
+        reports = compilers.read_library(backend, names)
     else:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [
@@ -113,7 +114,7 @@ def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[
         )
         result = subprocess.run(
             command,
-            input=json.dumps([operation, backend, list(names)]),
+            input=json.dumps([backend.operation.name, backend.name, list(names)]),
             env=environment,
             capture_output=True,
             text=True,
@@ -122,7 +123,7 @@ def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[
         answer = result.stdout.rpartition("\n\0")[2]
         if result.returncode != 0 or not answer:
             raise InspectionError(
-                f"compiling {operation}.{backend} ended with status {result.returncode}:\n"
+                f"compiling {backend} ended with status {result.returncode}:\n"
                 f"{(result.stdout + result.stderr).strip()}"
             )
         found = json.loads(answer)
@@ -134,32 +135,37 @@ def _in_own_process(operation: str, backend: str, names: Sequence[str]) -> dict[
 
 def serve() -> None:
     """Answer one request on standard input."""
-    operation, backend, names = json.load(sys.stdin)
+    operation, name, architectures = json.load(sys.stdin)
+    backend = registry.operation(operation).backend(name)
     answer: dict[str, Any]
     try:
-        answer = {"reports": [asdict(one) for one in compile_here(operation, backend, names)]}
+        answer = {"reports": [asdict(one) for one in compile_here(backend, architectures)]}
     except InspectionError as error:
         answer = {"error": str(error)}
     # Compilers print: the answer is what follows the mark.
     print("\n\0" + json.dumps(answer))
 
 
-def fingerprint(operation: str, backend: str) -> str:
+def fingerprint(backend: Backend) -> str:
     """A hash of all files of this package that the backend is made of; of the tools none is."""
     digest = hashlib.sha256()
-    source = sources.find(operation, backend)
+    source = _source(backend)
     compiled = source.files() if source is not None else []
-    for path in sorted({*_closure(operation, backend), *compiled}):
+    for path in sorted({*_closure(backend), *compiled}):
         digest.update(f"{path.relative_to(paths.PACKAGE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _cached(operation: str, backend: str, architecture: str) -> Path:
-    made_of = f"{operation}.{backend} {architecture} {fingerprint(operation, backend)}\0"
+def _source(backend: Backend) -> sources.Source | None:
+    return sources.find(backend.operation.name, backend.name)
+
+
+def _cached(backend: Backend, architecture: str) -> Path:
+    made_of = f"{backend} {architecture} {fingerprint(backend)}\0"
     digest = hashlib.sha256(made_of.encode())
     for reader in (assembly, compilers, ptx, report_module):
         digest.update(Path(str(reader.__file__)).read_bytes())
-    source = sources.find(operation, backend)
+    source = _source(backend)
     if source is not None:
         digest.update(build.library_path(source, (architecture,)).name.encode())
     for name in _VERSIONS:
@@ -167,16 +173,14 @@ def _cached(operation: str, backend: str, architecture: str) -> Path:
             digest.update(f"{name} {importlib.metadata.version(name)}\0".encode())
         except importlib.metadata.PackageNotFoundError:
             continue
-    return (
-        paths.cache_dir() / "inspections" / f"{operation}.{backend}-{digest.hexdigest()[:20]}.json"
-    )
+    return paths.cache_dir() / "inspections" / f"{backend}-{digest.hexdigest()[:20]}.json"
 
 
-def _closure(operation: str, backend: str) -> set[Path]:
+def _closure(backend: Backend) -> set[Path]:
     """The backend's Python file, all files of this package that it imports, directly or not, and
     the data beside it."""
     found: set[Path] = set()
-    queue = [paths.PACKAGE / operation / f"{backend}.py"]
+    queue = [backend.operation.folder / f"{backend.name}.py"]
     while queue:
         path = queue.pop()
         if path in found or not path.is_file():
@@ -197,7 +201,7 @@ def _closure(operation: str, backend: str) -> set[Path]:
                 if first == paths.PACKAGE.name and is_run_time(Path(*rest, "_")):
                     base = paths.PACKAGE.joinpath(*rest)
                     queue += [base.with_suffix(".py"), base / "__init__.py"]
-    return found | set((paths.PACKAGE / operation).glob("*/*.json"))
+    return found | set(backend.operation.folder.glob("*/*.json"))
 
 
 def _read(path: Path) -> list[Report]:

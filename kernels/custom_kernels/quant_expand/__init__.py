@@ -12,7 +12,9 @@ import torch
 
 from custom_kernels import launches, registry, sparsity
 
-PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
+OPERATION = registry.operation("quant_expand")
+
+BACKEND_PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
 
 INPUTS = (torch.bfloat16, torch.float16)
@@ -42,7 +44,7 @@ def custom_quant_expand(
         pattern: of the weights that q will be multiplied with: ``"2:4"``, ``"4:6"``, ``"6:8"``,
             ``"8:10"``, ... up to ``"30:32"``; None only quantizes.
         dtype: of q: int8 (qmax 127) or float8_e4m3fn (qmax 448).
-        backend: a name from ``registry.backends("quant_expand")``; None takes the best for x's
+        backend: a name from ``OPERATION.backends``; None takes the best for x's
             device.
 
     Returns:
@@ -94,8 +96,8 @@ def _quant_expand(
     x: torch.Tensor, pattern: str | None, dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(x, pattern, dtype)
-    backend = backend or registry.best("quant_expand", x.device, x.dtype)
-    run = registry.runner("quant_expand", backend, x.device, x.dtype)
+    backend = backend or OPERATION.best(x.device, x.dtype).name
+    run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, pattern, dtype)
     k = x.shape[-1]
@@ -123,7 +125,7 @@ _library = torch.library.Library("custom_kernels", "FRAGMENT")
 _library.define(
     "quant_expand(Tensor x, str? pattern, ScalarType dtype, str backend) -> (Tensor, Tensor)"
 )
-for _device_type in PREFERENCE:
+for _device_type in BACKEND_PRIORITY:
     _library.impl("quant_expand", _quant_expand, _device_type.upper())
 torch.library.register_fake("custom_kernels::quant_expand", _fake, lib=_library)
 _op = torch.ops.custom_kernels.quant_expand.default

@@ -95,15 +95,14 @@ def baselines(dtype: str) -> list[Contender]:
 
     return [
         Contender("torch", reference.run),
-        Contender("torch.compile", _compiled, unavailable=compiling),
-        Contender("vllm, not expanded", _vllm, unavailable=vllm),
+        Contender("torch.compile", _compiled, unavailable_reason=compiling),
+        Contender("vllm, not expanded", _vllm, unavailable_reason=vllm),
     ]
 
 
-def contender(backend: str, device: torch.device, dtype: str) -> Contender:
+def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
     """A backend of ours, which takes x in bfloat16 whatever the dtype of q."""
-    run = registry.runner("quant_expand", backend, device, torch.bfloat16)
-    return Contender(backend, run)
+    return Contender(backend.name, backend.runner(device, torch.bfloat16))
 
 
 def case(

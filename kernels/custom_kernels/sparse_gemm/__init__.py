@@ -16,11 +16,13 @@ from custom_kernels import launches, quantization, registry, sparsity
 from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.sparse_gemm import _packing
 
-PREFERENCE = {"cuda": ("wgmma", "cusparselt", "reference"), "cpu": ("reference",)}
+OPERATION = registry.operation("sparse_gemm")
+
+BACKEND_PRIORITY = {"cuda": ("wgmma", "cusparselt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
 
-MATRIX = True
-"""A product of matrices: inspection warns of kernels without tensor-core instructions."""
+USES_TENSOR_CORES = True
+"""`make inspect` warns of kernels without tensor-core instructions."""
 
 SCALED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes of A and W that come with scales; bfloat16 comes without."""
@@ -74,7 +76,7 @@ def pack(
         pattern: ``"2:4"``, ``"4:6"``, ``"6:8"``, ``"8:10"``, ... up to ``"30:32"``. K need not be a
             multiple of the group.
         scale: [N] float32, of each output channel; for the 8-bit dtypes, and only for those.
-        backend: a name from ``registry.backends("sparse_gemm")``: whom it is packed for; None takes
+        backend: a name from ``OPERATION.backends``: whom it is packed for; None takes
             the best for the weight's device and dtype.
 
     Raises:
@@ -90,11 +92,11 @@ def pack(
         raise TypeError(f"sparse_gemm: weight must be one of {names}, got {weight.dtype}")
     _check_scale("scale", scale, weight.shape[0], weight.dtype, weight.device)
     kind = sparsity.pattern(pattern)
-    backend = backend or registry.best("sparse_gemm", weight.device, weight.dtype)
-    if backend not in registry.backends("sparse_gemm"):
-        known = ", ".join(registry.backends("sparse_gemm"))
+    backend = backend or OPERATION.best(weight.device, weight.dtype).name
+    if backend not in OPERATION.backend_names():
+        known = ", ".join(one.name for one in OPERATION.backends)
         raise registry.BackendError(f"sparse_gemm has no backend {backend!r}; there are: {known}")
-    if not registry.takes("sparse_gemm", backend, weight.dtype):
+    if not OPERATION.backend(backend).supports_dtype(weight.dtype):
         raise registry.BackendError(f"sparse_gemm.{backend} does not take {weight.dtype}")
     expanded = _packing.decompose(weight.detach().contiguous(), kind)
     values, metadata = import_module(f"{__name__}.{backend}").storage(expanded)
@@ -281,7 +283,7 @@ def _sparse_gemm(
 ) -> torch.Tensor:
     arguments = (a, a_scale, values, metadata, w_scale, bias, features)
     _check(*arguments)
-    run = registry.runner("sparse_gemm", backend, a.device, a.dtype)
+    run = OPERATION.runner(backend, a.device, a.dtype)
     if a.numel() == 0 or features == 0:
         out = empty_output(*arguments)
         return out.zero_() if bias is None else out.copy_(bias)
@@ -316,7 +318,7 @@ _library.define(
     "sparse_gemm(Tensor a, Tensor? a_scale, Tensor values, Tensor metadata, Tensor? w_scale, "
     "Tensor? bias, int features, str backend) -> Tensor"
 )
-for _device_type in PREFERENCE:
+for _device_type in BACKEND_PRIORITY:
     _library.impl("sparse_gemm", _sparse_gemm, _device_type.upper())
 torch.library.register_fake("custom_kernels::sparse_gemm", _fake, lib=_library)
 _op = torch.ops.custom_kernels.sparse_gemm.default

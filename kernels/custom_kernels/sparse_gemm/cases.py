@@ -73,28 +73,30 @@ def baselines(dtype: str) -> list[Contender]:
     torch_linear = Contender("torch, dense", _torch)
     if dtype == "bfloat16":
         return [torch_linear]
-    vllm = Contender("vllm, dense", _vllm, unavailable=functools.partial(_vllm_missing, dtype))
-    installed = torch.cuda.is_available() and vllm.unavailable(torch.device("cuda")) is None
+    vllm = Contender(
+        "vllm, dense", _vllm, unavailable_reason=functools.partial(_vllm_missing, dtype)
+    )
+    installed = torch.cuda.is_available() and vllm.unavailable_reason(torch.device("cuda")) is None
     return [vllm, torch_linear] if installed else [torch_linear, vllm]
 
 
-def contender(backend: str, device: torch.device, dtype: str) -> Contender:
+def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
     """The whole layer with a backend of ours: the weight is packed outside of the timing."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    registry.runner("sparse_gemm", backend, device, torch_dtype)
+    backend.runner(device, torch_dtype)
 
     def prepare(inputs: Sequence[Any]) -> Sequence[Any]:
         x, weight, scale, bias, pattern = inputs
-        packed = pack(weight, pattern, scale, backend=backend)
+        packed = pack(weight, pattern, scale, backend=backend.name)
         shape = (packed.pattern, packed.features, packed.k, packed.dtype)
         return x, bias, shape, packed.values, packed.metadata, packed.scale
 
     def run(
         x: torch.Tensor, bias: torch.Tensor | None, shape: Any, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        return sparse_linear(x, SparseWeight(backend, *shape, *tensors), bias)
+        return sparse_linear(x, SparseWeight(backend.name, *shape, *tensors), bias)
 
-    return Contender(backend, run, prepare)
+    return Contender(backend.name, run, prepare)
 
 
 def case(

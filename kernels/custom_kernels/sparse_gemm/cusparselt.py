@@ -119,4 +119,4 @@ def _find(
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return registry.library("sparse_gemm", "cusparselt", device)
+    return registry.operation("sparse_gemm").backend("cusparselt").library(device)

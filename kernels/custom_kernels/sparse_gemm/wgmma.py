@@ -177,7 +177,7 @@ def _microseconds(
 
 @functools.cache
 def _library(device: torch.device) -> Any:
-    return registry.library("sparse_gemm", "wgmma", device)
+    return registry.operation("sparse_gemm").backend("wgmma").library(device)
 
 
 @functools.cache

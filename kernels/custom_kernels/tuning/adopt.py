@@ -3,11 +3,10 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from custom_kernels import tuned
+from custom_kernels import registry, tuned
 from custom_kernels.bench import records
 from custom_kernels.tuned import Range, Tuning, TuningError, layer_key
 
@@ -66,11 +65,10 @@ def adopt(record: records.Record | Path, path: Path | None = None) -> list[str]:
 def choices(record: records.Record) -> list[dict[str, Any]]:
     """Per layer of a record the ranges of M and the backend for each, see ``tuned``'s schema."""
     operation = record["operation"]
-    definition = import_module(f"custom_kernels.{operation}.cases")
-    layer_of = getattr(definition, "layer_of", None)
+    layer_of = getattr(registry.operation(operation).cases, "layer_of", None)
     if layer_of is None:
         raise TuningError(f"{operation} has no choice that is tuned: its cases have no layer_of")
-    preference = import_module(f"custom_kernels.{operation}").PREFERENCE["cuda"][0]
+    preference = registry.operation(operation).priority("cuda")[0]
     ours = [name for name in record["backends"] if name != preference]
 
     layers: dict[tuple[Any, ...], dict[int, str]] = {}

@@ -98,11 +98,13 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     device = torch.device(device_type)
     if device.type != "cpu":
         device = torch.device(device_type, torch.accelerator.current_device_index())
-    wanted = upstream.wanted_backend()
-    backend = wanted or registry.preferred("gemm", device)
-    registry.require("gemm", backend, device)
-    if registry.takes("gemm", backend, dtype):
+    wanted, operation = upstream.wanted_backend(), registry.operation("gemm")
+    backend = operation.backend(wanted) if wanted else operation.preferred(device)
+    backend.require_available(device)
+    if backend.supports_dtype(dtype):
         return wanted or ""
-    able = registry.best("gemm", device, dtype)
-    log.warning("gemm: %s does not take %s, layers of that dtype run with %s", backend, dtype, able)
+    able = operation.best(device, dtype).name
+    log.warning(
+        "gemm: %s does not take %s, layers of that dtype run with %s", backend.name, dtype, able
+    )
     return able

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin that vLLM loads in each of its processes (entry point group vllm.general_plugins)."""
 
-from importlib import import_module
-
 from custom_kernels import registry
 from custom_kernels.vllm import quantization
 
@@ -11,7 +9,6 @@ def register() -> None:
     """Make every operation known to torch and every quantization method to vLLM, and tell the
     operations that an engine starts. Compiles nothing."""
     for operation in registry.operations():
-        module = import_module(f"custom_kernels.{operation}")
-        if hasattr(module, "on_engine_start"):
-            module.on_engine_start()
+        if hasattr(operation.module, "on_engine_start"):
+            operation.module.on_engine_start()
     quantization.register()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from custom_kernels import registry
 from custom_kernels.bench import __main__ as command
 from custom_kernels.bench import device as bench_device
 from custom_kernels.bench import plan as plans
@@ -127,7 +128,7 @@ def test_patterns_choose_among_the_cases() -> None:
 
 
 def contender(name: str, reason: str | None = None) -> Contender:
-    return Contender(name, lambda *_: None, unavailable=lambda _: reason)
+    return Contender(name, lambda *_: None, unavailable_reason=lambda _: reason)
 
 
 def test_contenders_are_all_that_can_run_and_the_rest_has_a_reason() -> None:
@@ -167,7 +168,8 @@ def test_without_its_named_baseline_nothing_is_measured() -> None:
 
 def test_an_operation_can_set_up_its_own_contenders() -> None:
     made: Any = SimpleNamespace(contender=lambda *arguments: arguments)
-    assert contender_of("gemm", "triton", CPU, "int8", made) == ("triton", CPU, "int8")
+    backend = registry.operation("gemm").backend("triton")
+    assert contender_of(backend, CPU, "int8", made) == (backend, CPU, "int8")
 
 
 # --- what is recorded -----------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_one_failure_does_not_stop_the_others(device: torch.device) -> None:
         Contender("right", right),
         Contender("broken", broken),
         Contender("too large", too_large),
-        Contender("elsewhere", right, unavailable=not_here),
+        Contender("elsewhere", right, unavailable_reason=not_here),
         Contender("packed", lambda x: x, prepare=lambda inputs: [broken(*inputs)]),
         Contender("also right", lambda x: x + x),
     ]

@@ -16,7 +16,7 @@ OPERATION = """
 import torch
 from custom_kernels import registry
 
-PREFERENCE = {"cuda": ("reference",), "cpu": ("reference",)}
+BACKEND_PRIORITY = {"cuda": ("reference",), "cpu": ("reference",)}
 
 
 def empty_output(x):
@@ -24,7 +24,7 @@ def empty_output(x):
 
 
 def custom_toy(x, *, backend=None):
-    run = registry.runner("toy", backend or "reference", x.device, x.dtype)
+    run = registry.operation("toy").runner(backend or "reference", x.device, x.dtype)
     return empty_output(x) if x.numel() == 0 else run(x)
 """
 REFERENCE = """

@@ -13,29 +13,23 @@ from custom_kernels.inspect import reports as inspection
 
 SOURCES = pytest.mark.parametrize("source", sources.find_all(), ids=lambda source: source.name)
 BACKENDS = [
-    pytest.param(
-        operation,
-        backend,
-        id=f"{operation}.{backend}",
-        marks=[pytest.mark.nvcc] if sources.find(operation, backend) else [],
-    )
-    for operation in registry.operations()
-    for backend in sorted(registry.backend_files(operation))
-    if registry.kind(operation, backend) != "torch"
+    pytest.param(one, id=str(one), marks=[pytest.mark.nvcc] if one.kind == "cuda" else [])
+    for one in registry.select([])
+    if one.kind != "torch"
 ]
 
 
-@pytest.mark.parametrize(("operation", "backend"), BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_for_every_pinned_architecture_without_spills(
-    operation: str, backend: str
+    backend: registry.Backend,
 ) -> None:
-    reports = inspection.inspect(operation, backend)
+    reports = inspection.inspect(backend)
     if reports:
-        wanted = registry.architectures(operation, backend, sources.pinned_architectures())
+        wanted = backend.architectures(sources.pinned_architectures())
         assert {report.architecture for report in reports} == set(wanted)
     else:
         # Only a backend that does nothing but call a library has no kernels.
-        source = sources.find(operation, backend)
+        source = sources.find(backend.operation.name, backend.name)
         assert source is not None
         assert not any("__global__" in path.read_text() for path in source.files())
     # What its file says to be on purpose is no warning.

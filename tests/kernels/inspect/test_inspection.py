@@ -11,7 +11,7 @@ import pytest
 from custom_kernels.compile import sources, toolchain
 from custom_kernels.inspect import assembly, compilers
 from custom_kernels.inspect.report import InspectionError
-from custom_kernels.operation import Specialization
+from custom_kernels.operation import Operation, Specialization
 
 from tests.kernels.conftest import PackageCopy
 
@@ -179,7 +179,7 @@ def test_cuda_kernels_are_read_right(toy: PackageCopy) -> None:
 
 @pytest.mark.nvcc
 def test_what_a_file_says_to_be_on_purpose_is_no_warning(toy: PackageCopy) -> None:
-    toy.add("toy/__init__.py", "MATRIX = True\n")
+    toy.add("toy/__init__.py", "USES_TENSOR_CORES = True\n")
     toy.add("toy/fast.cu", "// spills: it is about spilling\n" + KERNELS)
     plain = KERNELS[
         KERNELS.index("#include") : KERNELS.index("__global__ void __launch_bounds__(10")
@@ -347,8 +347,9 @@ def test_hopper_instructions_are_recognised(tmp_path: Path) -> None:
 
 
 def test_variants_for_a_verdict_cover_all_kernels() -> None:
+    backend = Operation("toy").backend("fast")
     jobs = [
-        compilers._Job("toy", "fast", "9.0a", Specialization(kernel, {}, label=str(n)))
+        compilers._Job(backend, "9.0a", Specialization(kernel, {}, label=str(n)))
         for kernel in ("a", "b")
         for n in range(10)
     ]

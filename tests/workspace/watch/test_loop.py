@@ -24,7 +24,7 @@ OPERATION = """
 import torch
 from custom_kernels import registry
 
-PREFERENCE = {"cuda": (), "cpu": ("reference",)}
+BACKEND_PRIORITY = {"cuda": (), "cpu": ("reference",)}
 
 
 def empty_output(x):
@@ -32,7 +32,7 @@ def empty_output(x):
 
 
 def custom_toy(x, *, backend=None):
-    return registry.runner("toy", backend or "reference", x.device, x.dtype)(x)
+    return registry.operation("toy").runner(backend or "reference", x.device, x.dtype)(x)
 """
 REFERENCE = """
 def run(x):

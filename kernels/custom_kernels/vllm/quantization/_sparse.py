@@ -59,9 +59,10 @@ class SparseLinear(_base.LinearMethod):
         if weight.is_cuda and packed.backend == "reference":
             log.warning("%s: no kernel of ours runs on this GPU, only the reference", name)
         # Compiled and loaded now: while a CUDA graph is captured it would be too late.
-        registry.runner("sparse_gemm", packed.backend, weight.device, dtype)
-        expand = registry.best("quant_expand", weight.device, weight.dtype)
-        registry.runner("quant_expand", expand, weight.device, weight.dtype)
+        registry.operation("sparse_gemm").runner(packed.backend, weight.device, dtype)
+        registry.operation("quant_expand").best(weight.device, weight.dtype).runner(
+            weight.device, weight.dtype
+        )
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
         # Constants of the graph that depend on what this machine can run.
         upstream.graphs_depend_on(f"{name} {dtype} {packed.backend}")

@@ -9,7 +9,9 @@ under torch.compile and in vLLM.
 import torch
 from custom_kernels import launches, registry
 
-PREFERENCE = {"cuda": ("reference",), "cpu": ("reference",)}
+OPERATION = registry.operation("scaled_silu")
+
+BACKEND_PRIORITY = {"cuda": ("reference",), "cpu": ("reference",)}
 """Backends per device type, best first: put yours to the front once it is faster."""
 
 
@@ -22,7 +24,7 @@ def custom_scaled_silu(
     Args:
         x: [..., K], floating point; where the elements of a row are not adjacent, it is copied.
         scale: [K], dtype and device of x.
-        backend: a name from ``registry.backends("scaled_silu")``; None takes the best for x.
+        backend: a name from ``OPERATION.backends``; None takes the best for x.
 
     Returns:
         [..., K], contiguous, dtype and device of x.
@@ -59,8 +61,8 @@ def _check(x: torch.Tensor, scale: torch.Tensor) -> None:
 
 def _scaled_silu(x: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
     _check(x, scale)
-    backend = backend or registry.best("scaled_silu", x.device, x.dtype)
-    run = registry.runner("scaled_silu", backend, x.device, x.dtype)
+    backend = backend or OPERATION.best(x.device, x.dtype).name
+    run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, scale)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -76,7 +78,7 @@ def _fake(x: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
 
 _library = torch.library.Library("custom_kernels", "FRAGMENT")
 _library.define("scaled_silu(Tensor x, Tensor scale, str backend) -> Tensor")
-for _device_type in PREFERENCE:
+for _device_type in BACKEND_PRIORITY:
     _library.impl("scaled_silu", _scaled_silu, _device_type.upper())
 torch.library.register_fake("custom_kernels::scaled_silu", _fake, lib=_library)
 _op = torch.ops.custom_kernels.scaled_silu.default
