@@ -270,7 +270,7 @@ class Backend:
         self.require_available(device)
         if not self.supports_dtype(dtype):
             able = [one.name for one in self.operation.backends if one.supports_dtype(dtype)]
-            raise BackendError(f"{self} does not take {dtype}; these do: {', '.join(able)}")
+            raise BackendError(f"{self} does not support {dtype}; these do: {', '.join(able)}")
         module = self.module
         if module is not None:
             run: Callable[..., Any] = module.run

@@ -163,11 +163,11 @@ def _profile(options: argparse.Namespace) -> int:
     elif options.backend not in (known := bench.backend_names(options.operation)):
         there = ", ".join(known)
         raise UsageError(f"no backend {options.backend}; there are: {there}")
-    print(f"profiling {options.operation}.{options.backend} at {bench.words(case.labels)}")
+    print(f"profiling {options.operation}.{options.backend} at {bench.label_text(case.labels)}")
     folder = options.output or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    place = re.sub(r"[^\w.-]+", "-", bench.words(case.labels))
+    place = re.sub(r"[^\w.-]+", "-", bench.label_text(case.labels))
     report = folder / f"profile-{options.operation}-{options.backend}-{place}-{stamp}.ncu-rep"
     run_ncu(ncu, report, [sys.executable, "-m", "custom_kernels.profile", *_child(options)])
     profiles = parse(_raw(ncu, report))
@@ -239,7 +239,7 @@ def in_container() -> bool:
 
 
 def _no_counters(container: bool, root: bool) -> str:
-    """What lets ncu read the hardware counters, for who asks and where.
+    """What lets ncu read the hardware counters, by user and host.
 
     The driver gives them to processes with CAP_SYS_ADMIN only, unless its option says otherwise.
     root on the host has the capability, root in a container has it where the container was given
@@ -257,13 +257,13 @@ def _no_counters(container: bool, root: bool) -> str:
 
 
 def _reason(output: str) -> str:
-    """The line of ncu's output that says most: the child's error, ncu's own, or the last."""
+    """The most informative line of ncu's output: the child's error, ncu's own, or the last."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for mark in ("error: ", "==ERROR=="):
         for line in lines:
             if mark in line:
                 return line.removeprefix("error: ")
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
 def _raw(ncu: str, report: Path) -> str:
@@ -370,5 +370,5 @@ def _text(value: float | None, places: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
     sys.exit(main())

@@ -23,8 +23,8 @@ Schema 1::
 
 ``provenance`` is a list, and entries name theirs by its index. A range holds the first and the last
 M that were measured, and covers what lies between: nothing is extrapolated. A backend other than
-the operation's first preference is in a range only where it was surely faster than that one (see
-``tuning.adopt.surely_faster``); what no range covers goes by the order of preference.
+the operation's first preference is in a range only where it was faster with 95 % confidence (see
+``tuning.adopt.surely_faster``); what no range covers goes by priority.
 
 ``python -m custom_kernels.tuning RECORD.json`` makes such a file from the record of a benchmark
 (``python -m custom_kernels.bench``).
@@ -137,7 +137,7 @@ def _files(operation: str, gpu: str) -> tuple[Tuning, ...]:
         except FileNotFoundError:
             continue
         except (OSError, TuningError) as error:
-            log.warning("%s: no tuning is taken from %s: %s", operation, path, error)
+            log.warning("%s: ignored tuning file %s: %s", operation, path, error)
     return tuple(found)
 
 

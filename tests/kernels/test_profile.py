@@ -61,7 +61,7 @@ def test_a_report_without_a_kernel_has_no_profile() -> None:
             "==ERROR== Failed to find metric",
         ),
         ("something\nlast words\n\n", "last words"),
-        ("", "it said nothing"),
+        ("", "no output"),
     ],
 )
 def test_the_line_that_says_most_is_the_reason(output: str, reason: str) -> None:

@@ -206,7 +206,7 @@ def test_the_hook_is_one_op_and_a_wrong_backend_one_line() -> None:
         "other",
         "other",
     ]
-    said = "gemm: reference does not take torch.float32, layers of that dtype run with other"
+    said = "gemm: reference does not support torch.float32, layers of that dtype run with other"
     assert errors.count(said) == 1
 
 

@@ -3,9 +3,9 @@
 instead, on this GPU.
 
 An operation is measured at the shapes of its ``cases.py``. Prints a table, writes one JSON record
-with its provenance and two plots beside it. ``--record FILE`` shows a record that is there
-already; that needs no GPU. Exits with 1 if one of our backends or the baseline gives a wrong result
-or fails, or if there is no GPU.
+with its provenance and two plots beside it. ``--record FILE`` shows an existing record; that needs
+no GPU. Exits with 1 if a backend of this package or the baseline gives a wrong result or fails, or
+if there is no GPU.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=3, help="each with fresh inputs")
     parser.add_argument("--output", type=Path, help="folder for the record and the plots")
     parser.add_argument(
-        "--tune", action="store_true", help="let the operation choose by these results from now on"
+        "--tune", action="store_true", help="choose backends by these results from now on"
     )
     parser.add_argument("--record", type=Path, help="show this record instead of measuring")
     return parser
@@ -115,5 +115,5 @@ def _show(record: records.Record, path: Path, output: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
     sys.exit(main())

@@ -67,7 +67,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """FASTER or SLOWER: surely more than 2 % off. SAME: surely within 3 %."""
+        """FASTER or SLOWER: the 95 % CI is more than 2 % off. SAME: it is within 3 %."""
         return verdict(self.low, self.high)
 
 
@@ -308,5 +308,5 @@ def _coloured(word: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
     sys.exit(main())

@@ -130,7 +130,7 @@ def contenders_of(
     return [*baselines, *named], [one.name for one in named], skipped
 
 
-def words(labels: dict[str, Any]) -> str:
+def label_text(labels: dict[str, Any]) -> str:
     """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
     return " ".join(
         f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()

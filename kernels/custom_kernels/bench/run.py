@@ -19,7 +19,7 @@ from rich.progress import (
 from custom_kernels import registry
 from custom_kernels.bench import device as bench_device
 from custom_kernels.bench import records, timing
-from custom_kernels.bench.plan import Plan, cases_of, contenders_of, words
+from custom_kernels.bench.plan import Plan, cases_of, contenders_of, label_text
 from custom_kernels.bench.provenance import provenance
 
 
@@ -45,7 +45,8 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> records.Rec
         problems: list[str] = []
         settled = False
         for case in cases:
-            progress.update(task, description=words(case.labels))
+            name = label_text(case.labels)
+            progress.update(task, description=name)
             try:
                 if not settled:
                     # The very first measurement of a process ran 8 % faster than all that
@@ -56,9 +57,9 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> records.Rec
                     case, contenders, exact, device, plan.seconds, plan.repetitions
                 )
             except torch.OutOfMemoryError:
-                problems.append(f"{words(case.labels)}: the inputs do not fit on {device}")
+                problems.append(f"{name}: the inputs do not fit on {device}")
             except timing.DeviceLostError as error:
-                problems.append(f"{words(case.labels)}: {error}; nothing after it was measured")
+                problems.append(f"{name}: {error}; nothing after it was measured")
                 break
             else:
                 rows.append(records.row(measurement, limits))
@@ -79,7 +80,7 @@ def _record(
 ) -> records.Record:
     baseline = contenders[0].name
     failures = problems + [
-        f"{words(row['labels'])}: {name}: {one['failure']}"
+        f"{label_text(row['labels'])}: {name}: {one['failure']}"
         for row in rows
         for name, one in row["contenders"].items()
         if "failure" in one
@@ -102,8 +103,8 @@ def _record(
 
 
 def failed(record: records.Record) -> bool:
-    """Whether something that must work did not: a backend of ours, the named baseline, a whole
-    case."""
+    """Whether something that must work did not: a backend of this package, the named baseline, a
+    whole case."""
     must = {record["baseline"], *record["backends"]}
     known = [
         (name, one)

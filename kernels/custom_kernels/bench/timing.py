@@ -2,7 +2,7 @@
 """Time implementations of an operation against each other, as inference would run them.
 
 - **Cold L2.** In inference a layer's weights come from HBM: by the time its turn comes again, the
-  other layers have pushed them out. So each CUDA graph runs over several input sets in turn,
+  other layers have pushed them out. So each CUDA graph runs over rotating buffers,
   together at least twice the size of L2.
 - **No launch gaps.** Every contender is captured into a CUDA graph, long enough that the gap
   between two replays does not count, and timed by events around a replay.
@@ -33,17 +33,17 @@ from custom_kernels.check.outputs import one_line
 from custom_kernels.check.replay import SIDES, Side
 
 DIFFERENT_FROM = 0.01
-"""Two contenders are called different when their ratio is surely further than this from 1 ..."""
+"""Two contenders are called different when their ratio is further than this from 1 (95 % CI) ..."""
 SAME_WITHIN = 0.02
-"""... and the same when it is surely within this."""
+"""... and the same when the whole CI is within this."""
 
 COLD_FACTOR = 2
-"""How many times the size of L2 lies between two uses of the same input set."""
+"""How many times the size of L2 lies between two uses of the same buffers."""
 MAX_SETS = 256
-"""Input sets at most: an operation so small that more were needed finds its input in L2 in
-inference too, where the operation before it has just written it."""
+"""Sets of rotating buffers at most: an operation so small that more were needed finds its input in
+L2 in inference too, where the operation before it has just written it."""
 REPLAY_SECONDS = 300e-6
-"""A replay shorter than this goes through the input sets more than once: what lies between two
+"""A replay shorter than this goes through the buffers more than once: what lies between two
 replays, a microsecond or two, should not count."""
 MAX_ROUNDS = 16
 
@@ -94,7 +94,7 @@ class Measurement:
     baseline: str
     results: dict[str, Result]
     sets: int
-    """Input sets that a replay goes through."""
+    """Sets of rotating buffers that a replay goes through."""
     rounds: int
     """How often it goes through them."""
     cold: bool
@@ -130,7 +130,7 @@ def measure(
         raise ValueError(f"contenders must have names of their own, got {names}")
     failures: dict[str, str] = {}
     errors = dict.fromkeys(names, 0.0)
-    sets = _input_sets(case, device)
+    sets = _rotating_buffers(case, device)
     sides: dict[str, Side] = {}
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
@@ -221,7 +221,7 @@ def per_block(elapsed: Sequence[tuple[str, float]], blocks: int) -> dict[str, li
 
 
 def rounds_for(seconds: Collection[float]) -> int:
-    """How often a replay must go through the input sets so that the fastest contender's lasts
+    """How often a replay must go through the buffers so that the fastest contender's lasts
     REPLAY_SECONDS."""
     fastest = min(seconds, default=REPLAY_SECONDS)
     return max(1, min(MAX_ROUNDS, math.ceil(REPLAY_SECONDS / max(fastest, 1e-9))))
@@ -294,8 +294,8 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return quantiles[0], quantiles[3]
 
 
-def _input_sets(case: Case, device: torch.device) -> list[tuple[Any, ...]]:
-    """Enough input sets to hold COLD_FACTOR times the L2 between two uses of the same one."""
+def _rotating_buffers(case: Case, device: torch.device) -> list[tuple[Any, ...]]:
+    """Enough sets of inputs to hold COLD_FACTOR times the L2 between two uses of the same one."""
     wanted = 1 + math.ceil(COLD_FACTOR * _l2_bytes(device) / max(case.bytes, 1.0))
     sets = [case.empty_inputs(device) for _ in range(max(2, min(MAX_SETS, wanted)))]
     for inputs in sets:

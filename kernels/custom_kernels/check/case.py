@@ -48,16 +48,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """One thing that is timed: a backend of ours, or what a user would call instead."""
+    """One thing that is timed: a backend of this package, or what a user would call instead."""
 
     name: str
     run: Callable[..., Any]
     """Called with what ``prepare`` returned, as positional arguments."""
     prepare: Callable[[Sequence[Any]], Sequence[Any]] = same_arguments
     """Makes its arguments from the operation's, outside of the timing: packs or quantizes a weight,
-    say. It is called once per input set, and again where results are checked, since inputs are then
-    other numbers; tensors that it makes anew are copied over those of the first call. Everything
-    else stays: what ``fill`` refreshes must either be passed on or end up in a tensor."""
+    say. It is called once per set of inputs, and again where results are checked, since inputs are
+    then other numbers; tensors that it makes anew are copied over those of the first call.
+    Everything else stays: what ``fill`` refreshes must be passed on or end up in a tensor."""
     unavailable_reason: Callable[[torch.device], str | None] = always_available
     """Why it cannot run on a device."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One contender over several input sets: captured in a CUDA graph and replayed, or called."""
+"""One contender over rotating buffers: captured in a CUDA graph and replayed, or called."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from custom_kernels.check.outputs import PoisonedMemory, error_of, poison, tenso
 
 
 class Side:
-    """One contender over all input sets: what a device type does not decide."""
+    """One contender over all buffers: what a device type does not decide."""
 
     def __init__(self, contender: Contender, case: Case, sets: Sequence[tuple[Any, ...]]) -> None:
         self.contender = contender
@@ -121,8 +121,8 @@ class Calls(Side):
 
 
 def captured(contender: Contender, case: Case, inputs: tuple[Any, ...]) -> Graph:
-    """The contender warmed up and captured in a CUDA graph on one input set; ``error(exact)`` of
-    the result poisons the outputs, replays and checks."""
+    """The contender warmed up and captured in a CUDA graph on one set of inputs; ``error(exact)``
+    of the result poisons the outputs, replays and checks."""
     graph = Graph(contender, case, [inputs])
     graph.warm_up()
     return graph

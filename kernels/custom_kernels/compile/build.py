@@ -130,7 +130,7 @@ def build(
 ) -> Built:
     """Bring one kernel up to date for ``architectures`` and return its library.
 
-    ``threads`` compilers run at once for several architectures; 0: as many as there are cores. Two
+    ``threads`` parallel compile jobs for several architectures; 0: as many as there are cores. Two
     processes that want the same library at once compile it once: the second waits for the first.
     """
     started = time.perf_counter()
@@ -269,7 +269,7 @@ def _compile(source: Source, architectures: Sequence[str], path: Path, threads: 
         if ran.status != 0:
             raise BuildError(_failure(source, ran))
         if library_path(source, architectures) != path:
-            raise BuildError(f"{source.path} changed while it was compiled: run the same again")
+            raise BuildError(f"{source.path} changed while it was compiled: re-run")
         report = {
             "source": source.name,
             "architectures": list(architectures),
@@ -322,7 +322,7 @@ class _Quotable:
         return self._links[path]
 
     def named(self, ran: _Ran) -> _Ran:
-        """What nvcc said, with the paths as everybody knows them."""
+        """What nvcc said, with the paths as they are outside of the scratch folder."""
         log = ran.log
         for path, link in self._links.items():
             log = log.replace(link, str(path))
@@ -365,7 +365,7 @@ def _failure(source: Source, ran: _Ran) -> str:
     if ran.status in (-9, 137) or "signal 9" in messages or "Killed" in messages:
         return (
             f"the compiler of {source.path.name} was killed at {ran.peak_memory / jobs.GIB:.1f} "
-            "GiB, most likely for want of memory: end other programs and run the same again"
+            "GiB, most likely out of memory: close other programs and re-run"
         )
     return f"nvcc cannot compile {source.path}:\n{messages.strip()}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many compilers may run at once: by cores and by free memory, for all processes of a user.
+"""Limit parallel compile jobs by cores and free memory, over all processes of a user.
 
 Every compiler holds one of as many slots as the machine has cores, and says in it how much memory
 it may take. The slots are locked files in the user's own folder for temporary files, so two builds
@@ -43,7 +43,7 @@ def folder() -> Path:
     place = Path(tempfile.gettempdir()) / f"custom-kernels-jobs-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
     if place.is_symlink() or place.stat().st_uid != os.getuid():
-        raise PermissionError(f"{place} belongs to somebody else; remove it or set TMPDIR")
+        raise PermissionError(f"{place} belongs to another user; remove it or set TMPDIR")
     return place
 
 

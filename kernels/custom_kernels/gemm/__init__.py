@@ -14,7 +14,7 @@ OPERATION = registry.operation("gemm")
 
 BACKEND_PRIORITY = {"cuda": ("cublaslt", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first. Where a GPU's tuning file says that another was measured to
-be surely faster than the first, that one goes before."""
+be faster than the first (95 % CI), that one goes first."""
 
 USES_TENSOR_CORES = True
 """`make inspect` warns of kernels without tensor-core instructions."""
@@ -33,13 +33,12 @@ def custom_gemm(
     is no gradient.
 
     Args:
-        x: [..., K], floating point. Rows may be any distance apart; where the elements of a row are
-            not adjacent, x is copied first.
-        weight: [N, K], dtype and device of x, the elements of a row adjacent.
+        x: [..., K], floating point, any row stride; without unit inner stride x is copied first.
+        weight: [N, K], dtype and device of x, unit inner stride, any row stride.
         bias: [N], dtype and device of x, or None.
         backend: a name from ``OPERATION.backends``; None takes what was measured to be best
             for this GPU, layer and number of rows (see ``tuned``), or without a measurement the
-            first of BACKEND_PRIORITY that takes x's device and dtype.
+            first of BACKEND_PRIORITY that supports x's device and dtype.
 
     Returns:
         [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the
@@ -48,7 +47,7 @@ def custom_gemm(
     Raises:
         TypeError: the dtypes differ, or are not floating point.
         ValueError: shapes, devices or the weight's layout do not fit.
-        registry.BackendError: the backend does not exist, cannot run here, or does not take this
+        registry.BackendError: the backend does not exist, cannot run here, or does not support this
             dtype.
     """
     return _op(x, weight, bias, backend or "")
@@ -95,15 +94,15 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         raise ValueError(
             f"gemm: x, weight and bias must be on one device, got {x.device}, {others}"
         )
-    if not _rows_adjacent(weight):
+    if not _has_unit_inner_stride(weight):
         raise ValueError(
-            "gemm: the elements of each row of weight must be adjacent, "
+            "gemm: weight must have unit inner stride and rows that do not overlap, "
             f"got strides {list(weight.stride())}; call .contiguous() once, when the weights "
             "are loaded"
         )
 
 
-def _rows_adjacent(matrix: torch.Tensor) -> bool:
+def _has_unit_inner_stride(matrix: torch.Tensor) -> bool:
     rows, columns = matrix.shape
     return (columns <= 1 or matrix.stride(1) == 1) and (rows <= 1 or matrix.stride(0) >= columns)
 
@@ -122,7 +121,7 @@ def _gemm(
         out = empty_output(x, weight, bias)
         return out.zero_() if bias is None else out.copy_(bias)
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if not _rows_adjacent(rows):
+    if not _has_unit_inner_stride(rows):
         rows = rows.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()

@@ -2,7 +2,7 @@
 """y = x · Wᵀ + b in plain torch: at torch's own speed, and exactly.
 
 Tests and benchmarks compare every backend with ``exact``; ``run`` is what the operation costs
-without any kernel of ours, and the backend of last resort in the engine.
+without a custom kernel, and the backend of last resort in the engine.
 """
 
 import torch

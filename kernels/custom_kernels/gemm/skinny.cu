@@ -2,13 +2,13 @@
 //
 // y = x · Wᵀ + b for few tokens, as fast as the weights come from memory.
 //
-//   x [M, K], W [N, K], b [N] or none, y [M, N]; all bfloat16 or all float16, the elements of a row
-//   adjacent, the rows of x and W any distance apart. Sums in float32, rounded once. Made for
-//   M <= 16; more rows are done in slices of 16, and each slice streams W again.
+//   x [M, K], W [N, K], b [N] or none, y [M, N]; all bfloat16 or all float16; x and W have unit
+//   inner stride and any row stride. Sums in float32, rounded once. Made for M <= 16; more rows are
+//   done in slices of 16, and each slice streams W again.
 //
 // With so few tokens a layer costs what it takes to read W once: N·K·2 bytes, at the bandwidth of
 // HBM. What is left to do is to have enough bytes on their way at every moment (latency times
-// bandwidth is about 3 MB on an H200, 24 KB per multiprocessor), and to waste little at either end.
+// bandwidth is about 3 MB on an H200, 24 KB per SM), and to waste little at either end.
 //
 //   tile      8·R rows of W by all of K. Blocks walk over tiles; where that gives too few blocks, a
 //             cluster of blocks shares one tile, each with its part of K.
@@ -280,7 +280,7 @@ struct Config {
   int r;       // a tile has 8·r rows of W
   int warps;   // per block
   int ranks;   // blocks that share a tile
-  int blocks;  // per multiprocessor, at most
+  int blocks;  // per SM, at most
 };
 
 struct Device {
@@ -360,7 +360,7 @@ void dispatch(const Problem& p, const Config& config, const Device& device, cuda
   TVM_FFI_THROW(ValueError) << KERNEL ": no kernel with tiles of 8 times " << config.r << " rows";
 }
 
-// Large tiles read x less often, but only an even share per multiprocessor keeps all of them at
+// Large tiles read x less often, but only an even share per SM keeps all of them at
 // work: so the largest tile whose share is even. Numbers measured on an H200, cold L2.
 Config choose(const Problem& p, const Device& device) {
   const int64_t tokens = std::min<int64_t>(p.m, kSlice);

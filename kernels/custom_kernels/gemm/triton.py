@@ -153,7 +153,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 4
     programs: int = 1
-    """Per multiprocessor."""
+    """Per SM."""
 
     def constants(self, tma: bool, has_bias: bool) -> dict[str, Any]:
         """The compile-time arguments of ``multiply``."""
@@ -353,7 +353,7 @@ def _aligned(matrix: torch.Tensor) -> bool:
 
 @functools.cache
 def _device(device: torch.device) -> tuple[int, int, bool]:
-    """Multiprocessors, bytes of shared memory per block, whether there is TMA."""
+    """SMs, bytes of shared memory per block, whether there is TMA."""
     if device.type != "cuda":  # the interpreter, which knows descriptors
         return 2, 232448, True
     properties = torch.cuda.get_device_properties(device)

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table(reports))
         console.print(
             "registers, stack and spills per thread, shared memory per block, in bytes; occupancy: "
-            "warps of a multiprocessor; PTX: instructions; load and store: the widest to global "
+            "share of an SM's warps; PTX: instructions; load and store: the widest to global "
             "memory"
         )
     for line in nothing:
@@ -97,5 +97,5 @@ def _why_nothing(backend: registry.Backend, wanted: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads our output may stop: `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
     sys.exit(main())

@@ -22,7 +22,7 @@ from custom_kernels.compile.toolchain import BuildError
 
 @dataclass(frozen=True)
 class Limits:
-    """What one multiprocessor holds; bytes, and warps of 32 threads."""
+    """What one SM holds; bytes, and warps of 32 threads."""
 
     warps: int
     blocks: int
@@ -43,7 +43,7 @@ LIMITS = {
 """By compute capability. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability"."""
 REGISTERS = 64 * KIB
-"""32-bit registers of a multiprocessor, on all of them; four schedulers have a quarter each."""
+"""32-bit registers of an SM, on all of them; four schedulers have a quarter each."""
 REGISTER_UNIT = 256
 """Registers are given to a warp in multiples of this."""
 SHARED_UNIT = 128
@@ -53,7 +53,7 @@ SHARED_RESERVED = 1024
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How full a multiprocessor gets with one kernel."""
+    """How full an SM gets with one kernel."""
 
     blocks: int
     share: float

@@ -39,8 +39,8 @@ def custom_quant_expand(
     A row of zeros has q 0 and scale 0; a row with an infinity or a NaN has q 0 and scale NaN.
 
     Args:
-        x: [..., K], bfloat16 or float16, K at least 1. Rows may be any distance apart; where the
-            elements of a row are not adjacent, x is copied first.
+        x: [..., K], bfloat16 or float16, K at least 1, any row stride; without unit inner stride x
+            is copied first.
         pattern: of the weights that q will be multiplied with: ``"2:4"``, ``"4:6"``, ``"6:8"``,
             ``"8:10"``, ... up to ``"30:32"``; None only quantizes.
         dtype: of q: int8 (qmax 127) or float8_e4m3fn (qmax 448).

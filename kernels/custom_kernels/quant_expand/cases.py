@@ -101,7 +101,7 @@ def baselines(dtype: str) -> list[Contender]:
 
 
 def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
-    """A backend of ours, which takes x in bfloat16 whatever the dtype of q."""
+    """A backend of this package, which takes x in bfloat16 whatever the dtype of q."""
     return Contender(backend.name, backend.runner(device, torch.bfloat16))
 
 

@@ -2,7 +2,7 @@
 //
 // q, scale = per-token quantization of x, expanded for a (2N-2):2N pattern.
 //
-//   x [M, K] bfloat16 or float16, the elements of a row adjacent, rows any distance apart;
+//   x [M, K] bfloat16 or float16, unit inner stride, any row stride;
 //   q [M, K'] int8 or float8_e4m3fn; scale [M] float32. Per row, in float32:
 //   amax = max |x|, inv = qmax / amax, scale = amax / qmax, q = round(x · inv).
 //   What is right is in reference.py, bit for bit; the order of a row of q in sparsity.py.
@@ -16,12 +16,12 @@
 // A team of warps has a row, a block has one or several teams. A row comes to its team in one of
 // three ways:
 //
-//   bulk    by the bulk copy engine (compute capability 9.0; rows aligned to 16 bytes): one thread
+//   bulk    by TMA's bulk copy (compute capability 9.0; rows aligned to 16 bytes): one thread
 //           asks for the whole row, so that reading it holds up no registers and no instructions;
 //   loads   by ordinary loads of 16 bytes, or of 2 where rows are not aligned;
 //   tiles   for rows beyond shared memory: read twice, tile by tile.
 //
-// Blocks stay small and many, and the multiprocessor overlaps one's reading with another's writing:
+// Blocks stay small and many, and the SM overlaps one's reading with another's writing:
 // on an H200 that was faster than blocks that stay and prefetch their next rows into a ring. From
 // compute capability 9.0 on the launch overlaps the end of the kernel before it.
 
@@ -335,7 +335,7 @@ __device__ uint32_t load(const uint16_t* x, int count, int total, bool aligned, 
 }
 
 #if __CUDA_ARCH__ >= 900
-// The same for a whole row of which every part is aligned, by the bulk copy engine.
+// The same for a whole row of which every part is aligned, by TMA's bulk copy.
 template <typename In>
 __device__ uint32_t fetch(const uint16_t* x, int count, int total, uint64_t* barrier,
                           const Team& team, uint32_t* words) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """q, scale = per-token quantization of x, expanded for a (2N-2):2N pattern, as a CuPy RawKernel.
 
-    x [M, K] bfloat16 or float16, the elements of a row adjacent; q [M, K'] int8 or float8_e4m3fn;
+    x [M, K] bfloat16 or float16, unit inner stride; q [M, K'] int8 or float8_e4m3fn;
     scale [M] float32. What is right is in reference.py, bit for bit; the order of a row of q in
     custom_kernels.sparsity.
 
@@ -163,7 +163,7 @@ KERNELS = {
 def run(
     x: torch.Tensor, pattern: str | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], the elements of a row adjacent; returns q [M, K'] and scale [M]."""
+    """x [M, K], unit inner stride; returns q [M, K'] and scale [M]."""
     q, scale = empty_output(x, pattern, dtype)
     (rows, k), end = x.shape, q.shape[1]
     form = sparsity.pattern(pattern) if pattern else sparsity.Pattern(2)

@@ -83,7 +83,7 @@ def pack(
         TypeError: the dtype is none of those.
         ValueError: a shape does not fit, or the weight violates the pattern; the message names the
             first row and group that do.
-        registry.BackendError: the backend does not exist or does not take the dtype.
+        registry.BackendError: the backend does not exist or does not support the dtype.
     """
     if weight.dim() != 2:
         raise ValueError(f"sparse_gemm: weight must be [N, K], got {list(weight.shape)}")
@@ -97,7 +97,7 @@ def pack(
         known = ", ".join(one.name for one in OPERATION.backends)
         raise registry.BackendError(f"sparse_gemm has no backend {backend!r}; there are: {known}")
     if not OPERATION.backend(backend).supports_dtype(weight.dtype):
-        raise registry.BackendError(f"sparse_gemm.{backend} does not take {weight.dtype}")
+        raise registry.BackendError(f"sparse_gemm.{backend} does not support {weight.dtype}")
     expanded = _packing.decompose(weight.detach().contiguous(), kind)
     values, metadata = import_module(f"{__name__}.{backend}").storage(expanded)
     kept = None if scale is None else scale.contiguous()

@@ -81,7 +81,7 @@ def baselines(dtype: str) -> list[Contender]:
 
 
 def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
-    """The whole layer with a backend of ours: the weight is packed outside of the timing."""
+    """The whole layer with a custom backend: the weight is packed outside of the timing."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
     backend.runner(device, torch_dtype)
 

@@ -22,7 +22,7 @@
 // shared memory as it is. It holds 64 x 64 bytes of values, as four columns of 64 rows x 16 bytes,
 // and then the metadata: for each thread the registers that its instructions want.
 //
-// What bounds it: a multiprocessor takes in 64 bytes per cycle, and 128 bytes of K' of a tile of
+// What bounds it: an SM takes in 64 bytes per cycle, and 128 bytes of K' of a tile of
 // 128 x 256 are 42 KiB: 656 cycles, for which the tensor core would take 512. So tiles are as wide
 // in tokens as they can be. With many tokens an H200 is held at its power limit before that.
 //
@@ -800,7 +800,7 @@ void run(TensorView a, Optional<TensorView> a_scale, TensorView weight,
   entries[tile].launch(p);
 }
 
-// (features, tokens, blocks on a multiprocessor, shared) of each tile.
+// (features, tokens, blocks on an SM, shared) of each tile.
 Array<Array<int64_t>> tiles() {
   Array<Array<int64_t>> out;
   for (Entry const& e : kTiles<Fp8>)

@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     features: int
     tokens: int
     per_multiprocessor: int
-    """Blocks that run on a multiprocessor at the same time."""
+    """Blocks that run on an SM at the same time."""
     shared: bool
     splits: tuple[int, ...]
     start: float

@@ -11,7 +11,7 @@ from custom_kernels.bench import records
 from custom_kernels.tuned import Range, Tuning, TuningError, layer_key
 
 MARGIN = 0.01
-"""By how much a backend must surely be faster than the preferred one to be taken instead."""
+"""By how much a backend must be faster than the preferred one (95 % CI) to replace it."""
 
 PROVENANCE = (
     "device",

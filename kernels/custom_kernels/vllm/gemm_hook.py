@@ -91,9 +91,9 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     """``VLLM_CUSTOM_GEMM_BACKEND``; when it is unset, none: then each call takes the best for its
     layer and number of rows.
 
-    A layer whose dtype the wanted backend does not take (a float32 router in a bfloat16 model) goes
-    to the best one that does, and that is announced. Raises registry.BackendError for a name that
-    is wrong or cannot run here.
+    A layer whose dtype the wanted backend does not support (a float32 router in a bfloat16 model)
+    goes to the best one that does, and that is announced. Raises registry.BackendError for a name
+    that is wrong or cannot run here.
     """
     device = torch.device(device_type)
     if device.type != "cpu":
@@ -105,6 +105,6 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
         return wanted or ""
     able = operation.best(device, dtype).name
     log.warning(
-        "gemm: %s does not take %s, layers of that dtype run with %s", backend.name, dtype, able
+        "gemm: %s does not support %s, layers of that dtype run with %s", backend.name, dtype, able
     )
     return able

@@ -123,7 +123,7 @@ def test_what_cannot_be_checked_says_why(toy: PackageCopy) -> None:
     toy.add("other/__init__.py", "")
     result = toy.python("-m", "custom_kernels.check", "toy.narrow", "other")
     assert result.returncode == 0
-    assert "toy.narrow: not checked: toy.narrow does not take" in result.stdout
+    assert "toy.narrow: not checked: toy.narrow does not support" in result.stdout
     assert "other.reference: not checked: other has no cases.py" in result.stdout
     if not torch.cuda.is_available():
         result = toy.python("-m", "custom_kernels.check", "toy.gpu")

@@ -135,7 +135,7 @@ def test_a_compiler_that_the_system_killed_says_what_to_do(
     monkeypatch.setattr(toolchain, "find", lambda: tools)
     (source,) = sources.find_all()
     for architectures in ([ARCHITECTURE], [ARCHITECTURE, "9.0a"]):
-        with pytest.raises(BuildError, match=r"cuda\.cu was killed .* want of memory"):
+        with pytest.raises(BuildError, match=r"cuda\.cu was killed .* out of memory"):
             build.build(source, architectures, threads=2)
 
 

@@ -5,7 +5,7 @@ A method is two classes: ``Config`` says what it needs and names its linear meth
 method turns a loaded weight into the tensors that stay (``quantize``) and multiplies by them
 (``apply``). Embeddings, the output head, attention and experts stay as they are.
 
-``apply`` is traced by torch.compile and captured in CUDA graphs: it calls torch ops and ops of ours
+``apply`` is traced by torch.compile and captured in CUDA graphs: it calls torch ops and custom ops
 and decides nothing by the values or the number of rows. Whatever is compiled or loaded for its
 first call belongs into ``quantize``.
 """

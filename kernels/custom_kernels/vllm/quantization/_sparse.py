@@ -57,7 +57,7 @@ class SparseLinear(_base.LinearMethod):
         )
         packed = sparse_gemm.pack(values, pattern, scale)
         if weight.is_cuda and packed.backend == "reference":
-            log.warning("%s: no kernel of ours runs on this GPU, only the reference", name)
+            log.warning("%s: no custom kernel runs on this GPU, only the reference", name)
         # Compiled and loaded now: while a CUDA graph is captured it would be too late.
         registry.operation("sparse_gemm").runner(packed.backend, weight.device, dtype)
         registry.operation("quant_expand").best(weight.device, weight.dtype).runner(

@@ -22,7 +22,7 @@ def custom_scaled_silu(
     once. For inference: there is no gradient.
 
     Args:
-        x: [..., K], floating point; where the elements of a row are not adjacent, it is copied.
+        x: [..., K], floating point; copied where it is not contiguous.
         scale: [K], dtype and device of x.
         backend: a name from ``OPERATION.backends``; None takes the best for x.
 
@@ -32,7 +32,7 @@ def custom_scaled_silu(
     Raises:
         TypeError: the dtypes differ, or are not floating point.
         ValueError: shapes or devices do not fit.
-        registry.BackendError: the backend does not exist, cannot run here, or does not take this
+        registry.BackendError: the backend does not exist, cannot run here, or does not support this
             dtype.
     """
     return _op(x, scale, backend or "")
