@@ -138,3 +138,9 @@ def test_importing_the_operations_takes_no_time_beyond_torch() -> None:
             return
         seconds = json.loads(run(PROGRAM, *OPERATIONS))[0]
     pytest.fail(f"importing {', '.join(OPERATIONS)} took {seconds:.2f} s beyond torch")
+
+
+def test_cuda_files_share_one_error_check_and_one_device_guard() -> None:
+    for path in paths.PACKAGE.glob("*/*.cu"):
+        assert "CHECK_CUDA(call)" not in path.read_text()
+        assert "cudaSetDevice" not in path.read_text()

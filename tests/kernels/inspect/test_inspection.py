@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from custom_kernels import paths
 from custom_kernels.compile import sources, toolchain
 from custom_kernels.inspect import assembly, compilers
 from custom_kernels.inspect.report import InspectionError
+from custom_kernels.inspect.reports import fingerprint
 from custom_kernels.operation import Operation, Specialization
 
 from tests.kernels.conftest import PackageCopy
@@ -357,3 +359,17 @@ def test_variants_for_a_verdict_cover_all_kernels() -> None:
     assert [(job.item.kernel, job.item.label) for job in some] == [
         ("a", "0"), ("a", "9"), ("b", "0"), ("b", "9"),
     ]  # fmt: skip
+
+
+def test_a_fingerprint_covers_what_a_backend_imports_and_no_tool(
+    toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy.add("toy/fast.py", TRITON)
+    monkeypatch.setattr(paths, "PACKAGE", toy.package)
+    backend = Operation("toy").backend("fast")
+    before = fingerprint(backend)
+    for tool in ("inspect/table.py", "inspect/compilers.py", "compile/toolchain.py"):
+        toy.add(tool, "")
+    assert fingerprint(backend) == before
+    toy.add("operation.py", "")
+    assert fingerprint(backend) != before
