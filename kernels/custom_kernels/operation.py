@@ -129,18 +129,11 @@ class Operation:
         ranked = dict.fromkeys(name for ranking in declared.values() for name in ranking)
         return [self.backend(name) for name in dict.fromkeys([*ranked, *names]) if name in names]
 
-    def preferred(self, device: "torch.device") -> "Backend":
-        """The first backend by priority that can run on ``device``."""
-        for name in self.priority(device.type):
-            if self.backend(name).unavailable_reason(device) is None:
-                return self.backend(name)
-        raise BackendError(self._explain(None, device))
-
-    def _best(self, device: "torch.device", dtype: "torch.dtype") -> "Backend":
+    def _best(self, device: "torch.device", dtype: "torch.dtype | None" = None) -> "Backend":
         """The first backend by priority that can run on ``device`` and supports ``dtype``."""
-        for name in self.priority(device.type):
-            backend = self.backend(name)
-            if backend.supports_dtype(dtype) and backend.unavailable_reason(device) is None:
+        for backend in map(self.backend, self.priority(device.type)):
+            supported = dtype is None or backend.supports_dtype(dtype)
+            if supported and backend.unavailable_reason(device) is None:
                 return backend
         raise BackendError(self._explain(None, device))
 

@@ -186,7 +186,7 @@ def read(path: Path) -> Side:
 def _kernels(record: records.Record) -> Side:
     provenance = record["provenance"]
     entries = {
-        (_key(row["labels"]), name): Entry(
+        (records.label_words(row["labels"]), name): Entry(
             float(one["ratio"]), float(one["low"]), float(one["high"])
         )
         for row in record["rows"]
@@ -239,12 +239,6 @@ def _engine(record: dict[str, Any]) -> Side:
         warnings=[f"{found['verdict']}: {found['because']}"]
         if found["verdict"] == "ambiguous"
         else [],
-    )
-
-
-def _key(labels: dict[str, Any]) -> Key:
-    return tuple(
-        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
     )
 
 

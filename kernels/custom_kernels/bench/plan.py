@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from custom_kernels import registry
+from custom_kernels.bench.records import label_words
 from custom_kernels.compile.toolchain import BuildError
 
 REFERENCE = "reference"
@@ -132,6 +133,4 @@ def contenders_of(
 
 def label_text(labels: dict[str, Any]) -> str:
     """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
-    return " ".join(
-        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
-    )
+    return " ".join(label_words(labels))

@@ -29,6 +29,13 @@ class RecordError(RuntimeError):
     """A file that is no usable record. The message is one line."""
 
 
+def label_words(labels: dict[str, Any]) -> tuple[str, ...]:
+    """``("qwen2.5-7b", "qkv", "M=16")``."""
+    return tuple(
+        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
+    )
+
+
 def row(measurement: "Measurement", limits: "Ceilings") -> dict[str, Any]:
     """One case of a record."""
     case = measurement.case

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the cases of a plan, and make the record of it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
@@ -65,19 +64,6 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> records.Rec
                 rows.append(records.row(measurement, limits))
             torch.cuda.empty_cache()
             progress.advance(task)
-    return _record(plan, contenders, ours, skipped, limits, rows, problems, device)
-
-
-def _record(
-    plan: Plan,
-    contenders: Sequence[Any],
-    ours: list[str],
-    skipped: dict[str, str],
-    limits: Any,
-    rows: list[dict[str, Any]],
-    problems: list[str],
-    device: Any,
-) -> records.Record:
     baseline = contenders[0].name
     failures = problems + [
         f"{label_text(row['labels'])}: {name}: {one['failure']}"

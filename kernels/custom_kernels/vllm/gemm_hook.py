@@ -99,7 +99,7 @@ def choose_backend(device_type: str, dtype: torch.dtype) -> str:
     if device.type != "cpu":
         device = torch.device(device_type, torch.accelerator.current_device_index())
     wanted, operation = upstream.wanted_backend(), registry.operation("gemm")
-    backend = operation.backend(wanted) if wanted else operation.preferred(device)
+    backend = operation.backend(wanted) if wanted else operation.best(device)
     backend.require_available(device)
     if backend.supports_dtype(dtype):
         return wanted or ""
