@@ -6,6 +6,7 @@ The k-th smallest and the k-th largest of n values enclose the true median with 
 section 7.1. Standard library only.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -31,12 +32,20 @@ def median_interval(values: Sequence[float]) -> Interval:
     if not values:
         raise ValueError("no values")
     ordered = sorted(values)
-    n, rank = len(ordered), 1
-    while rank < n - rank and coverage(n, rank + 1) >= CONFIDENCE:
-        rank += 1
+    n, rank = len(ordered), _rank(len(ordered))
     return Interval(ordered[rank - 1], ordered[n - rank], coverage(n, rank))
 
 
+@functools.cache
+def _rank(n: int) -> int:
+    """The largest rank whose pair of ``n`` values covers the median with ``CONFIDENCE``, or 1."""
+    rank = 1
+    while rank < n - rank and coverage(n, rank + 1) >= CONFIDENCE:
+        rank += 1
+    return rank
+
+
+@functools.cache
 def coverage(n: int, rank: int) -> float:
     """Probability that the ``rank``-th smallest and largest of ``n`` values enclose the median."""
     return 1 - 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n if n > 1 else 0.0

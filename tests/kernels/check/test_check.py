@@ -83,37 +83,36 @@ def test_a_right_backend_is_right_in_every_dtype(toy: PackageCopy) -> None:
     assert ": 3 of 3 cases right" in quick.stdout
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("    return y", "    y[-1, 5] = 7\n    return y",
-         r"M=3: error .*; first at output\[2, 5\]: 7"),
-        ("y.copy_(2 * x)", "y[:, :7].copy_(2 * x[:, :7])",
-         r"M=3: 3 elements of the output were not written; first at output\[0, 7\]: nan"),
-        ("    return y", "    return kept.setdefault(x.shape, y)",
-         r"M=1: error .*; first at output"),
-        ("y.copy_(2 * x)", "y.copy_(2 * x + 4e-7 * torch.rand(()))",
-         r"two calls on the same inputs differ, first at \["),
-        ("return y", "return y[:, :4]", r"has shape \[3, 4\]"),
-        ("y = torch", "raise ValueError('no such luck')\n    y = torch",
-         r"mine\.py:\d+: ValueError: no such luck"),
-        ("    return y", "    y[0, 0] = float('inf')\n    return y", r"not finite"),
-    ],
-)  # fmt: skip
-def test_a_wrong_backend_is_found(toy: PackageCopy, old: str, new: str, said: str) -> None:
-    text = "kept = {}\n" + RIGHT
-    assert old in text
-    toy.add("toy/mine.py", text.replace(old, new))
-    result = toy.python("-m", "custom_kernels.check", "toy.mine", "--dtype", "float32")
+WRONG = {
+    "one_element": ("    return y", "    y[-1, 5] = 7\n    return y",
+                    r"M=3: error .*; first at output\[2, 5\]: 7"),
+    "not_written": ("y.copy_(2 * x)", "y[:, :7].copy_(2 * x[:, :7])",
+                    r"M=3: 3 elements of the output were not written; first at .*\[0, 7\]: nan"),
+    "remembers": ("    return y", "    return kept.setdefault(x.shape, y)",
+                  r"M=1: error .*; first at output"),
+    "varies": ("y.copy_(2 * x)", "y.copy_(2 * x + 4e-7 * torch.rand(()))",
+               r"two calls on the same inputs differ, first at \["),
+    "shape": ("return y", "return y[:, :4]", r"has shape \[3, 4\]"),
+    "raises": ("y = torch", "raise ValueError('no such luck')\n    y = torch",
+               r"raises\.py:\d+: ValueError: no such luck"),
+    "infinite": ("    return y", "    y[0, 0] = float('inf')\n    return y", r"not finite"),
+}  # fmt: skip
+"""Backends that are wrong: what is put in place of what, and what the check says of it."""
+
+
+def test_a_wrong_backend_is_found(toy: PackageCopy) -> None:
+    for name, (old, new, _) in WRONG.items():
+        assert old in RIGHT
+        toy.add(f"toy/{name}.py", "kept = {}\n" + RIGHT.replace(old, new))
+    by_intent = toy.package / "toy" / "varies.py"
+    toy.add("toy/on_purpose.py", f"# not deterministic: any order\n{by_intent.read_text()}")
+    result = toy.python("-m", "custom_kernels.check", "toy", "--dtype", "float32")
     assert result.returncode == 1
-    assert re.search(said, result.stdout), result.stdout
-
-
-def test_a_backend_may_say_that_its_bits_vary(toy: PackageCopy) -> None:
-    text = RIGHT.replace("y.copy_(2 * x)", "y.copy_(2 * x + 4e-7 * torch.rand(()))")
-    toy.add("toy/mine.py", "# not deterministic: it adds in any order\n" + text)
-    result = toy.python("-m", "custom_kernels.check", "toy.mine", "--dtype", "float32")
-    assert result.returncode == 0, result.stdout
+    found = dict(re.findall(r"^toy\.(\w+) on (.*(?:\n  .*)*)", result.stdout, re.MULTILINE))
+    for name, (_, _, said) in WRONG.items():
+        assert re.search(said, found[name]), found[name]
+    assert "3 of 3 cases right" in found["on_purpose"]
+    assert "3 of 3 cases right" in found["reference"]
 
 
 def test_what_cannot_be_checked_says_why(toy: PackageCopy) -> None:
