@@ -224,7 +224,9 @@ class _Plans:
     def _copies(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Copies of the operands, laid out like them, that together with them are twice as large as
         L2."""
-        total = sum(tensor.nbytes for tensor in tensors)
+        # With what lies between their rows, which a copy takes as well.
+        spans = (tensor.shape[0] * max(tensor.shape[1], tensor.stride(0)) for tensor in tensors)
+        total = sum(spans) * tensors[0].element_size()
         count = (
             min(MAX_COPIES, math.ceil(2 * self._l2_bytes / total))
             if total < 2 * self._l2_bytes
