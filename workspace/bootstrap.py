@@ -86,6 +86,7 @@ def in_environment(verb: verbs.Verb, chosen: settings.Settings) -> int:
             tree_state.require_switchable(version)
         interpreter = create.ensure(chosen.mode, version)
     enter.become(interpreter, chosen.mode, verb.name)
+    return None
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _VAGUE = re.compile(
 _ENDED = re.compile(r"^([\w.]*\.)?(SystemExit|KeyboardInterrupt|CancelledError|\w+ResetError)\b")
 """What a process reports when it is stopped because another one has failed."""
 _MEMORY = re.compile(
-    r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.I
+    r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.IGNORECASE
 )
 _KILLED = re.compile(r"proc\(s\): \{.*: -9\b|proc \S+ died unexpectedly")
 _LINE = re.compile(

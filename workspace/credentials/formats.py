@@ -264,7 +264,7 @@ ASSIGNMENT = re.compile(
     re.MULTILINE | re.ASCII,
 )
 AUTHORIZATION = re.compile(
-    r"authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+([^\s$\"'<{]{8,})", re.I
+    r"authorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+([^\s$\"'<{]{8,})", re.IGNORECASE
 )
 LOGIN = re.compile(
     r"\s(?:-u|--user)[ =][\"']?[^\s:\"'$]+:([^\s\"'$]+)|\blogin\s.*\s-p[ =]?[\"']?([^\s\"'$]+)"

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Self
 
 from custom_kernels import registry
 from rich.console import Console
@@ -87,7 +88,7 @@ class Watch:
         self._servers: list[ForkServer] = []
         self._threads = ThreadPoolExecutor(2)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

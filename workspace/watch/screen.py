@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from custom_kernels.inspect.report import Report
 from custom_kernels.inspect.table import short
@@ -62,7 +62,7 @@ class Screen:
         self.title = title
         self.history: dict[str, list[Verdict]] = {}
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +106,7 @@ class LiveScreen(Screen):
         self.working = ""
         self.live = Live(console=console, auto_refresh=False, screen=False)
 
-    def __enter__(self) -> LiveScreen:
+    def __enter__(self) -> Self:
         self.console.clear()
         self.live.start()
         return self

@@ -82,7 +82,9 @@ def edit(checkout: Checkout, name: str, old: str, new: str) -> None:
 
 def compiled(output: str) -> set[str]:
     """The sources that a build compiled."""
-    return set(re.findall(r"^\[\d+/\d+\] Building \w+ object .*/(\w+\.\w+)\.o$", output, re.M))
+    return set(
+        re.findall(r"^\[\d+/\d+\] Building \w+ object .*/(\w+\.\w+)\.o$", output, re.MULTILINE)
+    )
 
 
 def has_open(process: psutil.Process, path: Path) -> bool:
