@@ -84,5 +84,4 @@ def _take(place: Path, number: int, need: int, free: Callable[[], int]) -> IO[st
         vacant.write(str(need))
         vacant.flush()
         # Everything that was looked at is closed, this one is kept.
-        kept = os.fdopen(os.dup(vacant.fileno()), "a+")
-        return kept
+        return os.fdopen(os.dup(vacant.fileno()), "a+")
