@@ -329,7 +329,7 @@ def fork_state() -> Check:
     if found is None:
         return Check("fork", "problem", f"{tree().relative_to(ROOT)} is not there", "make dev")
     patches = patch_queue.files(found.version)
-    own = f"{len(found.own_commits)} own commits, {len(found.uncommitted)} uncommitted"
+    own = f"{len(found.own_commits)} local commits, {len(found.uncommitted)} uncommitted"
     if found.patches_digest != patch_queue.digest(patches):
         return Check("fork", "note", f"patches changed since they were applied; {own}", "make dev")
     shown = "" if active() == found.version else f" (src shows {active()})"

@@ -166,8 +166,10 @@ def test_with_nvidias_runtime_and_no_gpu_it_opens_all_the_same(
         description.write_text(text)
         label = host.run(
             "python3", "-c",
-            "from workspace.pins import release; from workspace.container import image as i; "
-            "v = release.selected(); print(i.fingerprint(i.lay_out_context(v), i.arguments(v)))",
+            "import os; from workspace.pins import release; from workspace.container import image; "
+            "version, base = release.selected(), os.environ.get('BASE_IMAGE'); context = "
+            "image.lay_out_context(version); build = image.arguments(version, base); "
+            "print(image.fingerprint(context, build))",
         ).output.strip()  # fmt: skip
         subprocess.run(
             [client(), "--host", address, "build", "-q", "-t", f"{name}:dev", "-"],

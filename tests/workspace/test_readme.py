@@ -208,7 +208,7 @@ def test_the_transcript_of_doctor_has_the_rows_that_doctor_has(
         if name == "packages" and as_shown:
             count = len(locked(lock_files(load().vllm.default, "cpu")))
             assert state == f"all {count} at their locked versions"
-        # What is otherwise on this machine (a GPU) or in this checkout (own commits, a build of
+        # What is otherwise on this machine (a GPU) or in this checkout (local commits, a build of
         # vLLM) has other words.
         elif doctor.MARKS[row.status] == mark and name not in ("GPU", "binaries"):
             assert without_this_machine(row.detail) == without_this_machine(state)

@@ -117,7 +117,7 @@ def state(record: dict) -> str:
     for version, told in record["fork"].items():
         made_again(PLACE / "vllm-fork" / "releases" / version, f"vllm-{version}", told)
     commits = sum(told["own_commits"] for told in record["fork"].values())
-    return f"commit {record['workspace']['commit'][:10]}, {commits} own commits in the fork"
+    return f"commit {record['workspace']['commit'][:10]}, {commits} local commits in the fork"
 
 
 def main(record: dict) -> None:

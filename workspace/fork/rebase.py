@@ -270,7 +270,7 @@ def _conflict(rebase: Rebase) -> str:
     names = conflicts(tree)
     where = ", ".join(names) if names else "no file, but git wants a decision (git status says)"
     return (
-        f"{what} does not fit vLLM {rebase.target} by itself: conflicts in {where}; mend them in "
+        f"{what} does not fit vLLM {rebase.target} by itself: conflicts in {where}; fix them in "
         "vllm-fork/src, git add them, then: make fork-rebase (or back: make fork-rebase ABORT=1)"
     )
 

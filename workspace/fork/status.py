@@ -85,7 +85,7 @@ def table(found: Status) -> Iterator[str]:
     if not found.patches_applied:
         yield f"             vllm-fork/patches/{found.release} is not what the tree was made from"
         yield "             (your commits into it: make fork-export; it into the tree: make dev)"
-    yield f"own commits  {_count(found.own_commits, 'not exported: make fork-export')}"
+    yield f"commits      {_count(found.own_commits, 'not exported: make fork-export')}"
     yield from _listed(found.own_commits)
     yield f"edits        {_count(found.uncommitted, 'not committed')}"
     yield from _listed(found.uncommitted)

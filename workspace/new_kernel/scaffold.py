@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make new-kernel OP=gemm BACKEND=triton NAME=mine`: a small kernel that works, to start from.
+"""`make new-kernel OP=gemm BACKEND=triton NAME=mine`: scaffold a working kernel.
 
 An operation that exists gets a backend; a name that is new becomes an operation of its own, with a
 reference, cases and one backend. What is written are the files of templates/ with the

@@ -32,7 +32,7 @@ def text() -> str:
 
 @pytest.fixture
 def copied_pins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "model.toml"
+    path = tmp_path / "pins.toml"
     path.write_text(PINS.read_text())
     monkeypatch.setattr(pin_release, "PINS", path)
     return path
@@ -85,4 +85,4 @@ def test_pins_that_would_not_be_valid_are_not_written(copied_pins: Path) -> None
     with pytest.raises(WorkspaceError):
         pin_release.add('\n[vllm.release."1.0"]\ntorch = "1"\n', "1.0")
     assert copied_pins.read_text() == before
-    assert [path.name for path in copied_pins.parent.iterdir()] == ["model.toml"]
+    assert [path.name for path in copied_pins.parent.iterdir()] == ["pins.toml"]

@@ -11,7 +11,7 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.paths import PINS, ROOT
 from workspace.pins import model
 
-DERIVED = ("model.toml", "environment.yml", "locks/", "vllm-fork/patches/")
+DERIVED = ("pins.toml", "environment.yml", "locks/", "vllm-fork/patches/")
 EXACT = r"\d+\.\d+\.\d+(?:\.\d+)*"
 
 
@@ -62,7 +62,7 @@ def test_a_python_without_a_wheel_is_told_which_ones_have_one(
 def test_a_wrong_entry_is_named_in_one_line(
     tmp_path: Path, pattern: str, replacement: str, named: str
 ) -> None:
-    path = tmp_path / "model.toml"
+    path = tmp_path / "pins.toml"
     changed, count = re.subn(pattern, replacement, PINS.read_text(), count=1, flags=re.MULTILINE)
     assert count == 1
     path.write_text(changed)
@@ -74,11 +74,11 @@ def test_a_wrong_entry_is_named_in_one_line(
 
 def test_a_missing_file_says_how_to_get_it_back(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="git checkout"):
-        model.read(tmp_path / "model.toml")
+        model.read(tmp_path / "pins.toml")
 
 
 def test_an_unknown_release_lists_those_there_are() -> None:
-    with pytest.raises(WorkspaceError, match=r"0\.99\.0 is not pinned; model.toml has 0\.25\.1"):
+    with pytest.raises(WorkspaceError, match=r"0\.99\.0 is not pinned; pins.toml has 0\.25\.1"):
         model.load().release("0.99.0")
 
 
