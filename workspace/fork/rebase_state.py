@@ -2,7 +2,7 @@
 """What a rebase that is under way needs to be continued or taken back.
 
 Written before anything else happens and removed last, so that a rebase which is killed at any
-moment can be gone on with, or undone.
+moment can be continued or undone.
 
 Standard library only: `make fork-status` asks here without an environment.
 """

@@ -192,8 +192,8 @@ def test_a_compile_error_is_shown_and_the_tree_stays(checkout: Checkout, numbers
     assert "undeclared_name" in log.read_text()
     assert (checkout.src / "vllm/_C.abi3.so").read_bytes() == BINARIES["vllm/_C.abi3.so"]
     checkout.git("checkout", "-q", "csrc")
-    mended = checkout.make("fork-build", "TARGET=_C", given)
-    assert mended.returncode == 0, mended.stdout
+    fixed = checkout.make("fork-build", "TARGET=_C", given)
+    assert fixed.returncode == 0, fixed.stdout
     assert call(checkout, "_C", "second") == 2
 
 
