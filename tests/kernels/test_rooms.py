@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from custom_kernels import paths, registry, source_hash
+
+from tests import imported
 
 # From the ground up. A `__main__` is a command, which may use all of them.
 FLOORS = ["compile", "inspect", "check", "bench", "tuning", "profile"]
@@ -33,17 +34,10 @@ MODULES = modules()
 def imports(module: str, *, when_imported: bool = False) -> set[str]:
     """The package's modules that one imports: anywhere in it, or only when it is imported."""
     found = set()
-    tree = ast.parse(MODULES[module].read_text())
-    for node in tree.body if when_imported else ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package == "custom_kernels" and rest:
-                found.add(rest if rest in MODULES else rest.rpartition(".")[0])
+    for name in imported.names(MODULES[module], when_imported=when_imported):
+        package, _, rest = name.partition(".")
+        if package == "custom_kernels" and rest:
+            found.add(rest if rest in MODULES else rest.rpartition(".")[0])
     return found - {"", module}
 
 

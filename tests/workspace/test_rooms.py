@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tests import imported
 from workspace.host.paths import ROOT
 from workspace.verbs import VERBS
 
@@ -44,24 +44,19 @@ def modules() -> dict[str, Path]:
     return found
 
 
+MODULES = modules()
+
+
 def imports(path: Path, *, when_imported: bool = False) -> tuple[set[str], set[str]]:
     """What a file imports: modules of workspace/, and the names of other packages. Anywhere in it,
     or only what is imported with it."""
     ours, others = set(), set()
-    known = modules()
-    tree = ast.parse(path.read_text())
-    for node in tree.body if when_imported else ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package != "workspace":
-                others.add(package)
-            elif rest:
-                ours.add(rest if rest in known else rest.rpartition(".")[0])
+    for name in imported.names(path, when_imported=when_imported):
+        package, _, rest = name.partition(".")
+        if package != "workspace":
+            others.add(package)
+        elif rest:
+            ours.add(rest if rest in MODULES else rest.rpartition(".")[0])
     return ours - {""}, others
 
 
@@ -71,25 +66,24 @@ def floor(module: str) -> int:
 
 
 def test_no_room_imports_from_a_floor_above_or_beside_it() -> None:
-    for module, path in modules().items():
-        for imported in imports(path)[0] if module != "__init__" else ():
-            same_room = imported.split(".")[0] == module.split(".")[0]
-            assert same_room or floor(imported) < floor(module), f"{module} imports {imported}"
+    for module, path in MODULES.items():
+        for other in imports(path)[0] if module != "__init__" else ():
+            same_room = other.split(".")[0] == module.split(".")[0]
+            assert same_room or floor(other) < floor(module), f"{module} imports {other}"
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
-    graph = {module: imports(path)[0] - {module} for module, path in modules().items()}
+    graph = {module: imports(path)[0] - {module} for module, path in MODULES.items()}
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
 
 
 def test_what_runs_before_there_is_an_environment_needs_the_standard_library_only() -> None:
-    known = modules()
-    todo = BEFORE_AN_ENVIRONMENT | {name for name in known if name.startswith("container.")}
+    todo = BEFORE_AN_ENVIRONMENT | {name for name in MODULES if name.startswith("container.")}
     done: set[str] = set()
     while todo - done:
         module = (todo - done).pop()
         done.add(module)
-        ours, others = imports(known[module], when_imported=True)
+        ours, others = imports(MODULES[module], when_imported=True)
         assert others <= sys.stdlib_module_names, module
         todo |= ours
     assert {"host.git", "pins.release", "environment.uv"} <= done
@@ -97,6 +91,6 @@ def test_what_runs_before_there_is_an_environment_needs_the_standard_library_onl
 
 @pytest.mark.parametrize("module", sorted(ALONE))
 def test_what_runs_without_the_rest_of_the_workspace_imports_none_of_it(module: str) -> None:
-    ours, others = imports(modules()[module])
+    ours, others = imports(MODULES[module])
     assert not ours
     assert others <= sys.stdlib_module_names
