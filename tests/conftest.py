@@ -26,7 +26,16 @@ hypothesis.settings.load_profile("suite")
 # What a user's shell may say about terminals, whatever the tests are started from.
 TERMINAL = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS")
 TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANGUAGE")
-WITH_ENGINE = ("bench/test_run.py", "test_second_release.py", "test_vllm_quantization.py")
+# The longest first, so that no worker is left with one of them at the end.
+SCOPES = {
+    "newcomer": ("container/test_newcomer.py",),
+    "container": ("tests/container/",),  # they share what they build
+    "engine": ("test_second_release.py", "bench/test_run.py"),  # one engine at a time, for memory
+    "programs": ("test_vllm.py", "test_vllm_quantization.py", "test_dummy_weights.py"),
+    "build": ("fork/test_build.py",),
+    "conda": ("test_conda_dev.py",),
+    "unbundle": ("test_unbundle.py",),
+}
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
 
 
@@ -103,24 +112,32 @@ def _engine_missing() -> str | None:
     return None if os.geteuid() == 0 else "debootstrap needs root"
 
 
+def _scope(path: str) -> str:
+    """What runs in one process, one test after the other: a file, or files that share something."""
+    for name, ends in SCOPES.items():
+        if path.startswith(ends) or path.endswith(ends):
+            return name
+    return path
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One of several workers runs the tests of a file alone; of the container tests all, which
-    share what they build; and of the files that start vLLM's engine all, which takes memory."""
+    """Workers take scopes whole, in the order of the collection."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    class ByScope(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::")[0]
-            if path.startswith("tests/container/"):
-                return "container"
-            return "engine" if path.endswith(WITH_ENGINE) else path
+            return _scope(nodeid.split("::")[0])
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what the machine cannot run, with the reason."""
+    """The order of SCOPES; what the machine cannot run is skipped with the reason."""
+    first = [*SCOPES]
+    scopes = {item: _scope(item.nodeid.split("::")[0]) for item in items}
+    items.sort(key=lambda item: first.index(scopes[item]) if scopes[item] in first else len(first))
     checks = (("gpu", _gpu_missing), ("nvcc", nvcc_missing), ("container", _engine_missing))
     for mark, missing in checks:
         marked = [item for item in items if item.get_closest_marker(mark)]

@@ -144,14 +144,26 @@ def test(options: verbs.Test) -> int:
         set_up.up_to_date(partial(set_up.kernels, operation=operation))
     else:  # tests compile what they load, where it is not there yet
         set_up.package_only()
-    # Much of the time of the whole is spent waiting for processes that use one core. A GPU is
-    # measured by one at a time.
-    share = not options.k and len(os.sched_getaffinity(0)) > 1 and device() == "cpu"
-    workers = ["-n", "2"] if share else []
-    status = run_module("pytest", "-q", *workers, *selection.pytest_arguments(options.k))
+    workers = 0 if options.k else _test_processes()
+    status = run_module("pytest", "-q", f"-n{workers}", *selection.pytest_arguments(options.k))
     if status == 5:
         raise WorkspaceError(f"no test matches K={options.k}")
     return status
+
+
+def _test_processes() -> int:
+    """How many processes share the tests; 0: none, which a GPU needs, measured by one at a time.
+
+    Tests wait as well as compute, so there is one more than there are cores. Two of them may have
+    vLLM's engine beside them, which makes 2.5 GB each.
+    """
+    import psutil
+
+    if device() != "cpu":
+        return 0
+    free = psutil.virtual_memory().available / 2**30
+    count = min(len(os.sched_getaffinity(0)) + 1, 4, int(free / 2.5))
+    return count if count > 1 else 0
 
 
 def fork_export(options: verbs.ForkExport) -> None:

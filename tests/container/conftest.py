@@ -22,6 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+from filelock import FileLock
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
 from tests.workspace.conftest import clean_environment, copy_files_of_this_checkout
@@ -190,20 +191,22 @@ def remove(host: Host, name: str = NAME) -> None:
 
 @pytest.fixture(scope="session")
 def base_image() -> str:
-    """A minimal Debian, as `debootstrap` makes it; no registry is asked."""
-    if docker("images", "--quiet", f"{BASE}:{SUITE}"):
-        return f"{BASE}:{SUITE}"
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            ["debootstrap", "--variant=minbase", SUITE, folder],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as archive:
+    """A minimal Debian, as `debootstrap` makes it; no registry is asked. Made by one process."""
+    name = f"{BASE}:{SUITE}"
+    with FileLock(Path(tempfile.gettempdir(), f"{BASE}.lock")):
+        if docker("images", "--quiet", name):
+            return name
+        with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
-                [client(), "import", "-", f"{BASE}:{SUITE}"],
-                stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL,
+                ["debootstrap", "--variant=minbase", SUITE, folder],
+                check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
-    return f"{BASE}:{SUITE}"
+            with subprocess.Popen(["tar", "-C", folder, "-c", "."], stdout=subprocess.PIPE) as tar:
+                subprocess.run(
+                    [client(), "import", "-", name],
+                    stdin=tar.stdout, check=True, stdout=subprocess.DEVNULL,
+                )  # fmt: skip
+    return name
 
 
 @contextmanager

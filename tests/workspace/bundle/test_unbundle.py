@@ -145,10 +145,9 @@ def packed(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     shutil.rmtree(folder)
 
 
-@pytest.fixture
-def host(packed: Path, tmp_path: Path) -> Host:
+def host_with(packed: Path, folder: Path) -> Host:
     """The machine with a fresh copy of the bundle, and with an empty cache."""
-    origin, folder = packed.parents[2], tmp_path / ODD
+    origin = packed.parents[2]
     shutil.copytree(packed, folder / "bundle")
     kernels = next(iter(origin.parents[2].glob("template*/*/*/kernels")))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "PIP_", "GIT_"))}
@@ -163,6 +162,25 @@ def host(packed: Path, tmp_path: Path) -> Host:
         "DEVICE": "cpu",
     }
     return Host(folder, env, origin / "host" / "bin" / "python")
+
+
+@pytest.fixture
+def host(packed: Path, tmp_path: Path) -> Host:
+    """The machine with the bundle, on which nothing has run yet."""
+    return host_with(packed, tmp_path / ODD)
+
+
+@pytest.fixture(scope="module")
+def placed(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """The machine after the bundle was unpacked; its Python has nothing that it had not before.
+    Tests leave the checkout as they get it."""
+    made = host_with(packed, tmp_path_factory.mktemp("placed") / ODD)
+    site = made.python.parent.parent
+    before = sorted(path for path in site.rglob("*") if "__pycache__" not in path.parts)
+    result = made.unbundle()
+    assert result.returncode == 0, result.stdout
+    assert sorted(path for path in site.rglob("*") if "__pycache__" not in path.parts) == before
+    return made
 
 
 def assert_whole(host: Host) -> None:
@@ -189,47 +207,42 @@ def assert_whole(host: Host) -> None:
     assert host.left() == []
 
 
-def test_a_host_without_a_network_works_from_the_bundle_and_its_python_is_left_alone(
-    host: Host,
-) -> None:
-    site = host.python.parent.parent
-    before = sorted(path for path in site.rglob("*") if "__pycache__" not in path.parts)
-    result = host.unbundle()
-    assert result.returncode == 0, result.stdout
-    assert_whole(host)
-    after = sorted(path for path in site.rglob("*") if "__pycache__" not in path.parts)
-    assert after == before
-    own = host.checkout.root / ".workspace" / "system" / "bin" / "python"
+def test_a_host_without_a_network_works_from_the_bundle(placed: Host) -> None:
+    assert_whole(placed)
+    own = placed.checkout.root / ".workspace" / "system" / "bin" / "python"
     query = "import typer, pydantic, torch, vllm; print(typer.__file__, vllm.VALUE)"
     said = subprocess.run([own, "-c", query], capture_output=True, text=True, check=True, cwd="/")
     path, _, edit = said.stdout.strip().partition(" ")
-    assert Path(path).resolve().is_relative_to(host.checkout.root / ".workspace" / "system")
+    assert Path(path).resolve().is_relative_to(placed.checkout.root / ".workspace" / "system")
     assert edit == "my edit"
 
 
-def test_a_second_run_changes_nothing_and_keeps_what_was_edited_meanwhile(host: Host) -> None:
-    assert host.unbundle().returncode == 0
-    (host.checkout.src / "vllm" / "__init__.py").write_text("VALUE = 'edited on the host'\n")
-    (host.checkout.root / "kernels" / "note.txt").write_text("mine\n")
-    made = host.checkout.make("unbundle", f"FROM={host.bundle}")
+def test_a_second_run_changes_nothing_and_keeps_what_was_edited_meanwhile(placed: Host) -> None:
+    edited, added = placed.checkout.src / "vllm/__init__.py", placed.checkout.root / "kernels/note"
+    before = edited.read_text()
+    edited.write_text("VALUE = 'edited on the host'\n")
+    added.write_text("mine\n")
+    made = placed.checkout.make("unbundle", f"FROM={placed.bundle}")
     assert made.returncode == 0, made.stdout
     assert "is placed already" in made.stdout
-    assert "edited on the host" in (host.checkout.src / "vllm" / "__init__.py").read_text()
-    assert (host.checkout.root / "kernels" / "note.txt").exists()
+    assert edited.read_text() == "VALUE = 'edited on the host'\n"
+    assert added.read_text() == "mine\n"
+    edited.write_text(before)
+    added.unlink()
 
 
 @pytest.mark.parametrize("installer", ["uv", "pip"])
-def test_packages_come_back_where_the_environment_is_gone(host: Host, installer: str) -> None:
-    assert host.unbundle().returncode == 0
-    assert list((host.folder / "cache").glob("*/uv-*.whl"))
+def test_packages_come_back_where_the_environment_is_gone(placed: Host, installer: str) -> None:
+    assert list((placed.folder / "cache").glob("*/uv-*.whl"))
+    empty = {}
     if installer == "pip":
         if shutil.which("uv"):
             pytest.skip("the uv on PATH would be taken")
-        host.env["WORKSPACE_CACHE"] = str(host.folder / "empty")
-    shutil.rmtree(host.checkout.root / ".workspace" / "system")
-    again = host.checkout.make("dev", ENV="system", PYTHON=str(host.python))
+        empty = {"WORKSPACE_CACHE": str(placed.folder / "empty")}
+    shutil.rmtree(placed.checkout.root / ".workspace" / "system")
+    again = placed.checkout.make("dev", ENV="system", PYTHON=str(placed.python), **empty)
     assert again.returncode == 0, again.stdout
-    assert_whole(host)
+    assert_whole(placed)
 
 
 def test_killed_at_any_point_a_second_run_goes_on(host: Host) -> None:
