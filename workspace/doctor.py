@@ -366,13 +366,14 @@ def binaries() -> Check:
 
 def kernels() -> Check:
     try:
-        from custom_kernels.compile import build, sources, toolchain
+        from custom_kernels import registry
+        from custom_kernels.compile import build, toolchain
 
         wanted = load().cuda.architectures
         stale = [
-            source.name
-            for source in sources.find_all()
-            if not build.library_path(source, tuple(wanted)).is_file()
+            str(backend)
+            for backend in registry.compiled()
+            if not build.library_path(backend, tuple(wanted)).is_file()
         ]
     except (ImportError, OSError) as error:
         return Check("kernels", "problem", str(error), "make dev")
@@ -383,9 +384,9 @@ def kernels() -> Check:
     if stale:
         return Check("kernels", "note", f"not compiled: {', '.join(stale)}", "make kernels")
     names = []
-    for source in sources.find_all():
-        only = source.architectures(wanted)
-        names.append(source.name if list(only) == wanted else f"{source.name} ({', '.join(only)})")
+    for backend in registry.compiled():
+        only = backend.architectures(wanted)
+        names.append(str(backend) if list(only) == wanted else f"{backend} ({', '.join(only)})")
     return Check("kernels", "ok", f"{', '.join(names)} for {', '.join(wanted)}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import sys
 
-from custom_kernels.compile import build, jobs, sources
+from custom_kernels import registry
+from custom_kernels.compile import build, jobs
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
 
 from workspace.host.errors import WorkspaceError
@@ -41,12 +42,12 @@ def compile_for_device(device: str, operation: str | None = None) -> None:
 
     for arch in sorted(set(gpus())):
         wanted = [
-            source
-            for source in sources.find_all()
-            if operation in (None, source.operation) and source.architectures([arch])
+            backend
+            for backend in registry.compiled()
+            if operation in (None, backend.operation.name) and backend.architectures([arch])
         ]
         try:
-            complete = all(build.existing(source, arch) for source in wanted)
+            complete = all(build.existing(backend, arch) for backend in wanted)
         except BuildError:
             complete = False  # compiling says why
         if not complete:
@@ -67,7 +68,7 @@ def compile_all(architectures: list[str], operation: str | None = None) -> None:
         if built.compiled:
             spilled = sum(kernel.spill_stores + kernel.spill_loads for kernel in built.kernels)
             say(
-                f"compiled {built.source.name} for {', '.join(built.architectures)} "
+                f"compiled {built.backend} for {', '.join(built.architectures)} "
                 f"in {built.seconds:.1f} s, {built.peak_memory / jobs.GIB:.1f} GiB"
                 + (f", {spilled} bytes spilled" if spilled else "")
             )

@@ -8,9 +8,10 @@
   which says what is checked and measured, and names with a leading underscore are not backends).
 
 A ``<backend>.py`` has ``run(*arguments)``, which returns a tensor or a tuple of tensors, and may
-have ``unavailable_reason(device) -> str | None``, why it cannot run there, and ``DTYPES``, the only
-ones that it supports. A ``<backend>.cu`` without a Python file exports a function named like the
-operation, called with the operation's arguments and the output, or outputs, of ``empty_output``.
+have ``DTYPES``, the only ones that it supports, ``MIN_CAPABILITY``, the lowest compute capability
+of a GPU that it runs on, and ``unavailable_reason(device) -> str | None``, why it cannot run there.
+A ``<backend>.cu`` without a Python file exports a function named like the operation, called with
+the operation's arguments and the output, or outputs, of ``empty_output``.
 
 Triton and CuPy kernels are Python files that import ``triton`` or ``cupy``. Without a GPU, Triton's
 run in its interpreter where ``TRITON_INTERPRET=1`` is set before Triton is imported.
@@ -129,6 +130,34 @@ class Operation:
         ranked = dict.fromkeys(name for ranking in declared.values() for name in ranking)
         return [self.backend(name) for name in dict.fromkeys([*ranked, *names]) if name in names]
 
+    def register(
+        self, schema: str, run: Callable[..., Any], check: Callable[..., None]
+    ) -> "torch._ops.OpOverload":
+        """Make ``torch.ops.custom_kernels.<name>``; called by the operation's module when it has
+        declared BACKEND_PRIORITY and ``empty_output``.
+
+        A call costs torch's dispatcher and ``run``, without the wrappers that
+        torch.library.custom_op adds. torch.compile traces it with ``check`` and ``empty_output``.
+
+        Args:
+            schema: arguments and result, the last argument being ``str backend``.
+            run: called with all arguments.
+            check: called with all but the backend; raises where they do not fit.
+        """
+        import torch
+
+        def fake(*arguments: Any) -> Any:
+            check(*arguments[:-1])
+            return self.module.empty_output(*arguments[:-1])
+
+        # The library object keeps the registration alive.
+        self._library = torch.library.Library("custom_kernels", "FRAGMENT")
+        self._library.define(f"{self.name}{schema}")
+        for device_type in self.module.BACKEND_PRIORITY:
+            self._library.impl(self.name, run, device_type.upper())
+        torch.library.register_fake(f"custom_kernels::{self.name}", fake, lib=self._library)
+        return getattr(torch.ops.custom_kernels, self.name).default
+
     def _best(self, device: "torch.device", dtype: "torch.dtype | None" = None) -> "Backend":
         """The first backend by priority that can run on ``device`` and supports ``dtype``."""
         for backend in map(self.backend, self.priority(device.type)):
@@ -174,37 +203,45 @@ class Backend:
         return f"{self.operation}.{self.name}"
 
     @property
+    def python(self) -> Path:
+        """Its ``.py``, whether it exists or not."""
+        return self.operation.folder / f"{self.name}.py"
+
+    @property
+    def cuda(self) -> Path:
+        """Its ``.cu``, whether it exists or not."""
+        return self.operation.folder / f"{self.name}.cu"
+
+    @property
     def files(self) -> list[Path]:
         """Its ``.py``, its ``.cu``, or both; none if there is no such backend."""
-        folder = self.operation.folder
-        found = (folder / f"{self.name}{suffix}" for suffix in (".py", ".cu"))
-        return [path for path in found if path.is_file()]
+        return [path for path in (self.python, self.cuda) if path.is_file()]
 
     @property
     def kind(self) -> str:
         """What it is written in: ``cuda`` (it has a ``.cu``), ``triton``, ``cupy`` or ``torch``."""
-        for path in reversed(self.files):
-            if path.suffix == ".cu":
-                return "cuda"
-            if found := _IMPORTS.search(path.read_text()):
-                return found[1]
-        return "torch"
+        if self.cuda.is_file():
+            return "cuda"
+        match = _IMPORTS.search(self.python.read_text()) if self.python.is_file() else None
+        return match[1] if match else "torch"
 
     @property
     def notes(self) -> dict[str, str]:
         """What its files say of themselves."""
         return {name: value for path in self.files for name, value in read_notes(path).items()}
 
+    def needs(self, note: str) -> list[str]:
+        """The words of one of its notes; none without it."""
+        return self.notes.get(note, "").split()
+
     @property
     def module(self) -> ModuleType | None:
         """Its Python half, imported; None if it has none."""
-        if not (self.operation.folder / f"{self.name}.py").is_file():
-            return None
-        return import_module(f"custom_kernels.{self}")
+        return import_module(f"custom_kernels.{self}") if self.python.is_file() else None
 
     def architectures(self, wanted: Iterable[str]) -> tuple[str, ...]:
         """Those of ``wanted`` that it is written for."""
-        only = self.notes.get("architectures", "").split()
+        only = self.needs("architectures")
         return tuple(name for name in wanted if not only or name in only)
 
     def supports_dtype(self, dtype: "torch.dtype") -> bool:
@@ -213,7 +250,7 @@ class Backend:
         dtypes = getattr(self.module, "DTYPES", None)
         if dtypes is not None:
             return dtype in dtypes
-        names = self.notes.get("dtypes", "").split()
+        names = self.needs("dtypes")
         return not names or str(dtype).removeprefix("torch.") in names
 
     def unavailable_reason(self, device: "torch.device | str") -> str | None:
@@ -233,18 +270,23 @@ class Backend:
         if kind == "cuda":
             from custom_kernels.compile import build, sources
 
-            source = sources.find(self.operation.name, self.name)
-            assert source is not None
-            reason = build.unavailable_reason(source, sources.architecture(device))
+            reason = build.unavailable_reason(self, sources.architecture(device))
             if reason is not None:
                 return reason
         try:
             module = self.module
         except Exception as error:
             return f"importing it failed: {error!r}"
-        own: Callable[[torch.device], str | None] | None
-        own = getattr(module, "unavailable_reason", None)
-        return own(device) if own is not None else None
+        needed = getattr(module, "MIN_CAPABILITY", (0, 0))
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < needed:
+            major, minor = torch.cuda.get_device_capability(device)
+            return (
+                f"it needs compute capability {needed[0]}.{needed[1]} or later, this GPU has "
+                f"{major}.{minor}"
+            )
+        reason_of: Callable[[torch.device], str | None] | None
+        reason_of = getattr(module, "unavailable_reason", None)
+        return reason_of(device) if reason_of is not None else None
 
     def require_available(self, device: "torch.device") -> None:
         """Raise BackendError, with the reason and what would run instead, unless it can run
@@ -252,11 +294,11 @@ class Backend:
         if self.unavailable_reason(device) is not None:
             raise BackendError(self.operation._explain(self, device))
 
-    def library(self, device: "torch.device") -> Any:
-        """Its compiled half, a ``tvm_ffi.Module``; it is compiled first if need be."""
+    def library(self, device: "torch.device | None" = None) -> Any:
+        """Its compiled half, a ``tvm_ffi.Module``: see ``compile.build.load``."""
         from custom_kernels.compile import build
 
-        return build.load(self.operation.name, self.name, device)
+        return build.load(self, device)
 
     def runner(self, device: "torch.device", dtype: "torch.dtype") -> Callable[..., Any]:
         """See ``Operation.runner``, which remembers it."""

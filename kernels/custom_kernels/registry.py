@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from custom_kernels import paths
 from custom_kernels.operation import Backend, BackendError, Operation
 
-__all__ = ["Backend", "BackendError", "Operation", "operation", "operations", "select"]
+__all__ = ["Backend", "BackendError", "Operation", "compiled", "operation", "operations", "select"]
 
 
 def operations() -> list[Operation]:
@@ -26,6 +26,11 @@ def operation(name: str) -> Operation:
 
 
 _operation = functools.cache(Operation)
+
+
+def compiled() -> list[Backend]:
+    """All backends with a ``.cu``, sorted by name: imports nothing."""
+    return [backend for backend in select([]) if backend.kind == "cuda"]
 
 
 def select(words: Sequence[str]) -> list[Backend]:

@@ -24,6 +24,29 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tensors are small here, and the other cores are at work
 
 
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """For tests marked ``gpu``."""
+    assert torch.cuda.is_available()
+    return GPU
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, backend: str) -> torch.device:
+    """A device that the backend of the module's OPERATION runs on, or a skip with the reason."""
+    operation: registry.Operation = request.module.OPERATION
+    reasons = []
+    for device in (GPU, torch.device("cpu")):
+        reason = operation.backend(backend).unavailable_reason(device)
+        if reason is None:
+            return device
+        reasons.append(f"{device.type}: {reason}")
+    pytest.skip(f"{backend} runs on no device here: {'; '.join(reasons)}")
+
+
 @dataclass(frozen=True)
 class PackageCopy:
     """``package`` is a copy of custom_kernels without its operations; ``cache`` is where it

@@ -25,24 +25,11 @@ TOLERANCES = {
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},
 }
 
-CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
-
 
 @pytest.fixture(params=OPERATION.backend_names())
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the folder holds."""
     return str(request.param)
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
-        return CUDA
-    reason = OPERATION.backend(backend).unavailable_reason("cpu")
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
-    return torch.device("cpu")
 
 
 def make(
@@ -289,12 +276,6 @@ def test_buckets_are_exact_for_small_batches_and_four_per_doubling_after() -> No
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    assert CUDA is not None
-    return CUDA
 
 
 @pytest.mark.gpu

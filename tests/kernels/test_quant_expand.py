@@ -10,7 +10,6 @@ import pytest
 import torch
 from custom_kernels import custom_quant_expand, launches, registry
 from custom_kernels.check.outputs import poison, unwritten
-from custom_kernels.compile import build
 from custom_kernels.quant_expand import OPERATION, cases, empty_output, expanded, reference
 from custom_kernels.quantization import quantize
 from hypothesis import HealthCheck, example, given, settings
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 # warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 
-CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 PATTERNS = [None, "2:4", "4:6", "6:8", "8:10", "10:12", "30:32"]
 
@@ -33,17 +31,6 @@ PATTERNS = [None, "2:4", "4:6", "6:8", "8:10", "10:12", "30:32"]
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the folder holds."""
     return str(request.param)
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
-        return CUDA
-    reason = OPERATION.backend(backend).unavailable_reason("cpu")
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
-    return torch.device("cpu")
 
 
 def make(
@@ -283,7 +270,7 @@ def test_a_wrong_argument_is_one_clear_error() -> None:
     one_line(ValueError, "quant_expand: 4:8 is not of the kind", x, "4:8")
     one_line(ValueError, "quant_expand: a pattern .* needs N from 2", x, "32:34")
     one_line(registry.BackendError, "no such backend; available:", x, backend="cudaa")
-    if CUDA is None:
+    if not torch.cuda.is_available():
         one_line(registry.BackendError, "cuda.* on cpu", x, backend="cuda")
 
 
@@ -331,12 +318,6 @@ def test_layers_of_one_width_are_one_case() -> None:
 WAYS = {"bulk": 0, "loads": 1, "tiles": 2}
 
 
-@pytest.fixture
-def gpu() -> torch.device:
-    assert CUDA is not None
-    return CUDA
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton", "cupy"])
 @pytest.mark.parametrize("dtype", [INT8, FP8])
@@ -371,7 +352,7 @@ def test_more_elements_than_32_bits_can_count(gpu: torch.device, backend: str) -
 @pytest.mark.parametrize("pattern", [None, "2:4", "4:6", "6:8", "8:10", "12:14", "30:32"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_the_cuda_kernel(gpu: torch.device, way: str, pattern: str | None) -> None:
-    by = build.load("quant_expand", "cuda", gpu)["quant_expand_by"]
+    by = OPERATION.backend("cuda").library(gpu)["quant_expand_by"]
     for m, k in [(1, 8), (5, 1024), (37, 3592), (300, 896)]:
         for warps, teams in [(1, 1), (1, 12), (3, 4), (16, 1)] if way != "tiles" else [(8, 1)]:
             for dtype in (INT8, FP8):
@@ -397,7 +378,7 @@ def test_kernels_that_overlap_in_a_stream_wait_for_each_other(gpu: torch.device)
     x = make(512, 3584, device=gpu)
     sources = [make(512, 3584, device=gpu) for _ in range(4)]
     rights = [reference.run(source, "6:8", INT8) for source in sources]
-    run = build.load("quant_expand", "cuda", gpu)["quant_expand"]
+    run = OPERATION.backend("cuda").library(gpu)["quant_expand"]
     out = empty_output(x, "6:8", INT8)
     kept = [tuple(torch.empty_like(part) for part in out) for _ in range(40)]
     for i in range(40):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from custom_kernels import registry
-from custom_kernels.compile import build, sources, toolchain
+from custom_kernels.compile import build, toolchain
 
 from tests.kernels.conftest import PackageCopy
 
@@ -82,9 +82,8 @@ def test_a_compiled_backend_without_a_compiler_says_so(monkeypatch: pytest.Monke
         raise toolchain.BuildError("there is no nvcc: run `make dev`")
 
     monkeypatch.setattr(toolchain, "find", no_tools)
-    source = sources.find("gemm", "cublaslt")
-    assert source is not None
-    assert build.unavailable_reason(source, "9.0a") == "there is no nvcc: run `make dev`"
+    backend = registry.operation("gemm").backend("cublaslt")
+    assert build.unavailable_reason(backend, "9.0a") == "there is no nvcc: run `make dev`"
 
 
 def test_importing_the_package_imports_nothing_else() -> None:

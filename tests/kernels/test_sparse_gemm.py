@@ -13,7 +13,6 @@ import torch
 from custom_kernels import launches, registry, sparsity
 from custom_kernels.buckets import buckets
 from custom_kernels.check.check import check
-from custom_kernels.compile import build
 from custom_kernels.quantization import quantize
 from custom_kernels.sparse_gemm import (
     DTYPES,
@@ -40,7 +39,6 @@ ONCE = {"rtol": 2**-8, "atol": 1e-4}
 TOLERANCES = {"cusparselt": {"rtol": 2**-7, "atol": 2**-6}}
 
 PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "30:32")
-CUDA = torch.device("cuda", 0) if torch.cuda.is_available() else None
 BACKENDS = OPERATION.backend_names()
 
 
@@ -99,17 +97,6 @@ def assert_right(out: torch.Tensor, wanted: torch.Tensor, backend: str) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that the folder holds."""
     return str(request.param)
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    """A device that the backend runs on, or a skip with the reason."""
-    if CUDA is not None and OPERATION.backend(backend).unavailable_reason(CUDA) is None:
-        return CUDA
-    reason = OPERATION.backend(backend).unavailable_reason("cpu")
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}, and " + ("cuda: no" if CUDA else "torch sees no GPU"))
-    return torch.device("cpu")
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -417,7 +404,7 @@ def test_a_wrong_backend_is_one_clear_error() -> None:
     weight = torch.zeros(4, 4).char()
     with pytest.raises(registry.BackendError, match=r"no backend 'wgma'; there are: wgmma"):
         pack(weight, "2:4", torch.ones(4), backend="wgma")
-    if CUDA is None:
+    if not torch.cuda.is_available():
         assert pack(weight, "2:4", torch.ones(4)).backend == "reference"
     packed = replace(pack(weight, "2:4", torch.ones(4), backend="reference"), backend="wgmma")
     with pytest.raises(registry.BackendError, match=r"wgmma.* on cpu: it runs on CUDA devices"):
@@ -466,7 +453,7 @@ def test_wgmma_blocks_hold_what_each_thread_and_instruction_reads(dtype: torch.d
 
 @pytest.mark.nvcc
 def test_wgmma_tiles_are_those_that_python_numbers() -> None:
-    tiles = build.load("sparse_gemm", "wgmma").tiles()
+    tiles = OPERATION.backend("wgmma").library().tiles()
     assert [tuple(tile) for tile in tiles] == [tuple(tile[:4]) for tile in wgmma.TILES]
 
 
@@ -506,12 +493,6 @@ def test_cusparselt_pads_rows_only_where_it_must() -> None:
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpu() -> torch.device:
-    assert CUDA is not None
-    return CUDA
 
 
 FAST = pytest.mark.parametrize("fast", [name for name in BACKENDS if name != "reference"])

@@ -29,11 +29,10 @@ print(json.dumps({
     "torch": torch.__version__}))
 """
 LOAD = """
-from custom_kernels.compile import build, sources
-names = [source.name for source in sources.find_all()]
-for source in sources.find_all():
-    build.load(source.operation, source.backend)
-print(", ".join(names))
+from custom_kernels import registry
+for backend in registry.compiled():
+    backend.library()
+print(", ".join(map(str, registry.compiled())))
 """
 
 

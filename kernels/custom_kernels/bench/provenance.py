@@ -9,7 +9,7 @@ import platform
 import subprocess
 from typing import Any
 
-from custom_kernels import paths
+from custom_kernels import paths, registry
 from custom_kernels.bench.plan import Plan
 from custom_kernels.compile import build, sources, toolchain
 from custom_kernels.compile.toolchain import BuildError
@@ -49,15 +49,15 @@ def _compiled(plan: Plan, device: Any) -> dict[str, Any]:
     """The libraries of the backends that were timed; they exist, so nothing is compiled here."""
     architecture = sources.architecture(device)
     found = {}
-    for source in sources.find_all():
-        asked_for = plan.backends is None or source.backend in plan.backends
-        if source.operation != plan.operation or not asked_for:
+    for backend in registry.compiled():
+        asked_for = plan.backends is None or backend.name in plan.backends
+        if backend.operation.name != plan.operation or not asked_for:
             continue
         try:
-            built = build.build(source, (architecture,))
+            built = build.build(backend, (architecture,))
         except BuildError:
             continue  # it was not timed either, and is among the skipped
-        found[source.name] = {"library": built.path.name, "architectures": built.architectures}
+        found[str(backend)] = {"library": built.path.name, "architectures": built.architectures}
     return found
 
 

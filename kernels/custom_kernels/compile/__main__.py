@@ -23,7 +23,7 @@ def main() -> int:
         state = "up to date"
         if built.compiled:
             state = f"compiled in {built.seconds:.1f} s, {built.peak_memory / jobs.GIB:.1f} GiB"
-        print(f"{built.source.name}: {state} for {', '.join(built.architectures)}")
+        print(f"{built.backend}: {state} for {', '.join(built.architectures)}")
         for kernel in built.kernels:
             spills = kernel.spill_stores + kernel.spill_loads
             print(

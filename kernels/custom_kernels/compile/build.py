@@ -32,11 +32,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from custom_kernels import paths
+from custom_kernels import paths, registry
 from custom_kernels.compile import jobs, ptx, sources, toolchain
 from custom_kernels.compile.ptx import Kernel
-from custom_kernels.compile.sources import Source
 from custom_kernels.compile.toolchain import BuildError
+from custom_kernels.operation import Backend
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 class Built:
     """One library in the cache."""
 
-    source: Source
+    backend: Backend
     path: Path
     architectures: tuple[str, ...]
     kernels: tuple[Kernel, ...]
@@ -81,7 +81,7 @@ def build_all(
     operation: str | None = None,
 ) -> list[Built]:
     """Bring every kernel (of ``operation``, if given) up to date for ``architectures`` (default:
-    the pinned ones), in parallel; a source that is written for none of them is left out.
+    the pinned ones), in parallel; a backend that is written for none of them is left out.
 
     ``progress`` is called with each library as it becomes ready. Raises BuildError, after all
     others are built, with the compiler's messages of those that failed.
@@ -89,17 +89,17 @@ def build_all(
     architectures = tuple(architectures or sources.pinned_architectures())
     remove_stale()
     wanted = [
-        source
-        for source in sources.find_all()
-        if source.architectures(architectures) and operation in (None, source.operation)
+        backend
+        for backend in registry.compiled()
+        if backend.architectures(architectures) and operation in (None, backend.operation.name)
     ]
     stale = [
-        source for source in wanted if force or not library_path(source, architectures).is_file()
+        backend for backend in wanted if force or not library_path(backend, architectures).is_file()
     ]
     done, errors = [], []
-    for source in wanted:
-        if source not in stale:
-            done.append(build(source, architectures))
+    for backend in wanted:
+        if backend not in stale:
+            done.append(build(backend, architectures))
             if progress is not None:
                 progress(done[-1])
     if not stale:
@@ -110,8 +110,8 @@ def build_all(
     threads = max(1, len(os.sched_getaffinity(0)) // len(stale))
     with ThreadPoolExecutor(max_workers=len(stale)) as pool:
         # The one that took longest comes first, so that none is left alone at the end.
-        stale.sort(key=lambda source: _last_report(source.name).get("seconds", 0), reverse=True)
-        running = [pool.submit(build, source, architectures, force, threads) for source in stale]
+        stale.sort(key=lambda backend: _last_report(backend).get("seconds", 0), reverse=True)
+        running = [pool.submit(build, backend, architectures, force, threads) for backend in stale]
         for job in as_completed(running):
             try:
                 done.append(job.result())
@@ -122,11 +122,11 @@ def build_all(
                 progress(done[-1])
     if errors:
         raise BuildError("\n\n".join(errors))
-    return sorted(done, key=lambda item: item.source.name)
+    return sorted(done, key=lambda built: str(built.backend))
 
 
 def build(
-    source: Source, architectures: Sequence[str], force: bool = False, threads: int = 0
+    backend: Backend, architectures: Sequence[str], force: bool = False, threads: int = 0
 ) -> Built:
     """Bring one kernel up to date for ``architectures`` and return its library.
 
@@ -134,40 +134,48 @@ def build(
     processes that want the same library at once compile it once: the second waits for the first.
     """
     started = time.perf_counter()
-    architectures = source.architectures(architectures)
-    path = library_path(source, architectures)
+    architectures = backend.architectures(architectures)
+    path = library_path(backend, architectures)
     compiled = False
     if force or not path.is_file():
-        with _lock(source.name):
+        with _lock(str(backend)):
             if force or not path.is_file():
-                _clear_scratch(source.name)
+                _clear_scratch(str(backend))
                 threads = min(threads or len(os.sched_getaffinity(0)), len(architectures))
-                _compile(source, architectures, path, threads)
-                _drop_old(source.name)
+                _compile(backend, architectures, path, threads)
+                _drop_old(backend)
                 compiled = True
     report = json.loads(_report_path(path).read_text())
     kernels = tuple(Kernel(**item) for item in report["kernels"])
-    seconds = time.perf_counter() - started
     return Built(
-        source, path, architectures, kernels, compiled, seconds, int(report["peak_memory"])
+        backend=backend,
+        path=path,
+        architectures=architectures,
+        kernels=kernels,
+        compiled=compiled,
+        seconds=time.perf_counter() - started,
+        peak_memory=int(report["peak_memory"]),
     )
 
 
-def library_path(source: Source, architectures: Sequence[str]) -> Path:
-    """Where the library of ``source`` for ``architectures`` is, or will be once it is compiled."""
+def library_path(backend: Backend, architectures: Sequence[str]) -> Path:
+    """Where the backend's library for ``architectures`` is, or will be once it is compiled."""
     tools = toolchain.find()
-    architectures = source.architectures(architectures)
+    architectures = backend.architectures(architectures)
     recipe = {
         "report": REPORT,
-        "headers": [package for _, package in source.headers()],
-        "files": {str(path.relative_to(paths.PACKAGE)): _sha256(path) for path in source.files()},
+        "headers": [package for _, package in sources.headers(backend)],
+        "files": {
+            str(path.relative_to(paths.PACKAGE)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sources.files(backend)
+        },
         "flags": [*FLAGS, *_code_flags(architectures)],
-        "libraries": source.libraries(),
+        "libraries": sources.libraries(backend),
         "tools": tools.versions(),
         "environment": {name: os.environ.get(name, "") for name in _NVCC_ENVIRONMENT},
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    return paths.cache_dir() / f"{source.name}-{key[:20]}.so"
+    return paths.cache_dir() / f"{backend}-{key[:20]}.so"
 
 
 def remove_stale() -> None:
@@ -179,12 +187,12 @@ def remove_stale() -> None:
                 _clear_scratch(name)
 
 
-def unavailable_reason(source: Source, device_architecture: str) -> str | None:
-    """Why ``source`` neither is nor can be compiled for the architecture; None if it can."""
-    if not source.architectures((device_architecture,)):
-        return f"{source.path.name} is not written for {device_architecture}"
+def unavailable_reason(backend: Backend, device_architecture: str) -> str | None:
+    """Why a backend neither is nor can be compiled for the architecture; None if it can."""
+    if not backend.architectures((device_architecture,)):
+        return f"{backend.cuda.name} is not written for {device_architecture}"
     try:
-        if existing(source, device_architecture) is None:
+        if existing(backend, device_architecture) is None:
             toolchain.find()
     except BuildError as error:
         return str(error)
@@ -192,7 +200,7 @@ def unavailable_reason(source: Source, device_architecture: str) -> str | None:
 
 
 @functools.cache
-def load(operation: str, backend: str, device: "torch.device | None" = None) -> Any:
+def load(backend: Backend, device: "torch.device | None" = None) -> Any:
     """Load a backend's library as a ``tvm_ffi.Module``; compile it first if it is not up to date.
 
     Any library that holds the device's architecture serves; one that must be compiled is compiled
@@ -203,93 +211,94 @@ def load(operation: str, backend: str, device: "torch.device | None" = None) -> 
     import torch
     import tvm_ffi
 
-    source = sources.find(operation, backend)
-    if source is None:
-        raise BuildError(f"{paths.PACKAGE / operation} has no {backend}.cu")
     if device is None or torch.device(device).type != "cuda":
-        path = build(source, sources.pinned_architectures()).path
+        path = build(backend, sources.pinned_architectures()).path
     else:
         target = sources.architecture(torch.device(device))
-        found = existing(source, target)
+        found = existing(backend, target)
         if found is None:
-            log.warning("compiling %s for %s: this happens once", source.name, target)
-            found = build(source, (target,)).path
+            log.warning("compiling %s for %s: this happens once", backend, target)
+            found = build(backend, (target,)).path
         path = found
     return tvm_ffi.load_module(str(path))
 
 
-def existing(source: Source, device_architecture: str) -> Path | None:
+def existing(backend: Backend, device_architecture: str) -> Path | None:
     """A library that is up to date and holds the device's architecture."""
     for wanted in (sources.pinned_architectures(), (device_architecture,)):
-        architectures = source.architectures(wanted)
+        architectures = backend.architectures(wanted)
         if device_architecture in architectures:
-            path = library_path(source, architectures)
+            path = library_path(backend, architectures)
             if path.is_file():
                 return path
     return None
 
 
-def _compile(source: Source, architectures: Sequence[str], path: Path, threads: int) -> None:
+def _compile(backend: Backend, architectures: Sequence[str], path: Path, threads: int) -> None:
     tools = toolchain.find()
     if tools.origin == "system":
-        _say_once(f"compiling with {tools.nvcc}, the system's: this environment holds no nvcc")
+        _warn_once(f"compiling with {tools.nvcc}, the system's: this environment holds no nvcc")
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f"{source.name}-", suffix=".tmp", dir=path.parent))
+        with tempfile.TemporaryDirectory(
+            prefix=f"{backend}-", suffix=".tmp", dir=path.parent, ignore_cleanup_errors=True
+        ) as scratch:
+            _compile_in(Path(scratch), backend, architectures, path, threads)
     except OSError as error:
         raise _not_writable(path.parent, error) from None
-    try:
-        quotable = _Quotable(scratch)
-        headers = [*(folder for folder, _ in source.headers()), *tools.include]
-        libraries = [toolchain.library(tools, name) for name in ("tvm_ffi", *source.libraries())]
-        command = [
-            str(tools.nvcc),
-            *FLAGS,
-            *_code_flags(architectures),
-            f"--threads={threads}",
-            "-shared",
-            "-Xcompiler=-fPIC",
-            f"-ccbin={quotable(tools.cxx)}",
-            f"-I{quotable(paths.PACKAGE)}",
-            "-isystem",
-            quotable(tools.tvm_ffi / "include"),
-            *(item for folder in headers for item in ("-isystem", quotable(folder))),
-            quotable(source.path),
-            "-o",
-            path.name,
-            "--keep",  # the PTX, for the report; it goes when the scratch folder goes
-            "--keep-dir=.",
-            # Packages hold only lib<name>.so.<major>, without the plain link name. The result asks
-            # for it by the name that is written in it, which is the one that torch has loaded.
-            *(f"-L{quotable(library.parent)}" for library in libraries),
-            *(f"-l:{library.name}" for library in libraries),
-        ]
-        need = _last_report(source.name).get("peak_memory") or PEAK_MEMORY
-        with jobs.slot(need * threads) as slot:
-            ran = quotable.named(_run_nvcc(command, scratch, slot.fileno()))
-        if ran.status != 0:
-            raise BuildError(_failure(source, ran))
-        if library_path(source, architectures) != path:
-            raise BuildError(f"{source.path} changed while it was compiled: re-run")
-        report = {
-            "source": source.name,
-            "architectures": list(architectures),
-            "tools": tools.versions(),
-            "seconds": round(ran.seconds, 1),
-            "peak_memory": ran.peak_memory,
-            "kernels": [asdict(kernel) for kernel in ptx.kernels(ran.log, scratch)],
-        }
-        # The report first: where there is a library, there is its report.
-        output, report_output = scratch / path.name, scratch / "report.json"
-        report_output.write_text(json.dumps(report, indent=1))
-        for written in (output, report_output):
-            with written.open("rb") as file:
-                os.fsync(file.fileno())
-        report_output.replace(_report_path(path))
-        output.replace(path)
-    except OSError as error:
-        raise _not_writable(path.parent, error) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compile_in(
+    scratch: Path, backend: Backend, architectures: Sequence[str], path: Path, threads: int
+) -> None:
+    tools, quotable = toolchain.find(), _Quotable(scratch)
+    headers = [*(folder for folder, _ in sources.headers(backend)), *tools.include]
+    names = ("tvm_ffi", *sources.libraries(backend))
+    libraries = [toolchain.library(tools, name) for name in names]
+    command = [
+        str(tools.nvcc),
+        *FLAGS,
+        *_code_flags(architectures),
+        f"--threads={threads}",
+        "-shared",
+        "-Xcompiler=-fPIC",
+        f"-ccbin={quotable(tools.cxx)}",
+        f"-I{quotable(paths.PACKAGE)}",
+        "-isystem",
+        quotable(tools.tvm_ffi / "include"),
+        *(item for folder in headers for item in ("-isystem", quotable(folder))),
+        quotable(backend.cuda),
+        "-o",
+        path.name,
+        "--keep",  # the PTX, for the report; it goes when the scratch folder goes
+        "--keep-dir=.",
+        # Packages hold only lib<name>.so.<major>, without the plain link name. The result asks
+        # for it by the name that is written in it, which is the one that torch has loaded.
+        *(f"-L{quotable(library.parent)}" for library in libraries),
+        *(f"-l:{library.name}" for library in libraries),
+    ]
+    need = _last_report(backend).get("peak_memory") or PEAK_MEMORY
+    with jobs.slot(need * threads) as slot:
+        ran = quotable.named(_run_nvcc(command, scratch, slot.fileno()))
+    if ran.status != 0:
+        raise BuildError(_failure(backend, ran))
+    if library_path(backend, architectures) != path:
+        raise BuildError(f"{backend.cuda} changed while it was compiled: re-run")
+    report = {
+        "source": str(backend),
+        "architectures": list(architectures),
+        "tools": tools.versions(),
+        "seconds": round(ran.seconds, 1),
+        "peak_memory": ran.peak_memory,
+        "kernels": [asdict(kernel) for kernel in ptx.kernels(ran.log, scratch)],
+    }
+    # The report first: where there is a library, there is its report.
+    output, report_output = scratch / path.name, scratch / "report.json"
+    report_output.write_text(json.dumps(report, indent=1))
+    for written in (output, report_output):
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+    report_output.replace(_report_path(path))
+    output.replace(path)
 
 
 @dataclass(frozen=True)
@@ -360,27 +369,33 @@ def _run_nvcc(command: Sequence[str], scratch: Path, slot: int) -> _Ran:
     )
 
 
-def _failure(source: Source, ran: _Ran) -> str:
+def _failure(backend: Backend, ran: _Ran) -> str:
     messages = "\n".join(line for line in ran.log.splitlines() if not line.startswith("ptxas info"))
     if ran.status in (-9, 137) or "signal 9" in messages or "Killed" in messages:
         return (
-            f"the compiler of {source.path.name} was killed at {ran.peak_memory / jobs.GIB:.1f} "
+            f"the compiler of {backend.cuda.name} was killed at {ran.peak_memory / jobs.GIB:.1f} "
             "GiB, most likely out of memory: close other programs and re-run"
         )
-    return f"nvcc cannot compile {source.path}:\n{messages.strip()}"
+    return f"nvcc cannot compile {backend.cuda}:\n{messages.strip()}"
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _last_report(name: str) -> dict[str, Any]:
-    """The newest report of a source, whatever version of it that was; empty where there is none."""
-    found = sorted(paths.cache_dir().glob(f"{name}-*.json"), key=lambda path: path.stat().st_mtime)
+def _last_report(backend: Backend) -> dict[str, Any]:
+    """The newest report of a backend, of any version of its source; empty without one."""
+    reports = _by_age(backend, ".json")
     with contextlib.suppress(IndexError, OSError, ValueError):
-        return dict(json.loads(found[-1].read_text()))
+        return dict(json.loads(reports[-1].read_text()))
     return {}
+
+
+def _by_age(backend: Backend, suffix: str) -> list[Path]:
+    """Its files in the cache, the newest last."""
+    found = paths.cache_dir().glob(f"{backend}-*{suffix}")
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def _code_flags(architectures: Iterable[str]) -> list[str]:
@@ -390,10 +405,6 @@ def _code_flags(architectures: Iterable[str]) -> list[str]:
 
 def _report_path(library: Path) -> Path:
     return library.with_suffix(".json")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -420,11 +431,8 @@ def _clear_scratch(name: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _drop_old(name: str) -> None:
-    libraries = sorted(
-        paths.cache_dir().glob(f"{name}-*.so"), key=lambda path: path.stat().st_mtime
-    )
-    for path in libraries[: -KEPT_LIBRARIES - 1]:
+def _drop_old(backend: Backend) -> None:
+    for path in _by_age(backend, ".so")[: -KEPT_LIBRARIES - 1]:
         path.unlink(missing_ok=True)
         _report_path(path).unlink(missing_ok=True)
 

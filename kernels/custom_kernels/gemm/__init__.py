@@ -148,19 +148,6 @@ def _plan_ahead(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         cublaslt.plan_ahead(rows, weight, bias)
 
 
-def _fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, backend: str
-) -> torch.Tensor:
-    _check(x, weight, bias)
-    return empty_output(x, weight, bias)
-
-
-# The library object keeps the registration alive. Low-level registration: a call costs the
-# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
-# it.
-_library = torch.library.Library("custom_kernels", "FRAGMENT")
-_library.define("gemm(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor")
-for _device_type in BACKEND_PRIORITY:
-    _library.impl("gemm", _gemm, _device_type.upper())
-torch.library.register_fake("custom_kernels::gemm", _fake, lib=_library)
-_op = torch.ops.custom_kernels.gemm.default
+_op = OPERATION.register(
+    "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor", _gemm, _check
+)

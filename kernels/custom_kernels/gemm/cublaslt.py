@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -29,6 +29,8 @@ from custom_kernels.buckets import buckets
 from custom_kernels.gemm.reference import exact
 
 DTYPES = (torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+"""Its kernels for bfloat16 need it."""
 
 MARGIN = 0.01
 """A plan must beat what torch does by this much, in the median round, to be preferred to it."""
@@ -61,16 +63,6 @@ elsewhere should not pay for it.
 _planning = threading.Lock()
 
 
-def unavailable_reason(device: torch.device) -> str | None:
-    """cuBLASLt's kernels for bfloat16 need compute capability 8.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        None
-        if major >= 8
-        else f"it needs compute capability 8.0 or later, this GPU has {major}.{minor}"
-    )
-
-
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [M, K], weight [N, K], bias [N] or None, all bfloat16 or all float16; returns [M, N] of
     that dtype.
@@ -98,14 +90,9 @@ def _run_first_time(
         return
     plans = _plans(x.device)
     with _planning, torch.cuda.device(x.device):
-        *smaller, own = buckets(x.shape[0])
-        searched = plans.ensure(own, x, weight, bias, out)
-        if plan_smaller_batches:
-            for bucket in smaller:
-                searched |= plans.ensure(bucket, x[:bucket], weight, bias, out[:bucket])
-        if searched:
-            plans.save()
-        plan = plans.get(own, x, weight, bias, out)
+        *smaller, bucket = buckets(x.shape[0])
+        plans.ensure([bucket, *(smaller if plan_smaller_batches else ())], x, weight, bias, out)
+        plan = plans.get(bucket, x, weight, bias, out)
         if library.adopt(x, weight, bias, out, plan):
             library.run(x, weight, bias, out)
         else:
@@ -123,12 +110,15 @@ def plan_ahead(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     out = x.new_empty((x.shape[0], weight.shape[0]))
     plans = _plans(x.device)
     with _planning, torch.cuda.device(x.device):
-        missing = [
-            plans.ensure(bucket, x[:bucket], weight, bias, out[:bucket])
-            for bucket in buckets(x.shape[0])
-        ]
-        if any(missing):
-            plans.save()
+        plans.ensure(buckets(x.shape[0]), x, weight, bias, out)
+
+
+class _Found(TypedDict):
+    """What a search found; times in microseconds."""
+
+    plan: list[int]
+    us: float
+    incumbent_us: float
 
 
 class _Plans:
@@ -138,23 +128,41 @@ class _Plans:
         self._library = _library(device)
         self._l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.path = _plans_path(device, self._library.library_version())
-        self._plans: dict[str, dict[str, Any]] = _read(self.path)
+        self._plans = _read(self.path)
 
-    def get(self, bucket: int, *tensors: Any) -> list[int]:
-        plan: list[int] = self._plans[_key(bucket, *tensors)]["plan"]
-        return plan
+    def get(
+        self,
+        bucket: int,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> list[int]:
+        return self._plans[_key(bucket, x, weight, bias, out)]["plan"]
 
-    def ensure(self, bucket: int, *tensors: Any) -> bool:
-        """Search unless there is a plan. True if it searched."""
-        key = _key(bucket, *tensors)
-        if key in self._plans:
-            return False
-        self._plans[key] = self.search(*tensors)
-        return True
+    def ensure(
+        self,
+        sizes: Iterable[int],
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Search for those of these buckets of M, none beyond that of x, that have no plan, and
+        save what was found."""
+        searched = False
+        for bucket in sizes:
+            problem = (x[:bucket], weight, bias, out[:bucket])
+            key = _key(bucket, *problem)
+            if key not in self._plans:
+                self._plans[key] = self.search(*problem)
+                searched = True
+        if searched:
+            self.save()
 
     def search(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> dict[str, Any]:
+    ) -> "_Found":
         """Find the fastest accurate plan for this very shape; overwrites ``out``.
 
         Three stages, each with fewer plans and more repetitions. What torch does for this shape is
@@ -227,11 +235,8 @@ class _Plans:
         # With what lies between their rows, which a copy takes as well.
         spans = (tensor.shape[0] * max(tensor.shape[1], tensor.stride(0)) for tensor in tensors)
         total = sum(spans) * tensors[0].element_size()
-        count = (
-            min(MAX_COPIES, math.ceil(2 * self._l2_bytes / total))
-            if total < 2 * self._l2_bytes
-            else 0
-        )
+        wanted = 2 * self._l2_bytes
+        count = min(MAX_COPIES, math.ceil(wanted / total)) if total < wanted else 0
         copies = []
         for tensor in tensors:
             rows, columns = tensor.shape
@@ -281,7 +286,13 @@ def _unique(plans: Iterable[Any]) -> list[Plan]:
     return list(dict.fromkeys(tuple(plan) for plan in plans))
 
 
-def _key(bucket: int, x: torch.Tensor, weight: torch.Tensor, bias: Any, out: torch.Tensor) -> str:
+def _key(
+    bucket: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> str:
     aligned = min(_alignment(tensor) for tensor in (x, weight, out))
     n, k = weight.shape
     return f"{x.dtype} M={bucket} N={n} K={k} bias={bias is not None} aligned={aligned}"
@@ -299,15 +310,14 @@ def _plans_path(device: torch.device, library_version: int) -> Path:
     return paths.cache_dir() / f"plans-gemm.cublaslt-{name}-{library_version}-{source}.json"
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def _read(path: Path) -> dict[str, _Found]:
     try:
-        plans: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         log.warning("gemm.cublaslt: searching again, %s cannot be read: %s", path, error)
         return {}
-    return plans
 
 
 @functools.cache

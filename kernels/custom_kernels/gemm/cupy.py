@@ -30,6 +30,8 @@ import torch
 from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+"""WMMA for bfloat16 and ``cp.async`` need it."""
 
 SOURCE = r"""
 #include <cuda_bf16.h>
@@ -156,16 +158,6 @@ def _kernel(dtype: torch.dtype, tile: tuple[int, ...]) -> cupy.RawKernel:
 
 # Compiled at the first launch, and kept in CuPy's cache folder.
 KERNELS = {(dtype, name): _kernel(dtype, tile) for dtype in DTYPES for name, tile in TILES.items()}
-
-
-def unavailable_reason(device: torch.device) -> str | None:
-    """WMMA for bfloat16 and ``cp.async`` need compute capability 8.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        None
-        if major >= 8
-        else f"it needs compute capability 8.0 or later, this GPU has {major}.{minor}"
-    )
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -34,6 +34,8 @@ from custom_kernels import tuned
 from custom_kernels.operation import Specialization
 
 DTYPES = (torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+"""Its kernels for bfloat16 need it."""
 
 log = logging.getLogger(__name__)
 
@@ -215,18 +217,6 @@ def config(m: int, n: int, k: int, multiprocessors: int, shared: int) -> Config:
     # A part is written and read once more, in float32: worth it where K is long and tiles are few.
     split = max(1, min(places // tiles, most)) if k >= 2 * n or k >= 3072 else 1
     return dataclasses.replace(fit, split_k=1 << (split.bit_length() - 1))
-
-
-def unavailable_reason(device: torch.device) -> str | None:
-    """Triton's kernels for bfloat16 need compute capability 8.0."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        None
-        if major >= 8
-        else f"it needs compute capability 8.0 or later, this GPU has {major}.{minor}"
-    )
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

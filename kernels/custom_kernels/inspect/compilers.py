@@ -43,12 +43,10 @@ def compile_here(backend: Backend, names: Sequence[str], most: int | None = None
 
 
 def read_library(backend: Backend, names: Sequence[str]) -> list[Report]:
-    source = sources.find(backend.operation.name, backend.name)
-    assert source is not None
     pinned = sources.pinned_architectures()
     # One library holds all pinned architectures; what is compiled already is not compiled again.
-    whole = set(names) <= set(pinned) and build.library_path(source, pinned).is_file()
-    built = build.build(source, pinned if whole else names)
+    whole = set(names) <= set(pinned) and build.library_path(backend, pinned).is_file()
+    built = build.build(backend, pinned if whole else names)
     reports = []
     for name in names:
         said = {kernel.name: kernel for kernel in built.kernels if kernel.architecture == name}

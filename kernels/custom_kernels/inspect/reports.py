@@ -149,15 +149,9 @@ def serve() -> None:
 def fingerprint(backend: Backend) -> str:
     """A hash of all files of this package that the backend is made of; of the tools none is."""
     digest = hashlib.sha256()
-    source = _source(backend)
-    compiled = source.files() if source is not None else []
-    for path in sorted({*_closure(backend), *compiled}):
+    for path in sorted({*_closure(backend), *sources.files(backend)}):
         digest.update(f"{path.relative_to(paths.PACKAGE)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _source(backend: Backend) -> sources.Source | None:
-    return sources.find(backend.operation.name, backend.name)
 
 
 def _cached(backend: Backend, architecture: str) -> Path:
@@ -165,9 +159,8 @@ def _cached(backend: Backend, architecture: str) -> Path:
     digest = hashlib.sha256(made_of.encode())
     for reader in (assembly, compilers, ptx, report_module):
         digest.update(Path(str(reader.__file__)).read_bytes())
-    source = _source(backend)
-    if source is not None:
-        digest.update(build.library_path(source, (architecture,)).name.encode())
+    if backend.kind == "cuda":
+        digest.update(build.library_path(backend, (architecture,)).name.encode())
     for name in _VERSIONS:
         try:
             digest.update(f"{name} {importlib.metadata.version(name)}\0".encode())

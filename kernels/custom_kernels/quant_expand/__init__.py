@@ -111,21 +111,8 @@ def _quant_expand(
     return q.view(*x.shape[:-1], q.shape[-1]), scale.view(x.shape[:-1])
 
 
-def _fake(
-    x: torch.Tensor, pattern: str | None, dtype: torch.dtype, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x, pattern, dtype)
-    return empty_output(x, pattern, dtype)
-
-
-# The library object keeps the registration alive. Low-level registration: a call costs the
-# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
-# it.
-_library = torch.library.Library("custom_kernels", "FRAGMENT")
-_library.define(
-    "quant_expand(Tensor x, str? pattern, ScalarType dtype, str backend) -> (Tensor, Tensor)"
+_op = OPERATION.register(
+    "(Tensor x, str? pattern, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _quant_expand,
+    _check,
 )
-for _device_type in BACKEND_PRIORITY:
-    _library.impl("quant_expand", _quant_expand, _device_type.upper())
-torch.library.register_fake("custom_kernels::quant_expand", _fake, lib=_library)
-_op = torch.ops.custom_kernels.quant_expand.default

@@ -77,18 +77,8 @@ def baselines(dtype: str) -> list[Contender]:
     """What a user would call instead: torch, plain and compiled; vLLM's own quantization, which
     does not expand."""
 
-    def vllm(device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "vLLM's quantization kernels run on CUDA devices"
-        try:
-            importlib.import_module("vllm._custom_ops")
-        except ImportError as error:
-            return f"vLLM cannot be imported: {error}"
-        of = {"int8": "dynamic_scaled_int8_quant"}
-        kernel = of.get(dtype, "dynamic_per_token_scaled_fp8_quant")
-        if not hasattr(torch.ops._C, kernel):
-            return f"this vLLM has no compiled {kernel}"
-        return None
+    kernels = {"int8": "dynamic_scaled_int8_quant"}
+    kernel = kernels.get(dtype, "dynamic_per_token_scaled_fp8_quant")
 
     def compiling(device: torch.device) -> str | None:
         return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
@@ -96,7 +86,7 @@ def baselines(dtype: str) -> list[Contender]:
     return [
         Contender("torch", reference.run),
         Contender("torch.compile", _compiled, unavailable_reason=compiling),
-        Contender("vllm, not expanded", _vllm, unavailable_reason=vllm),
+        Contender("vllm, not expanded", _vllm, unavailable_reason=vllm_kernel_missing(kernel)),
     ]
 
 
@@ -187,9 +177,29 @@ def _compile(pattern: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor]
 
 
 def _vllm(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
+    return vllm_quantize(x, dtype)
+
+
+def vllm_quantize(x: torch.Tensor, dtype: torch.dtype) -> Rounded:
+    """vLLM's own quantization of every row to int8 or float8_e4m3fn."""
     ops = importlib.import_module("vllm._custom_ops")
     if dtype == torch.int8:
         q, scale, _ = ops.scaled_int8_quant(x)
     else:
         q, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
     return Rounded(q, scale)
+
+
+def vllm_kernel_missing(name: str) -> Callable[[torch.device], str | None]:
+    """Why this one of vLLM's compiled kernels cannot run on a device, as a Contender asks it."""
+
+    def reason(device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "vLLM's quantization kernels run on CUDA devices"
+        try:
+            importlib.import_module("vllm._custom_ops")
+        except ImportError as error:
+            return f"vLLM cannot be imported: {error}"
+        return None if hasattr(torch.ops._C, name) else f"this vLLM has no compiled {name}"
+
+    return reason

@@ -295,30 +295,9 @@ def _sparse_gemm(
     return out if a.dim() == 2 else out.view(*a.shape[:-1], features)
 
 
-def _fake(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-    backend: str,
-) -> torch.Tensor:
-    arguments = (a, a_scale, values, metadata, w_scale, bias, features)
-    _check(*arguments)
-    return empty_output(*arguments)
-
-
-# The library object keeps the registration alive. Low-level registration: a call costs the
-# dispatcher and this Python function, without the wrappers that torch.library.custom_op adds around
-# it.
-_library = torch.library.Library("custom_kernels", "FRAGMENT")
-_library.define(
-    "sparse_gemm(Tensor a, Tensor? a_scale, Tensor values, Tensor metadata, Tensor? w_scale, "
-    "Tensor? bias, int features, str backend) -> Tensor"
+_op = OPERATION.register(
+    "(Tensor a, Tensor? a_scale, Tensor values, Tensor metadata, Tensor? w_scale, Tensor? bias, "
+    "int features, str backend) -> Tensor",
+    _sparse_gemm,
+    _check,
 )
-for _device_type in BACKEND_PRIORITY:
-    _library.impl("sparse_gemm", _sparse_gemm, _device_type.upper())
-torch.library.register_fake("custom_kernels::sparse_gemm", _fake, lib=_library)
-_op = torch.ops.custom_kernels.sparse_gemm.default

@@ -6,7 +6,6 @@ is quantized and expanded, then multiplied; against dense layers, which quantize
 DTYPE= is that of the weight; bfloat16 is not quantized.
 """
 
-import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn.functional import linear, pad
 from custom_kernels import quantization, registry, sparsity
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
+from custom_kernels.quant_expand.cases import LAYERS, vllm_kernel_missing, vllm_quantize
 from custom_kernels.sparse_gemm import SparseWeight, pack, reference, sparse_linear
 
 __all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
@@ -29,9 +29,6 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 batch limit."""
 
 PATTERNS = ("2:4", "4:6", "6:8", "8:10")
-
-LAYERS = ("qkv", "o", "gate_up", "down")
-"""The output head is not quantized."""
 
 TOLERANCE = 1e-2
 """‖out - exact‖ / ‖exact‖. Rounding to bfloat16 once gives 1.7e-3, twice (cuSPARSELt) 2.4e-3;
@@ -74,7 +71,7 @@ def baselines(dtype: str) -> list[Contender]:
     if dtype == "bfloat16":
         return [torch_linear]
     vllm = Contender(
-        "vllm, dense", _vllm, unavailable_reason=functools.partial(_vllm_missing, dtype)
+        "vllm, dense", _vllm, unavailable_reason=vllm_kernel_missing("cutlass_scaled_mm")
     )
     installed = torch.cuda.is_available() and vllm.unavailable_reason(torch.device("cuda")) is None
     return [vllm, torch_linear] if installed else [torch_linear, vllm]
@@ -202,21 +199,6 @@ def _vllm(
     pattern: str,
 ) -> torch.Tensor:
     ops = importlib.import_module("vllm._custom_ops")
-    if weight.dtype == torch.int8:
-        q, q_scale, _ = ops.scaled_int8_quant(x)
-    else:
-        q, q_scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    q, q_scale = vllm_quantize(x, weight.dtype)
     multiply: Callable[..., torch.Tensor] = ops.cutlass_scaled_mm
     return multiply(q, weight.t(), q_scale, scale[:, None], torch.bfloat16, bias)
-
-
-def _vllm_missing(dtype: str, device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "vLLM's quantization kernels run on CUDA devices"
-    try:
-        importlib.import_module("vllm._custom_ops")
-    except ImportError as error:
-        return f"vLLM cannot be imported: {error}"
-    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        return "this vLLM has no compiled cutlass_scaled_mm"
-    return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from custom_kernels import paths
+from custom_kernels import paths, registry
 from custom_kernels.compile import build, sources, toolchain
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
 
@@ -48,25 +48,25 @@ def toy(package_copy: PackageCopy, monkeypatch: pytest.MonkeyPatch) -> PackageCo
 
 
 def _library() -> Path:
-    (source,) = sources.find_all()
-    return build.library_path(source, [ARCHITECTURE])
+    (backend,) = registry.compiled()
+    return build.library_path(backend, [ARCHITECTURE])
 
 
 def test_only_what_changed_is_rebuilt(toy: PackageCopy) -> None:
     toy.add("toy/other.cu", 'extern "C" int other() { return 1; }\n')
-    first = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    first = {item.backend.name: item for item in build.build_all([ARCHITECTURE])}
     assert [item.compiled for item in first.values()] == [True, True]
     assert ctypes.CDLL(str(first["cuda"].path)).answer() == 42
 
     assert not any(item.compiled for item in build.build_all([ARCHITECTURE]))
 
     toy.add("toy/scale.cuh", "#define SCALE 3.f\n")  # only cuda.cu includes it
-    second = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    second = {item.backend.name: item for item in build.build_all([ARCHITECTURE])}
     assert second["cuda"].compiled
     assert not second["other"].compiled
 
     toy.add("toy/scale.cuh", "#define SCALE 2.f\n")  # back again: the first library is still there
-    third = {item.source.backend: item for item in build.build_all([ARCHITECTURE])}
+    third = {item.backend.name: item for item in build.build_all([ARCHITECTURE])}
     assert not third["cuda"].compiled
     assert third["cuda"].path == first["cuda"].path
 
@@ -74,8 +74,8 @@ def test_only_what_changed_is_rebuilt(toy: PackageCopy) -> None:
 def test_the_name_holds_flags_tools_and_architectures(
     toy: PackageCopy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (source,) = sources.find_all()
-    names = {build.library_path(source, [ARCHITECTURE]), build.library_path(source, ["9.0a"])}
+    (backend,) = registry.compiled()
+    names = {build.library_path(backend, [ARCHITECTURE]), build.library_path(backend, ["9.0a"])}
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DEXTRA"))
     names.add(_library())
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-DMORE")
@@ -119,8 +119,8 @@ def test_several_architectures_compile_in_a_folder_of_any_name_and_leave_nothing
         "toy/scale.cuh", "#include <tvm/ffi/c_api.h>\n#include <cuda_fp16.h>\n#define SCALE 2.f\n"
     )
     toy.add("toy/cuda.cu", TOY.replace("scale.cuh", "toy/scale.cuh"))
-    (source,) = sources.find_all()
-    built = build.build(source, [ARCHITECTURE, "9.0a"], threads=2)
+    (backend,) = registry.compiled()
+    built = build.build(backend, [ARCHITECTURE, "9.0a"], threads=2)
     assert {kernel.architecture for kernel in built.kernels} == {ARCHITECTURE, "9.0a"}
     assert [path.name for path in tmp_path.iterdir()] == ["my work (1) ü"]
 
@@ -133,10 +133,10 @@ def test_a_compiler_that_the_system_killed_says_what_to_do(
     killed.chmod(0o755)
     tools = replace(toolchain.find(), cxx=killed)
     monkeypatch.setattr(toolchain, "find", lambda: tools)
-    (source,) = sources.find_all()
+    (backend,) = registry.compiled()
     for architectures in ([ARCHITECTURE], [ARCHITECTURE, "9.0a"]):
         with pytest.raises(BuildError, match=r"cuda\.cu was killed .* out of memory"):
-            build.build(source, architectures, threads=2)
+            build.build(backend, architectures, threads=2)
 
 
 def test_an_error_is_shown_as_the_compiler_gives_it(toy: PackageCopy) -> None:
@@ -174,10 +174,10 @@ def test_killed_at_random_times_nothing_half_is_taken_for_whole(toy: PackageCopy
 
 
 def test_two_builders_compile_once(toy: PackageCopy) -> None:
-    (source,) = sources.find_all()
+    (backend,) = registry.compiled()
     results: list[build.Built] = []
     threads = [
-        threading.Thread(target=lambda: results.append(build.build(source, [ARCHITECTURE])))
+        threading.Thread(target=lambda: results.append(build.build(backend, [ARCHITECTURE])))
         for _ in range(2)
     ]
     for thread in threads:
@@ -284,7 +284,7 @@ def test_the_kernel_in_the_readme_compiles_and_exports_its_function(toy: Package
     readme = Path(__file__).parents[3] / "kernels" / "README.md"
     (example,) = re.findall(r"```cuda\n(.*?)```", readme.read_text(), re.DOTALL)
     toy.add("toy/cuda.cu", example)
-    assert build.load("toy", "cuda")["gemm"] is not None
-    (source,) = sources.find_all()
-    kernels = build.build(source, sources.pinned_architectures()).kernels
+    (backend,) = registry.compiled()
+    assert backend.library()["gemm"] is not None
+    kernels = build.build(backend, sources.pinned_architectures()).kernels
     assert {kernel.architecture for kernel in kernels} == set(sources.pinned_architectures())

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from custom_kernels import registry
 from custom_kernels.compile import build, sources
-from custom_kernels.compile.sources import Source
 from custom_kernels.inspect import reports as inspection
 
-SOURCES = pytest.mark.parametrize("source", sources.find_all(), ids=lambda source: source.name)
+COMPILED = pytest.mark.parametrize("backend", registry.compiled(), ids=str)
 BACKENDS = [
     pytest.param(one, id=str(one), marks=[pytest.mark.nvcc] if one.kind == "cuda" else [])
     for one in registry.select([])
@@ -29,31 +28,30 @@ def test_compiles_for_every_pinned_architecture_without_spills(
         assert {report.architecture for report in reports} == set(wanted)
     else:
         # Only a backend that does nothing but call a library has no kernels.
-        source = sources.find(backend.operation.name, backend.name)
-        assert source is not None
-        assert not any("__global__" in path.read_text() for path in source.files())
+        assert not any("__global__" in path.read_text() for path in sources.files(backend))
     # What its file says to be on purpose is no warning.
     assert inspection.warnings(reports) == []
 
 
-@SOURCES
+@COMPILED
 @pytest.mark.nvcc
-def test_a_small_machine_can_compile_it(source: Source) -> None:
-    built = build.build(source, sources.pinned_architectures())
+def test_a_small_machine_can_compile_it(backend: registry.Backend) -> None:
+    built = build.build(backend, sources.pinned_architectures())
     assert 0 < built.peak_memory < build.PEAK_MEMORY
 
 
-@SOURCES
+@COMPILED
 @pytest.mark.nvcc
-def test_loads_without_a_gpu_and_brings_no_second_cuda_library(source: Source) -> None:
-    module = build.load(source.operation, source.backend)
-    assert module is not None
+def test_loads_without_a_gpu_and_brings_no_second_cuda_library(
+    backend: registry.Backend,
+) -> None:
+    assert backend.library() is not None
     loaded = {
         Path(line.split()[-1])
         for line in Path("/proc/self/maps").read_text().splitlines()
         if "/lib" in line
     }
-    for name in source.libraries():
+    for name in sources.libraries(backend):
         copies = {path for path in loaded if path.name.startswith(f"lib{name}.so")}
         assert len(copies) == 1, f"{name}: {copies}"
 

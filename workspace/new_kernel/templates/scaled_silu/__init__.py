@@ -71,14 +71,4 @@ def _scaled_silu(x: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Te
     return out.view(x.shape)
 
 
-def _fake(x: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Tensor:
-    _check(x, scale)
-    return empty_output(x, scale)
-
-
-_library = torch.library.Library("custom_kernels", "FRAGMENT")
-_library.define("scaled_silu(Tensor x, Tensor scale, str backend) -> Tensor")
-for _device_type in BACKEND_PRIORITY:
-    _library.impl("scaled_silu", _scaled_silu, _device_type.upper())
-torch.library.register_fake("custom_kernels::scaled_silu", _fake, lib=_library)
-_op = torch.ops.custom_kernels.scaled_silu.default
+_op = OPERATION.register("(Tensor x, Tensor scale, str backend) -> Tensor", _scaled_silu, _check)
