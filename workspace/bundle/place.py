@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make unbundle`: put what a bundle holds into this checkout, so that `ENV=system` finds it.
+"""`make unbundle`: move the contents of a bundle to where `ENV=system` looks for them.
 
-The fork's tree goes to its place, pinned files into the cache where `make dev` looks for them,
-packages beside the environment (`ENV=system` installs them into its own overlay, never into the
-host's Python). Then `make dev` does what it does everywhere. Everything is unpacked beside its
-place and renamed, the packages with the manifest last: once they are there the bundle is placed,
-and a second run leaves all as it is.
+The fork's tree goes to vllm-fork/releases, pinned files to the cache of `make dev`, packages beside
+the environment (`ENV=system` installs them into its own overlay, never into the host's Python).
+Then `make dev` does what it does everywhere. Everything is unpacked beside its destination and
+renamed, the packages with the manifest last: with them the bundle is complete, and a second run
+changes nothing.
 
 Standard library only: this runs before the environment exists.
 """
@@ -34,11 +34,11 @@ from workspace.pins import release
 
 
 def run(options: verbs.Unbundle) -> settings.Settings:
-    """Place the bundle in the folder FROM=; returns the settings for the `make dev` after it.
+    """Unpack the bundle in the folder FROM=; returns the settings for the `make dev` after it.
 
     Raises:
-        WorkspaceError: no bundle, parts missing or damaged, another machine, or work of the user's
-            in the way. Nothing was placed then.
+        WorkspaceError: no bundle, parts missing or damaged, another machine, or the user's work in
+            the way. Nothing has changed then.
     """
     if not options.source:
         raise WorkspaceError("name the folder with the parts: make unbundle FROM=<folder>")
@@ -49,48 +49,50 @@ def run(options: verbs.Unbundle) -> settings.Settings:
         python = _python(manifest)
         version = manifest["pins"]["vllm"]
         release.require_pinned(version)
-        place = release.bundled(version)
-        if _identity(place) == manifest["identity"]:
-            say(f"bundle {manifest['identity']} is placed already; your work is left as it is")
+        packages = release.bundled(version)
+        if _identity(packages) == manifest["identity"]:
+            say(f"bundle {manifest['identity']} is unpacked already; nothing was changed")
         else:
             say(f"checking {plural(len(manifest['parts']), 'part')} of {manifest['name']}")
             unbundle.check_parts(folder, manifest)
-            _place(folder, manifest, version, place)
+            _unpack(folder, manifest, version, packages)
     except unbundle.UnbundleError as error:
         raise WorkspaceError(str(error)) from None
     return settings.Settings("system", manifest["device"], python, version)
 
 
-def _identity(place: Path) -> str | None:
+def _identity(packages: Path) -> str | None:
+    """The bundle that these packages came with."""
     try:
-        return json.loads((place / unbundle.MANIFEST).read_bytes())["identity"]
+        return json.loads((packages / unbundle.MANIFEST).read_bytes())["identity"]
     except (OSError, ValueError, KeyError):
         return None
 
 
 def _python(manifest: dict) -> str:
-    """PYTHON= if given, else the one of the inventory, else the one that runs this.
+    """PYTHON= if given, else the inventory's, else the one that runs this.
 
     Raises:
-        WorkspaceError: it is of another version, so that the bundle's packages do not fit.
+        WorkspaceError: it is of another version, for which the bundle has no packages.
     """
     from workspace.environment.python import version_of
 
     target = manifest["target"]["python"]
-    asked, there = settings.current().python, target["executable"]
-    python = asked or (there if os.access(there, os.X_OK) else sys.executable)
-    found = version_of(python)
-    if found != target["short"]:
+    listed = target["executable"]
+    fallback = listed if os.access(listed, os.X_OK) else sys.executable
+    python = settings.current().python or fallback
+    version = version_of(python)
+    if version != target["short"]:
         raise WorkspaceError(
-            f"{python} is Python {found or 'of an unknown version'}, the bundle is for "
-            f"{target['short']} ({there}); give that one: PYTHON=<path>"
+            f"{python} is Python {version or 'of an unknown version'}, the bundle is for "
+            f"{target['short']} ({listed}); use that one: PYTHON=<path>"
         )
     return python
 
 
-def _place(source: Path, manifest: dict, version: str, place: Path) -> None:
+def _unpack(source: Path, manifest: dict, version: str, packages: Path) -> None:
     for folder in (STATE, FORK / "releases"):
-        remove_partial(folder)  # of a run that was killed; we hold the lock
+        remove_partial(folder)  # of a run that was killed; this one holds the lock
     with tempfile.TemporaryDirectory(dir=STATE, prefix=PARTIAL) as name:
         work = Path(name)
         say("unpacking")
@@ -101,82 +103,73 @@ def _place(source: Path, manifest: dict, version: str, place: Path) -> None:
             _into_cache(path, manifest["cache"][path.name])
         for archive in sorted((work / "headers").glob("*.zip")):
             _place_headers(archive)
-        packages = work / "packages"
-        shutil.copy(source / unbundle.MANIFEST, packages / unbundle.MANIFEST)
-        _replace(packages, place)
-    say(f"placed bundle {manifest['identity']}: {manifest['summary']}")
+        shutil.copy(source / unbundle.MANIFEST, work / "packages" / unbundle.MANIFEST)
+        _replace(work / "packages", packages)
+    say(f"unpacked bundle {manifest['identity']}: {manifest['summary']}")
 
 
 def _require_same_checkout(work: Path, source: Path) -> None:
     """Raise unless this checkout's files are the bundle's. They are not touched."""
     theirs = work / unbundle.OWN
-    beside = f"python3 {shlex.quote(str(source / 'unbundle.py'))} <another folder>"
-    wanted = git("rev-parse", f"{unbundle.WORKTREE}^{{tree}}", tree=theirs).strip()
+    elsewhere = f"python3 {shlex.quote(str(source / 'unbundle.py'))} <another folder>"
+    wanted = repository.content(unbundle.WORKTREE, theirs)
     if not (ROOT / ".git").exists():
         raise WorkspaceError(
             f"{ROOT} is not a git repository, so its files cannot be compared with the bundle's; "
-            f"unpack beside it: {beside}"
+            f"unpack beside it: {elsewhere}"
         )
     bare = work / "here.git"
     found = repository.content(repository.snapshot(ROOT, bare), bare)
     if found == wanted:
         return
-    # Both trees in one place, to name the files that differ.
+    # Both trees in one repository, to name the files that differ.
     (bare / "objects" / "info" / "alternates").open("a").write(f"{theirs / 'objects'}\n")
     names = git("diff-tree", "-r", "--name-only", found, wanted, tree=bare).splitlines()
     raise WorkspaceError(
         f"this checkout is not the one that the bundle was packed from: {some(names)} "
-        f"{'differs' if len(names) == 1 else 'differ'}; it is left as it is. Unpack beside it: "
-        f"{beside}"
+        f"{'differs' if len(names) == 1 else 'differ'}; it was not changed. Unpack beside it: "
+        f"{elsewhere}"
     )
 
 
 def _place_fork(bare: Path, version: str) -> None:
-    """The fork's tree in its place; one that is there gives way only if nothing of it is lost."""
-    place = release.tree(version)
-    place.parent.mkdir(exist_ok=True)
-    fresh = place.parent / f"{PARTIAL}bundle-{version}"
-    old = place.parent / f"{PARTIAL}before-{version}"
-    found = state(place)
-    if found is not None:
-        if found.own_work and not _same(place, bare):
-            raise WorkspaceError(
-                f"{shown(place)} holds work of yours ({found.own_work[0]}"
-                + (f" and {len(found.own_work) - 1} more" if len(found.own_work) > 1 else "")
-                + f") that the bundle's tree lacks; move it away (mv {shown(place)} "
-                f"{shown(place)}-mine), then run this again"
-            )
-        if _same(place, bare):
-            return
-    say(f"unpacking vLLM {version} with {plural(_commits(bare), 'commit')} on top")
+    """Unpack the fork's tree; it replaces an existing one only if nothing of that is lost.
+
+    Raises:
+        WorkspaceError: the existing one holds work that the bundle's lacks.
+    """
+    path = release.tree(version)
+    existing = state(path)
+    if existing is not None and _same(path, bare):
+        return
+    if existing is not None and existing.own_work:
+        raise WorkspaceError(
+            f"{shown(path)} holds work of yours ({some(existing.own_work)}) that the bundle's tree "
+            f"lacks; move it away (mv {shown(path)} {shown(path)}-mine) and re-run"
+        )
+    commits = git("rev-list", "--count", "HEAD", "--not", "--tags=upstream/*", tree=bare)
+    say(f"unpacking vLLM {version} with {plural(int(commits), 'commit')} on top")
+    path.parent.mkdir(exist_ok=True)
+    fresh = path.parent / f"{PARTIAL}bundle-{version}"
     unbundle.restore(bare, fresh)
-    if found is not None:
-        place.rename(old)
-    fresh.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    _replace(fresh, path)
 
 
-def _same(place: Path, bare: Path) -> bool:
+def _same(tree: Path, bare: Path) -> bool:
     """Whether a tree has the bundle's branches, tags and files."""
 
-    def refs(tree: Path) -> set[str]:
-        listing = git("for-each-ref", "--format=%(objectname) %(refname)", tree=tree)
+    def refs(repository: Path) -> set[str]:
+        listing = git("for-each-ref", "--format=%(objectname) %(refname)", tree=repository)
         return {line for line in listing.splitlines() if not line.endswith(unbundle.WORKTREE)}
 
     with tempfile.TemporaryDirectory(dir=STATE, prefix=PARTIAL) as name:
         here = Path(name) / "here.git"
-        found = repository.content(repository.snapshot(place, here), here)
-    wanted = git("rev-parse", f"{unbundle.WORKTREE}^{{tree}}", tree=bare).strip()
-    return found == wanted and refs(place) == refs(bare)
-
-
-def _commits(bare: Path) -> int:
-    listing = git("rev-list", "--count", "HEAD", "--not", "--tags=upstream/*", tree=bare)
-    return int(listing)
+        files = repository.content(repository.snapshot(tree, here), here)
+    return files == repository.content(unbundle.WORKTREE, bare) and refs(tree) == refs(bare)
 
 
 def _into_cache(path: Path, sha256: str) -> None:
-    """A pinned file to where `fetch` looks; the cache may be on another file system."""
+    """Move a pinned file to where `fetch` looks; the cache may be on another file system."""
     folder = cache_folder(sha256)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"partial-{path.name}"
@@ -190,12 +183,11 @@ def _place_headers(archive: Path) -> None:
         _replace(Path(name) / archive.stem, HEADERS / archive.stem)
 
 
-def _replace(fresh: Path, place: Path) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        old = place.with_name(f"{PARTIAL}{place.name}")
-        place.rename(old)
-        fresh.rename(place)
-        shutil.rmtree(old)
-    else:
-        fresh.rename(place)
+def _replace(fresh: Path, path: Path) -> None:
+    """Rename a folder to `path`, and remove what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.with_name(f"{PARTIAL}{path.name}")
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A git tree as a folder that travels: its commits, and what is not committed as one more.
+"""Pack a git tree with its uncommitted edits, which become one more commit.
 
-The folder is a bare repository with only what the tree's branches, tags and stash lead to, in one
-pack. Settings, remotes, hooks and credentials of the tree stay behind. `unbundle.restore` makes a
-tree of it again.
+The result is a bare repository with only what the tree's branches, tags and stash refer to, in one
+pack, without the tree's settings, remotes, hooks and credentials. `unbundle.restore` makes a tree
+of it again.
 
 Standard library only: a host without an environment compares its trees with those of a bundle.
 """
@@ -36,11 +36,11 @@ def _folder(tree: Path, which: str) -> Path:
 
 
 def snapshot(tree: Path, bare: Path) -> str:
-    """The commit whose tree is what the files in `tree` are now, made in `bare`, which borrows the
-    tree's own objects; neither the tree nor its index is touched.
+    """Commit the files of `tree` as they are now to the new repository `bare`, which borrows the
+    tree's objects; returns the commit. Neither the tree nor its index is touched.
 
     Raises:
-        WorkspaceError: a git repository lies in the tree, whose files git would leave out.
+        WorkspaceError: the tree contains another git repository, whose files git would leave out.
     """
     common = _folder(tree, "--git-common-dir")
     form = git("rev-parse", "--show-object-format", tree=tree).strip()
@@ -49,27 +49,25 @@ def snapshot(tree: Path, bare: Path) -> str:
     (bare / "info").mkdir(exist_ok=True)
     (bare / "objects" / "info").mkdir(exist_ok=True)
     (bare / "objects" / "info" / "alternates").write_text(f"{common / 'objects'}\n")
-    own = _folder(tree, "--git-dir")
-    # With the setting core.splitIndex of the user's, the index is in two files.
-    shared = [(path.name, own) for path in own.glob("sharedindex.*")]
-    for name, source in (("info/exclude", common), ("shallow", common), ("index", own), *shared):
+    folder = _folder(tree, "--git-dir")
+    # With the user's setting core.splitIndex, the index is in two files.
+    shared = [(path.name, folder) for path in folder.glob("sharedindex.*")]
+    for name, source in (("info/exclude", common), ("shallow", common), ("index", folder), *shared):
         if (source / name).exists():
             shutil.copy(source / name, bare / name)
-    place = {"GIT_DIR": str(bare), "GIT_WORK_TREE": str(tree)}
-    git("add", "--all", ".", tree=tree, env=place)
-    staged = git("ls-files", "--stage", "-z", tree=tree, env=place).split("\0")
+    variables = {"GIT_DIR": str(bare), "GIT_WORK_TREE": str(tree)}
+    git("add", "--all", ".", tree=tree, env=variables)
+    staged = git("ls-files", "--stage", "-z", tree=tree, env=variables).split("\0")
     nested = [line.split("\t", 1)[1] for line in staged if line.startswith("160000 ")]
     if nested:
         raise WorkspaceError(
-            f"{tree / nested[0]} is a git repository inside {tree}, and would travel empty; move "
-            "it away, or have git ignore it"
+            f"{tree / nested[0]} is a git repository inside {tree}, and would be packed empty; "
+            "move it away, or have git ignore it"
         )
-    content = git("write-tree", tree=tree, env=place).strip()
+    files = git("write-tree", tree=tree, env=variables).strip()
     head = git("rev-parse", "HEAD", tree=tree).strip()
     (bare / "index").unlink()
-    return git(
-        "commit-tree", "-p", head, "-m", "edits", content, tree=bare, env=FIXED
-    ).strip()  # fmt: skip
+    return git("commit-tree", "-p", head, "-m", "edits", files, tree=bare, env=FIXED).strip()
 
 
 def content(commit: str, bare: Path) -> str:
@@ -79,10 +77,10 @@ def content(commit: str, bare: Path) -> str:
 
 def pack(tree: Path, bare: Path, *, everything: bool, settings: tuple[str, ...] = ()) -> None:
     """Write `tree` to the new folder `bare`: the branch that is checked out, or with `everything`
-    all branches, tags, our own refs and the stash.
+    all branches, tags, the workspace's refs and the stash.
 
     Raises:
-        WorkspaceError: git is in the middle of something there.
+        WorkspaceError: a git operation is unfinished there.
     """
     require_no_operation(tree)
     edited = snapshot(tree, bare)
@@ -96,7 +94,7 @@ def pack(tree: Path, bare: Path, *, everything: bool, settings: tuple[str, ...] 
     for name, commit in wanted.items():
         git("update-ref", name, commit, tree=bare)
     stash = _folder(tree, "--git-common-dir") / "logs" / "refs" / "stash"
-    if everything and stash.exists():  # all but the newest are known to this log only
+    if everything and stash.exists():  # all but the newest are in this log only
         (bare / "logs" / "refs").mkdir(parents=True, exist_ok=True)
         shutil.copy(stash, bare / "logs" / "refs" / "stash")
     if branch:
@@ -107,7 +105,7 @@ def pack(tree: Path, bare: Path, *, everything: bool, settings: tuple[str, ...] 
         value = git("config", key, tree=tree, check=False).strip()
         git("config", key, value, tree=bare)
     git("repack", "-a", "-d", "-q", tree=bare)
-    # Nothing may be borrowed any more. The excludes are the tree's own affair.
+    # The pack holds everything now: nothing is borrowed any more.
     (bare / "objects" / "info" / "alternates").unlink()
     (bare / "info" / "exclude").unlink(missing_ok=True)
     git("pack-refs", "--all", tree=bare)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that a bundle is for, as its inventory describes it, and whether vLLM can run there.
-
-Every refusal is one line that says what is in the way there and what to do about it.
-"""
+"""The host that a bundle is for, as its inventory describes it, and whether vLLM can run there."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ from workspace.host.errors import WorkspaceError
 from workspace.pins.model import Device, Pins, Release
 
 HOW = (
-    "on the host: python3 inventory.py > inventory.json (that file is workspace/inventory.py here; "
-    "with a checkout: make inventory), then bring it here"
+    "on the host: python3 inventory.py > inventory.json (that file is "
+    "workspace/environment/inventory.py; with a checkout: make inventory), then copy it here"
 )
 
 
@@ -62,7 +59,7 @@ class Package(BaseModel):
 
 
 class Host(BaseModel):
-    """An inventory; what it holds beyond these fields is for people to read."""
+    """An inventory; other fields are for people to read."""
 
     format: int
     machine: str
@@ -82,7 +79,7 @@ class Host(BaseModel):
         return "cuda" if self.gpus else "cpu"
 
     def has_nvcc(self, release: Release) -> bool:
-        """Whether its CUDA compiler is the one that goes with the release."""
+        """Whether its CUDA compiler is of the release's CUDA version."""
         return self.nvcc is not None and self.nvcc.version.startswith(release.cuda.release + ".")
 
 
@@ -90,7 +87,7 @@ def read(path: Path) -> Host:
     """An inventory file.
 
     Raises:
-        WorkspaceError: it is not there, or not an inventory.
+        WorkspaceError: the file does not exist, or is not an inventory.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -106,12 +103,12 @@ def read(path: Path) -> Host:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise WorkspaceError(
-            f"TARGET={path} is not a whole inventory: {where}: {first['msg']}; {HOW}"
+            f"TARGET={path} is not a complete inventory: {where}: {first['msg']}; {HOW}"
         ) from None
 
 
 def platforms(host: Host) -> Iterator[str]:
-    """The platforms whose wheels run there, best first: glibc's own and all older ones."""
+    """The platforms whose wheels run there, best first: its glibc's and those of older ones."""
     major, minor = (int(part) for part in host.libc.version.split(".")[:2])
     older = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     for number in range(minor, 4, -1):
@@ -122,7 +119,7 @@ def platforms(host: Host) -> Iterator[str]:
 
 
 def supported_tags(host: Host) -> list[tags.Tag]:
-    """The tags of wheels that this Python takes, best first."""
+    """The tags of wheels that its Python can install, best first."""
     numbers = tuple(int(part) for part in host.python.short.split("."))
     interpreter = f"cp{numbers[0]}{numbers[1]}"
     abi = interpreter + ("t" if host.python.free_threaded else "")
@@ -134,14 +131,14 @@ def supported_tags(host: Host) -> list[tags.Tag]:
 
 
 def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
-    """Why this release of vLLM cannot run there, worst first; nothing where it can."""
+    """Why this release of vLLM cannot run there, worst first; none if it can."""
     release, python = pins.release(version), host.python
     wheels = release.binaries.get(host.device, {})
     if host.machine not in wheels:
         known = ", ".join(sorted(wheels)) or "none"
         yield (
             f"it is {host.machine}, and pins.toml has vLLM {version} for {host.device} on {known} "
-            "only; take another machine, or pin a wheel for it"
+            "only; use another machine, or pin a wheel for it"
         )
     if host.libc.name != "glibc":
         yield f"its C library is {host.libc.name or 'unknown'}, vLLM's binaries need glibc"
@@ -152,7 +149,7 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
         supported = ", ".join(sorted(pins.python.supported))
         yield (
             f"{python.executable} is Python {python.short}, supported are {supported}; make the "
-            "inventory with one of those that has torch"
+            "inventory with one of those, which has torch"
         )
     if python.missing_modules:
         names = ", ".join(python.missing_modules)
@@ -163,11 +160,11 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
     yield from _torch_problems(host, version, release)
     if not python.headers:
         yield (
-            f"there is no Python.h for {python.executable}, and vLLM compiles at run time; install "
+            f"it has no Python.h for {python.executable}, and vLLM compiles at run time; install "
             f"it there (Debian, Ubuntu: python{python.short}-dev)"
         )
     if host.device == "cpu" and not host.libnuma:
-        yield "there is no libnuma.so.1; install it there (Debian, Ubuntu: libnuma1)"
+        yield "it has no libnuma.so.1; install it there (Debian, Ubuntu: libnuma1)"
     missing = [name for name in ("git", "make", "g++") if not host.tools.get(name)]
     if missing:
         yield f"it lacks {', '.join(missing)}; install them there"
@@ -177,15 +174,15 @@ def _torch_problems(host: Host, version: str, release: Release) -> Iterator[str]
     wanted = f"torch {release.torch} for CUDA {release.cuda.release}"
     if host.torch is None:
         yield (
-            f"{host.python.executable} has no torch that can be imported, and a bundle brings "
+            f"{host.python.executable} has no torch that can be imported, and a bundle has "
             f"none; install {wanted} there, or make the inventory with the Python that has it"
         )
         return
     found = Version(host.torch.version)
     if found.public != release.torch:
         yield (
-            f"it has torch {found}, the binaries of vLLM {version} are made for {release.torch}; "
-            f"install {wanted} there, or bundle a release that goes with it (VLLM_VERSION=)"
+            f"it has torch {found}, the binaries of vLLM {version} are built for {release.torch}; "
+            f"install {wanted} there, or bundle a release built for it (VLLM_VERSION=)"
         )
     elif host.device == "cuda" and (host.torch.cuda or "").split(".")[0] != str(release.cuda.major):
         built = f"CUDA {host.torch.cuda}" if host.torch.cuda else "the CPU only"

@@ -4,8 +4,8 @@
     python3 unbundle.py [FOLDER]        in a bundle's folder: a checkout in FOLDER (vllm-kernels)
 
 A copy of this file travels with each bundle, so it needs nothing but Python's standard library. It
-unpacks the checkout and hands over to that checkout's `make unbundle`, which places the rest
-(workspace/placing.py) and sets everything up.
+unpacks the checkout and hands over to that checkout's `make unbundle`, which installs the rest
+(workspace/bundle/place.py) and sets everything up.
 
 A part is a line that says which bundle and which part of it this is, then its share of one tar
 archive. Every part is checked whole before anything is written.
@@ -14,7 +14,6 @@ archive. Every part is checked whole before anything is written.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import platform
@@ -29,8 +28,9 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 WORKTREE = "refs/bundle/worktree"
 """The files of a tree as they were, on top of its last commit."""
-OWN, FORK = "workspace.host.git", "fork.git"
-"""Folders in the archive: our tree and the fork's, as workspace/repository.py packs them."""
+OWN, FORK = "workspace.git", "fork.git"
+"""Folders in the archive: the workspace's tree and the fork's, as bundle/repository.py packs
+them."""
 PARTIAL = ".partial-"
 CHUNK = 1 << 20
 
@@ -52,7 +52,7 @@ def heading(identity: str, number: int, count: int) -> bytes:
 
 
 def identity_of(manifest: dict) -> str:
-    """What tells this bundle from every other: a hash over all that its manifest says."""
+    """A hash over all that the manifest says."""
     rest = {key: value for key, value in manifest.items() if key not in ("identity", "parts")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -62,8 +62,8 @@ def read_manifest(source: Path) -> dict:
     path = source / MANIFEST
     if not path.is_file():
         raise UnbundleError(
-            f"there is no bundle in {source}: {MANIFEST} is missing; give the folder that make "
-            "bundle filled, FROM=<folder>"
+            f"there is no bundle in {source}: {MANIFEST} is missing; use the folder that make "
+            "bundle wrote: FROM=<folder>"
         )
     again = "copy it again from where the bundle was packed"
     try:
@@ -72,16 +72,16 @@ def read_manifest(source: Path) -> dict:
     except (ValueError, KeyError, TypeError):
         raise UnbundleError(f"{path} is damaged; {again}") from None
     if known != FORMAT:
-        raise UnbundleError(f"{path} is of another version of the workspace; pack it anew")
+        raise UnbundleError(f"{path} is of another version of the workspace; run make bundle again")
     if not whole:
         raise UnbundleError(f"{path} is damaged; {again}")
     return manifest
 
 
 def check_parts(source: Path, manifest: dict) -> None:
-    """Raise unless every part is there, whole, and of this bundle, and no other part is."""
+    """Raise unless the folder has every part of this bundle, complete, and no other part."""
     parts, identity = manifest["parts"], manifest["identity"]
-    again = "copy from where the bundle was packed, then run this again"
+    again = "copy from where the bundle was packed, then re-run"
     missing = [part["name"] for part in parts if not (source / part["name"]).is_file()]
     if missing:
         raise UnbundleError(
@@ -89,11 +89,11 @@ def check_parts(source: Path, manifest: dict) -> None:
             f"{', '.join(missing)}; {again}"
         )
     known = {part["name"] for part in parts}
-    strange = sorted(path.name for path in source.glob("part-*") if path.name not in known)
-    if strange:
+    foreign = sorted(path.name for path in source.glob("part-*") if path.name not in known)
+    if foreign:
         raise UnbundleError(
-            f"{source / strange[0]} is not of this bundle, which has {len(parts)} parts; move it "
-            "away, then run this again"
+            f"{source / foreign[0]} is not of this bundle, which has {len(parts)} parts; move it "
+            "away and re-run"
         )
     for number, part in enumerate(parts, 1):
         path, expected = source / part["name"], heading(identity, number, len(parts))
@@ -113,43 +113,32 @@ def check_parts(source: Path, manifest: dict) -> None:
             raise UnbundleError(f"{path} is damaged (its sha256 differs); {again}")
 
 
-class Joined(io.RawIOBase):
+class Joined:
     """The parts as one stream, without their headings."""
 
     def __init__(self, source: Path, manifest: dict) -> None:
-        count = len(manifest["parts"])
-        self._waiting = [
-            (source / part["name"], len(heading(manifest["identity"], number, count)))
-            for number, part in enumerate(manifest["parts"], 1)
-        ]
-        self._file: io.BufferedReader | None = None
+        # All headings of a bundle are equally long.
+        self._skip = len(heading(manifest["identity"], 1, 1))
+        self._paths = [source / part["name"] for part in manifest["parts"]]
+        self._offset = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        while True:
-            if self._file is None:
-                if not self._waiting:
-                    return 0
-                path, skip = self._waiting.pop(0)
-                self._file = path.open("rb")
-                self._file.seek(skip)
-            count = self._file.readinto(buffer)
-            if count:
-                return count
-            self._file.close()
-            self._file = None
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        super().close()
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while self._paths:
+            with self._paths[0].open("rb") as file:
+                file.seek(self._skip + self._offset)
+                if chunk := file.read(size):
+                    self._offset += len(chunk)
+                    return chunk
+            del self._paths[0]
+            self._offset = 0
+        return b""
 
 
 def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> None:
     """Unpack the archive, or one top folder of it, into `target`."""
-    with Joined(source, manifest) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+    stream = Joined(source, manifest)
+    with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:
         if hasattr(tarfile, "data_filter"):  # Debian 12's Python lacks it
             archive.extraction_filter = tarfile.data_filter
         inside = False
@@ -158,9 +147,9 @@ def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> No
                 archive.extract(member, target)
                 inside = True
             elif inside:
-                break  # the folder is behind us
+                break
     for bare in target.glob("*.git"):
-        (bare / "refs").mkdir(exist_ok=True)  # empty, and git knows a repository by it
+        (bare / "refs").mkdir(exist_ok=True)  # empty, but git requires it
 
 
 # --- a tree ---------------------------------------------------------------------------------------
@@ -176,11 +165,11 @@ NO_HOME = {
     "GIT_TERMINAL_PROMPT": "0",
     "LC_ALL": "C",
 }
-"""As in workspace/git.py, which is not there yet."""
+"""As in workspace/host/git.py, which is not unpacked yet."""
 
 
 def git(*arguments: str, cwd: Path) -> str:
-    """Git, apart from the user's settings and from any repository around."""
+    """Run git without the user's settings and outside any surrounding repository."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment |= NO_HOME | {"GIT_CEILING_DIRECTORIES": str(cwd.resolve().parent)}
     command = ["git", "-c", f"safe.directory={cwd.resolve()}", "-c", "gc.auto=0", *arguments]
@@ -213,7 +202,7 @@ def restore(bare: Path, place: Path) -> None:
 
 
 def require_machine(manifest: dict) -> None:
-    """Raise on a machine, or with a Python, that the bundle is not for."""
+    """Raise on a machine that the bundle is not for."""
     target = manifest["target"]
     if platform.machine() != target["machine"]:
         raise UnbundleError(
@@ -223,7 +212,7 @@ def require_machine(manifest: dict) -> None:
 
 
 def checkout(source: Path, manifest: dict, place: Path) -> None:
-    """Unpack our tree to the new folder `place`; it is there whole or not at all."""
+    """Unpack the checkout to the new folder `place`, which appears complete or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for left in place.parent.glob(f"{PARTIAL}unbundle-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
@@ -247,7 +236,7 @@ def main(arguments: list[str]) -> None:
         say(f"unpacking the checkout to {place}")
         checkout(source, manifest, place)
     elif not start.exists():
-        raise UnbundleError(f"{place} is there and is no checkout; give another folder")
+        raise UnbundleError(f"{place} exists and is not a checkout; use another folder")
     sys.stderr.flush()
     os.environ["FROM"] = str(source)
     os.execv(sys.executable, [sys.executable, str(start), "unbundle"])
@@ -261,7 +250,7 @@ if __name__ == "__main__":
     except UnbundleError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again")
+        sys.exit("interrupted; re-run to continue")
     except OSError as error:
         reason = error.strerror or str(error)
         sys.exit(f"error: {reason}: {error.filename or ''}; fix that and re-run")

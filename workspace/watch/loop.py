@@ -16,14 +16,16 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Self
 
 from custom_kernels import registry
+from custom_kernels.operation import Backend
 from rich.console import Console
 
+from workspace import verbs
 from workspace.environment.device import device
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
 from workspace.watch.fork_client import ForkServer
 from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect
-from workspace.watch.saves import Backend, Saves, fingerprint
+from workspace.watch.saves import Saves, fingerprint
 from workspace.watch.screen import Lines, LiveScreen
 from workspace.watch.verdict import Verdict, judge
 
@@ -36,21 +38,19 @@ LOOK_SECONDS = 0.3
 """How often the files are compared while a verdict is being made."""
 
 
-def run(k: str | None, arch: str | None = None, timeout: str | None = None) -> None:
+def run(options: verbs.Watch) -> None:
     """Watch until Ctrl-C.
 
     Raises:
-        WorkspaceError: K, ARCH or TIMEOUT is invalid.
+        WorkspaceError: K= or ARCH= is invalid.
     """
-    backends = chosen(k)
+    backends, arch = chosen(options.k), options.arch
     if arch and not re.fullmatch(r"\d+\.\d[a-z]?", arch):
-        raise WorkspaceError(f"ARCH={arch} is not an architecture; write ARCH=9.0a")
-    if timeout and not timeout.isdecimal():
-        raise WorkspaceError(f"TIMEOUT={timeout} is not a number of seconds")
+        raise WorkspaceError(f"ARCH={arch} is not an architecture; use e.g. ARCH=9.0a")
     console = Console(highlight=False)
-    with contextlib.suppress(KeyboardInterrupt), Watch(arch, int(timeout or TIMEOUT)) as watch:
+    with contextlib.suppress(KeyboardInterrupt), Watch(arch, options.timeout or TIMEOUT) as watch:
         watch.start()
-        names = ", ".join(map(".".join, backends))
+        names = ", ".join(map(str, backends))
         gpu = f"on {watch.gpu}" if watch.gpu else "no GPU"
         title = f"watching {names} for {watch.architecture}, {gpu}"
         screen = LiveScreen(title, console) if console.is_terminal else Lines(title)
@@ -61,19 +61,19 @@ def run(k: str | None, arch: str | None = None, timeout: str | None = None) -> N
 
 
 def chosen(k: str | None) -> list[Backend]:
-    """The backends with custom kernels that K names: `gemm` means all of an operation's."""
+    """The backends with custom kernels that K= names: `gemm` means all of an operation's."""
     if not k:
         known = ", ".join(map(str, registry.operations()))
         raise WorkspaceError(f"name an operation or backend: make watch K=gemm.triton ({known})")
     try:
-        found = registry.select(k.replace(",", " ").split())
+        selected = registry.select(k.replace(",", " ").split())
     except registry.BackendError as error:
         raise WorkspaceError(str(error)) from None
     if "." not in k:
-        found = [one for one in found if one.kind != "torch"]
-    if not found:
-        raise WorkspaceError(f"K={k}: none of its backends has kernels of its own")
-    return [(one.operation.name, one.name) for one in found]
+        selected = [backend for backend in selected if backend.kind != "torch"]
+    if not selected:
+        raise WorkspaceError(f"K={k}: none of its backends has custom kernels")
+    return selected
 
 
 class Watch:
@@ -97,7 +97,7 @@ class Watch:
         self._threads.shutdown()
 
     def start(self) -> None:
-        """Start the servers and find out whether there is a GPU.
+        """Start the servers and look for a GPU.
 
         Raises:
             WorkspaceError: a server ended.
@@ -131,7 +131,7 @@ class Watch:
                         continue
                     started = time.time() if known[backend] is None else saved
                     known[backend] = version = fingerprint(backend)
-                    busy(".".join(backend))
+                    busy(str(backend))
                     verdict = self.verdict(backend, started, version)
                     if verdict is not None:
                         yield verdict
@@ -147,13 +147,12 @@ class Watch:
             started: time of the save.
             version: fingerprint of the files.
         """
-        operation, name = backend
-        inspect = Inspect(operation, name, self.architecture, COMPILE_TIMEOUT)
+        names = (backend.operation.name, backend.name)
+        inspect = Inspect(*names, self.architecture, COMPILE_TIMEOUT)
         asked = [self._threads.submit(self._servers[0].ask, inspect)]
-        written = registry.operation(operation).backend(name)
-        kind = written.kind if fingerprint(backend) else "torch"
+        kind = backend.kind if fingerprint(backend) else "torch"
         if self.gpu is not None or kind in ("triton", "torch"):
-            check = Check(operation, name, self.gpu is not None, self._timeout)
+            check = Check(*names, self.gpu is not None, self._timeout)
             asked.append(self._threads.submit(self._servers[1].ask, check))
         if self._outdated(asked, backend, version):
             return None
@@ -161,7 +160,7 @@ class Watch:
         inspected, *checked = (future.result() for future in asked)
         return judge(
             self._numbers[backend],
-            ".".join(backend),
+            str(backend),
             inspected,
             checked[0] if checked else None,
             time.time() - started,

@@ -8,11 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-from custom_kernels import paths, registry
+from custom_kernels import paths
 from custom_kernels.inspect import reports
-
-Backend = tuple[str, str]
-"""Operation and backend."""
+from custom_kernels.operation import Backend
 
 
 class Saves:
@@ -60,6 +58,6 @@ class Saves:
 def fingerprint(backend: Backend) -> str:
     """Hash of a backend's files; empty while one cannot be read, in the middle of a save."""
     try:
-        return reports.fingerprint(registry.operation(backend[0]).backend(backend[1]))
+        return reports.fingerprint(backend)
     except OSError:
         return ""

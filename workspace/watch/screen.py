@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 from custom_kernels.inspect.report import Report
 from custom_kernels.inspect.table import short
@@ -27,22 +27,18 @@ def figures(verdict: Verdict, previous: Verdict | None) -> list[str]:
     earlier = {report.kernel: report for report in previous.reports} if previous else {}
     lines = []
     for report in verdict.reports:
-        old = earlier.get(report.kernel)
-
-        def change(name: str, unit: str = "", report: Any = report, old: Any = old) -> str:
-            value = getattr(report, name)
-            difference = value - getattr(old, name) if old else 0
-            return f"{value}{unit}" + (f" ({difference:+}{unit})" if difference else "")
-
-        tensor = " ".join(f"{name} x{count}" for name, count in sorted(report.tensor.items()))
-        lines.append(
-            f"{short(report.kernel)} [{report.architecture}]: "
-            f"registers {change('registers')}, spills {change('spills', ' B')}, "
-            f"shared {change('shared', ' B')}, SASS {change('sass', ' B')}"
-            + (f", {tensor}" if tensor else "")
-            + (f", load {report.load}" if report.load else "")
-            + (f", store {report.store}" if report.store else "")
-        )
+        old = earlier.get(report.kernel, report)
+        parts = [
+            f"registers {_changed(report.registers, old.registers)}",
+            f"spills {_changed(report.spills, old.spills, ' B')}",
+            f"shared {_changed(report.shared, old.shared, ' B')}",
+            f"SASS {_changed(report.sass, old.sass, ' B')}",
+            " ".join(f"{name} x{count}" for name, count in sorted(report.tensor.items())),
+            f"load {report.load}" if report.load else "",
+            f"store {report.store}" if report.store else "",
+        ]
+        name = f"{short(report.kernel)} [{report.architecture}]"
+        lines.append(f"{name}: {', '.join(filter(None, parts))}")
     for case, timing in verdict.times.items():
         if timing.microseconds is None:
             lines.append(f"{case}: not timed: {timing.failure}")
@@ -53,6 +49,10 @@ def figures(verdict: Verdict, previous: Verdict | None) -> list[str]:
         ratio = f", {timing.ratio:.2f} x {timing.baseline}" if timing.ratio else ""
         lines.append(f"{case}: {timing.microseconds:.2f} µs{versus}{ratio}")
     return lines
+
+
+def _changed(value: int, old: int, unit: str = "") -> str:
+    return f"{value}{unit}" + (f" ({value - old:+}{unit})" if value != old else "")
 
 
 class Screen:

@@ -224,7 +224,7 @@ def test_a_second_run_changes_nothing_and_keeps_what_was_edited_meanwhile(placed
     added.write_text("mine\n")
     made = placed.checkout.make("unbundle", f"FROM={placed.bundle}")
     assert made.returncode == 0, made.stdout
-    assert "is placed already" in made.stdout
+    assert "is unpacked already" in made.stdout
     assert edited.read_text() == "VALUE = 'edited on the host'\n"
     assert added.read_text() == "mine\n"
     edited.write_text(before)
@@ -346,12 +346,12 @@ def test_a_python_of_another_version_is_refused(host: Host) -> None:
     assert not (host.checkout.root / ".workspace" / "bundle").exists()
 
 
-def test_a_folder_that_is_no_checkout_is_left_alone(host: Host) -> None:
+def test_a_folder_that_is_not_a_checkout_is_left_alone(host: Host) -> None:
     (host.folder / "ws").mkdir()
     (host.folder / "ws" / "letter.txt").write_text("mine")
     result = host.unbundle()
     assert result.returncode == 1
-    assert "is no checkout" in result.stdout
+    assert "is not a checkout" in result.stdout
     assert [path.name for path in (host.folder / "ws").iterdir()] == ["letter.txt"]
 
 
@@ -361,7 +361,7 @@ def test_edits_in_a_checkout_are_refused_before_anything_is_placed(host: Host) -
     (host.folder / "ws" / "pins.toml").open("a").write("# mine\n")
     result = host.unbundle()
     assert result.returncode == 1
-    assert "pins.toml differs; it is left as it is. Unpack beside it: python3" in result.stdout
+    assert "pins.toml differs; it was not changed. Unpack beside it: python3" in result.stdout
     assert (host.folder / "ws" / "pins.toml").read_text().endswith("# mine\n")
     assert not (host.folder / "ws" / ".workspace" / "bundle").exists()
     assert not (host.folder / "ws" / "vllm-fork" / "releases" / VERSION).exists()
@@ -407,7 +407,7 @@ def test_what_stops_the_packing_is_one_clear_line_and_leaves_no_half_bundle(
 
     assert "name the host's inventory: make bundle TARGET=<file>" in refusal()
     assert "No such file" in refusal("TARGET=nowhere.json")
-    assert "PARTS=huge is no size" in refusal(target, "PARTS=huge")
+    assert "PARTS=huge is not a size" in refusal(target, "PARTS=huge")
     assert "is not a git repository" in refusal(target)
     subprocess.run(["git", "init", "-q"], cwd=ready_checkout.root, check=True)
     try:

@@ -15,6 +15,7 @@ import pytest
 from custom_kernels import paths
 
 from tests.conftest import nvcc_missing
+from workspace import verbs
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 from workspace.new_kernel import scaffold
@@ -42,7 +43,7 @@ class Copy:
     def error(self, *arguments: str) -> str:
         """What `make new-kernel` cannot do with these values."""
         with pytest.raises(WorkspaceError) as caught:
-            scaffold.run(*arguments)
+            scaffold.run(verbs.NewKernel(*arguments))
         return str(caught.value)
 
     def files(self) -> set[str]:
@@ -77,7 +78,7 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> N
     kinds = {"triton": ".py", "cupy": ".py"} | ({} if nvcc_missing() else {"cuda": ".cu"})
     before = copy.files()
     for kind in kinds:
-        scaffold.run(operation, kind, f"my_{kind}")
+        scaffold.run(verbs.NewKernel(operation, kind, f"my_{kind}"))
     wanted = {f"{operation}/my_{kind}{suffix}" for kind, suffix in kinds.items()}
     if operation != "gemm":
         wanted |= {f"{operation}/{name}.py" for name in ("__init__", "reference", "cases")}
@@ -112,15 +113,15 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy, operation: str) -> N
 
 
 def test_without_a_name_a_kernel_is_called_as_its_kind(copy: Copy) -> None:
-    scaffold.run("gelu_gate", "cuda")
+    scaffold.run(verbs.NewKernel("gelu_gate", "cuda"))
     assert "gelu_gate/cuda.cu" in copy.files()
 
 
 def test_nothing_is_written_over(copy: Copy) -> None:
-    scaffold.run("gemm", "cupy")
+    scaffold.run(verbs.NewKernel("gemm", "cupy"))
     before = copy.files()
     again = copy.error("gemm", "cupy")
-    assert "gemm/cupy.py exists; give another name" in again
+    assert "gemm/cupy.py exists; use another name" in again
     assert "NAME=my_cupy" in again
     # A .cu beside a .py of that name would become one backend with it.
     assert "exists" in copy.error("gemm", "cuda", "cupy")
@@ -131,15 +132,15 @@ def test_nothing_is_written_over(copy: Copy) -> None:
     ("arguments", "message"),
     [
         (("gemm",), "name an operation and what to write it in"),
-        (("gemm", "cutlass"), "BACKEND=cutlass is not known; give triton, cuda, cupy"),
+        (("gemm", "cutlass"), "BACKEND=cutlass is not known; use triton, cuda, cupy"),
         (("my-op", "cuda"), "OP=my-op cannot name a Python module"),
         (("../gemm", "cuda"), "OP=../gemm cannot name a Python module"),
         (("class", "cuda"), "OP=class cannot name a Python module"),
         (("gemm", "cuda", "Mine"), "NAME=Mine cannot name a Python module"),
         (("gemm", "cuda", "cases"), "NAME=cases is a file that every operation has"),
         (("norm", "cuda", "reference"), "NAME=reference is a file that every operation has"),
-        (("launches", "cuda"), "OP=launches is taken"),
-        (("vllm", "cuda"), "OP=vllm is taken"),
+        (("launches", "cuda"), "OP=launches is used"),
+        (("vllm", "cuda"), "OP=vllm is used"),
     ],
 )
 def test_a_bad_name_is_one_clear_line(copy: Copy, arguments: tuple[str, ...], message: str) -> None:

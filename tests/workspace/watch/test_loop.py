@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from custom_kernels import paths
 
+from workspace import verbs
 from workspace.host.errors import WorkspaceError
+from workspace.host.options import read
 from workspace.host.paths import ROOT
 from workspace.watch import loop
 
@@ -141,10 +143,13 @@ class Editor:
             "triton.py": TRITON, "cupy.py": CUPY.replace("2.f *", "2.f **"), "cuda.cu": CUDA,
         }.items():  # fmt: skip
             self.save(name, text)
-        program = "import sys; from workspace.watch import loop; loop.run(*sys.argv[1:])"
+        program = (
+            "import sys; from workspace import verbs; from workspace.watch import loop\n"
+            "loop.run(verbs.Watch(k='toy', timeout=int(sys.argv[1])))"
+        )
         started = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "toy", "", str(HANGS)],
+            [sys.executable, "-c", program, str(HANGS)],
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join([str(folder / "copy"), str(ROOT)]),
@@ -278,8 +283,8 @@ def test_what_cannot_be_watched_is_one_line() -> None:
         "gemm.tritn": "no backend 'tritn'; there are: ",
     }.items():
         with pytest.raises(WorkspaceError, match=message):
-            loop.run(k)
+            loop.run(verbs.Watch(k=k))
     with pytest.raises(WorkspaceError, match=r"ARCH=sm_90 is not an architecture"):
-        loop.run("gemm", "sm_90")
-    with pytest.raises(WorkspaceError, match=r"TIMEOUT=soon"):
-        loop.run("gemm", None, "soon")
+        loop.run(verbs.Watch(k="gemm", arch="sm_90"))
+    with pytest.raises(WorkspaceError, match=r"TIMEOUT=soon is not a number"):
+        read(verbs.Watch, {"K": "gemm", "TIMEOUT": "soon"})
