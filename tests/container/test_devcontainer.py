@@ -177,7 +177,7 @@ def test_with_nvidias_runtime_and_no_gpu_it_opens_all_the_same(
             check=True, env={**os.environ, "DOCKER_BUILDKIT": "0"}, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         opened = up(host, devcontainer, DOCKER_HOST=address)
-        assert "NVIDIA's runtime is here, but no GPU" in opened.output
+        assert "NVIDIA's runtime is installed, but there is no GPU" in opened.output
         assert '"outcome":"success"' in opened.output
         found = subprocess.run(
             [client(), "--host", address, "ps", "--quiet"], capture_output=True, text=True

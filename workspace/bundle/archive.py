@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 from custom_kernels.compile.sources import header_packages
 
@@ -137,7 +137,8 @@ def write(work: Path, folder: Path, manifest: dict[str, Any], limit: int) -> Non
     parts = Parts(folder, manifest["identity"], total, limit)
     with (
         bytes_progress() as bar,
-        tarfile.open(fileobj=parts, mode="w|", format=TAR) as archive,
+        # tarfile writes, and asks for nothing else.
+        tarfile.open(fileobj=cast("BinaryIO", parts), mode="w|", format=TAR) as archive,
     ):
         task = bar.add_task("writing parts", total=total)
         for path, entry in entries:
@@ -178,6 +179,7 @@ class Parts:
         if self._count > 9999:
             raise WorkspaceError(f"that would be {self._count} parts; use larger ones: PARTS=")
         self._file: BinaryIO | None = None
+        self._left = 0
         self._written: list[dict[str, str | int]] = []
         self._next()
 

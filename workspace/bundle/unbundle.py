@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -137,7 +138,7 @@ class Joined:
 
 def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> None:
     """Unpack the archive, or one top folder of it, into `target`."""
-    stream = Joined(source, manifest)
+    stream = cast("BinaryIO", Joined(source, manifest))  # tarfile reads, and asks for nothing else
     with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:
         if hasattr(tarfile, "data_filter"):  # Debian 12's Python lacks it
             archive.extraction_filter = tarfile.data_filter

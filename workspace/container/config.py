@@ -7,8 +7,6 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -18,7 +16,7 @@ FILE = ROOT / ".devcontainer" / "devcontainer.json"
 
 @dataclass(frozen=True)
 class Config:
-    """What `docker run` needs to know; see the specification of development containers."""
+    """The arguments of `docker run`; see the specification of development containers."""
 
     image: str
     folder: str
@@ -47,27 +45,22 @@ def _substitute(text: str) -> str:
     return re.sub(r"\$\{([^}]+)\}", value, text)
 
 
-def _documents() -> Any:
-    """The file without its comments, each of which has a line of its own."""
-    try:
-        return json.loads(re.sub(r"^\s*//.*$", "", FILE.read_text(), flags=re.MULTILINE))
-    except (OSError, ValueError) as error:
-        raise WorkspaceError(f"{FILE} cannot be read: {error}") from None
-
-
 def load() -> Config:
     """Read devcontainer.json.
 
     Raises:
-        WorkspaceError: it is not there, not JSON with comments on lines of their own, or has a
-            variable that only VS Code fills in; or the checkout's path is none for a mount.
+        WorkspaceError: it does not exist, is not JSON with comments on lines of their own, or has
+            a variable that only VS Code fills in; or the checkout's path cannot be mounted.
     """
     if found := re.search('[,"]', str(ROOT)):
         raise WorkspaceError(
             f"{ROOT} has a {found[0]} in its path, which Docker's mounts cannot hold; move the "
             "checkout to another folder"
         )
-    document = _documents()
+    try:
+        document = json.loads(re.sub(r"^\s*//.*$", "", FILE.read_text(), flags=re.MULTILINE))
+    except (OSError, ValueError) as error:
+        raise WorkspaceError(f"{FILE} cannot be read: {error}") from None
     arguments = list(document["runArgs"])
     return Config(
         image=document["image"],
@@ -79,12 +72,12 @@ def load() -> Config:
 
 
 def labels() -> dict[str, str]:
-    """How VS Code and the devcontainer CLI know the container of a checkout."""
+    """The labels by which VS Code and the devcontainer CLI find the container of a checkout."""
     return {"devcontainer.local_folder": str(ROOT), "devcontainer.config_file": str(FILE)}
 
 
 def owner() -> tuple[int, int]:
-    """User and group id that the container's user gets: the checkout's owner's, so that what is
+    """User and group id of the container's user: those of the checkout's owner, so that files
     written on either side can be edited on the other."""
-    status = Path(ROOT).stat()
+    status = ROOT.stat()
     return status.st_uid, status.st_gid

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Docker's own client, and what its complaints mean to somebody who wants to go on.
+"""Run Docker's client, and explain its errors.
 
 Standard library only: this runs on the host, before there is an environment.
 """
@@ -14,36 +14,37 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from workspace.environment import index
 from workspace.host.errors import WorkspaceError
 
 KILLED = 128 + 9
-"""Docker's status where a process was killed, or its container or the engine ended."""
+"""Docker's exit status if a process was killed, or its container or the engine ended."""
 
 TOOLKIT = "NVIDIA's Container Toolkit"
 REMEDIES = [
     (
         r"cannot connect to the docker daemon|is the docker daemon running",
-        "the Docker engine does not run; start it (Linux: sudo systemctl start docker, elsewhere "
+        "the Docker engine is not running; start it (Linux: sudo systemctl start docker, elsewhere "
         "Docker Desktop) and re-run",
     ),
     (
         r"permission denied.*(docker daemon|docker\.sock|docker api)",
-        "Docker's engine runs, but not for this user; sudo usermod -aG docker $USER, log in again "
+        "this user may not use the Docker engine; sudo usermod -aG docker $USER, log in again "
         "and re-run",
     ),
     (
         r"no space left on device|disk quota exceeded|enough free space",
-        "Docker has no disk space left; docker system df shows what takes it, docker system prune "
+        "Docker has no disk space left; docker system df shows what uses it, docker system prune "
         "frees some; then re-run",
     ),
     (
         r"failed to do request|pull access denied|failed to resolve source metadata|"
         r"manifest unknown|not found: manifest|unable to find image",
-        "an image that is needed is not on this machine and no registry gave it; check its name "
-        "and the network, or build on one that docker images lists: BASE_IMAGE=<name>",
+        "a required image is not on this machine and could not be pulled; check its name and the "
+        "network, or build on one that docker images lists: BASE_IMAGE=<name>",
     ),
     (
         r"buildx component is missing|buildkit is enabled but|unknown flag: --mount",
@@ -52,11 +53,34 @@ REMEDIES = [
     ),
     (
         r"could not select device driver|nvidia-container-cli|nvidia-container-runtime",
-        f"Docker cannot hand this machine's GPU to a container; install or fix {TOOLKIT}, or "
-        "go without: make container DEVICE=cpu",
+        f"Docker cannot give a container this machine's GPU; install or fix {TOOLKIT}, or do "
+        "without: make container DEVICE=cpu",
     ),
 ]
-"""What the engine says → what it means and what to do."""
+"""Pattern in the engine's error → what it means and what to do."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of the engine."""
+
+    identity: str
+    labels: dict[str, str]
+    layers: list[str]
+    """DiffIDs, the lowest first."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of the engine."""
+
+    identity: str
+    image: str
+    """The identity of its image."""
+    running: bool
+    environment: list[str]
+    """`NAME=value` each."""
+    labels: dict[str, str]
 
 
 def client() -> str:
@@ -65,37 +89,37 @@ def client() -> str:
     Raises:
         WorkspaceError: there is none.
     """
-    asked = os.environ.get("DOCKER") or "docker"
-    found = shutil.which(asked)
-    if found is None:
+    name = os.environ.get("DOCKER") or "docker"
+    path = shutil.which(name)
+    if path is None:
         raise WorkspaceError(
-            f"there is no {asked} here; install Docker (Debian, Ubuntu: apt-get install "
+            f"{name} is not installed; install Docker (Debian, Ubuntu: apt-get install "
             "docker.io), or set DOCKER=<path of its client>"
         )
-    return found
+    return path
 
 
-def _explain(complaint: str, what: str) -> str:
-    for pattern, meaning in REMEDIES:
-        if re.search(pattern, complaint, re.IGNORECASE):
-            return meaning
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["no message"]
-    told = [line for line in lines if "response from daemon" in line] or lines[-1:]
+def _explain(errors: str, failure: str) -> str:
+    for pattern, remedy in REMEDIES:
+        if re.search(pattern, errors, re.IGNORECASE):
+            return remedy
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
+    line = next((line for line in lines if "response from daemon" in line), lines[-1])
     # BuildKit repeats the whole command of the step that failed.
-    reason = re.sub(r"executor failed running \[.*\]", "a step failed", told[0])
-    return f"{what}: {reason[:400]}"
+    reason = re.sub(r"executor failed running \[.*\]", "a step failed", line)
+    return f"{failure}: {reason[:400]}"
 
 
 def docker(*arguments: str, failure: str = "") -> str:
     """Run `docker ARGUMENTS`, which must succeed; returns what it prints.
 
     Raises:
-        WorkspaceError: with what the engine's complaint means, else with `failure` and its words.
+        WorkspaceError: a known error with its remedy, else `failure` and the engine's message.
     """
     result = subprocess.run([client(), *arguments], capture_output=True, check=False)
     if result.returncode:
-        complaint = result.stderr.decode(errors="replace")
-        raise WorkspaceError(_explain(complaint, failure or f"docker {arguments[0]} failed"))
+        errors = result.stderr.decode(errors="replace")
+        raise WorkspaceError(_explain(errors, failure or f"docker {arguments[0]} failed"))
     return result.stdout.decode(errors="replace").strip()
 
 
@@ -105,8 +129,8 @@ def show(
     env: dict[str, str] | None = None,
     brief: Callable[[str], str] = str,
 ) -> None:
-    """`docker`, with its output shown as it comes, each line as `brief` has it ("": not at all).
-    The last lines are shown in full when it fails.
+    """`docker`, with its output shown as it comes, each line shortened by `brief`. The last lines
+    are shown in full when it fails.
 
     Raises:
         WorkspaceError: as `docker`.
@@ -125,19 +149,42 @@ def show(
             last.append(line)
             print(brief(line), end="", file=sys.stderr, flush=True)
     if process.returncode:
-        told = index.hide("".join(last))
+        output = index.hide("".join(last))
         if brief is not str:
-            print("".join(f"{line[:200]}\n" for line in told.splitlines()), file=sys.stderr)
+            print("".join(f"{line[:200]}\n" for line in output.splitlines()), file=sys.stderr)
         if process.returncode == KILLED:
             raise WorkspaceError(
                 f"{failure}: it was killed: the container or the engine was stopped, or memory ran "
-                "out; run the same command again"
+                "out; re-run"
             )
-        raise WorkspaceError(_explain(told, failure))
+        raise WorkspaceError(_explain(output, failure))
 
 
-def inspect(kind: str, name: str) -> dict[str, Any] | None:
-    """What the engine knows of an image, a container or a volume; None where there is none."""
+def inspect_image(name: str) -> Image | None:
+    """The image of this name or identity; None if there is none."""
+    found = _inspect("image", name)
+    if found is None:
+        return None
+    labels = found["Config"].get("Labels") or {}
+    return Image(found["Id"], labels, found.get("RootFS", {}).get("Layers", []))
+
+
+def inspect_container(name: str) -> Container | None:
+    """The container of this name or identity; None if there is none."""
+    found = _inspect("container", name)
+    if found is None:
+        return None
+    settings = found["Config"]
+    return Container(
+        identity=found["Id"],
+        image=found["Image"],
+        running=found["State"]["Running"],
+        environment=settings.get("Env") or [],
+        labels=settings.get("Labels") or {},
+    )
+
+
+def _inspect(kind: str, name: str) -> dict[str, Any] | None:
     result = subprocess.run(
         [client(), kind, "inspect", name], capture_output=True, text=True, check=False
     )
@@ -149,20 +196,14 @@ def inspect(kind: str, name: str) -> dict[str, Any] | None:
     return found
 
 
-def labels(found: dict[str, Any] | None) -> dict[str, str]:
-    """Those of an inspected image or container; empty where there is none, or it has none."""
-    told: dict[str, str] = (found["Config"].get("Labels") if found else None) or {}
-    return told
-
-
 def has_nvidia_runtime() -> bool:
-    """Whether the engine was taught to hand on GPUs."""
+    """Whether the engine can give GPUs to containers."""
     return "nvidia" in docker("info", "--format", "{{json .Runtimes}}")
 
 
 def architecture() -> str:
-    """Of the engine's containers, as `uname -m` says it in them: macOS calls aarch64 arm64, and the
-    engine may be on another machine."""
-    # Not `docker info`, which has no complaint to show where there is no engine.
-    told = docker("version", "--format", "{{.Server.Arch}}")
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(told, told)
+    """Of the engine's containers, as `uname -m` says it in them: the engine may be on another
+    machine, and macOS calls aarch64 arm64."""
+    # Not `docker info`, which prints no error without an engine.
+    name = docker("version", "--format", "{{.Server.Arch}}")
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)

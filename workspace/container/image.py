@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make image`: the image of the development container, with everything in it but the checkout.
 
-What it is made from decides whether it has to be made again: the Dockerfile, its arguments and
-the files in its context. Where the image has that fingerprint already nothing is asked of any
-registry, so a container opens without a network.
+It is rebuilt when the Dockerfile, its arguments or the files in its context change. Otherwise no
+registry is asked, so a container opens without a network.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from typing import Any
 
 from workspace import verbs
 from workspace.container import config
-from workspace.container.docker import architecture, docker, inspect, show
-from workspace.container.docker import labels as labels_of
+from workspace.container.docker import architecture, docker, inspect_image, show
 from workspace.environment import conda, index, uv
 from workspace.environment.device import device
 from workspace.host import settings
@@ -36,21 +34,21 @@ CONTEXT = STATE / "container"
 INDEX = CONTEXT / "index.env"
 ENVIRONMENTS = ("conda", "uv")
 PREFIX = "vllm-kernels"
-"""How the names of our labels begin."""
+"""The prefix of the workspace's labels."""
 
 
 def environment() -> str:
-    """ENV=, which in the image is conda unless uv is asked for."""
-    asked = settings.current().env or "conda"
-    if asked not in ENVIRONMENTS:
-        raise WorkspaceError(f"ENV={asked}: an image has ENV=conda or ENV=uv")
-    return asked
+    """ENV=, in an image conda by default."""
+    name = settings.current().env or "conda"
+    if name not in ENVIRONMENTS:
+        raise WorkspaceError(f"ENV={name}: an image has ENV=conda or ENV=uv")
+    return name
 
 
-def base_image(asked: str | None, pins: Mapping[str, Any], version: str) -> str:
+def base_image(name: str | None, pins: Mapping[str, Any], version: str) -> str:
     """BASE_IMAGE= if given (vllm: vLLM's own image of the release), else the pinned one."""
-    asked = asked or pins["container"]["base"]
-    return f"vllm/vllm-openai:v{version}" if asked == "vllm" else str(asked)
+    name = name or pins["container"]["base"]
+    return f"vllm/vllm-openai:v{version}" if name == "vllm" else str(name)
 
 
 def arguments(version: str, base: str | None = None) -> dict[str, str]:
@@ -74,7 +72,7 @@ def arguments(version: str, base: str | None = None) -> dict[str, str]:
 
 
 def lay_out_context(version: str) -> list[Path]:
-    """Write the build's context, and what the container's pip asks; returns the context's files.
+    """Write the build's context and the container's pip.conf; returns the context's files.
 
     Addresses of an index can hold passwords, so they reach the build as a secret, and the
     container through a file in the checkout: neither is part of any image.
@@ -94,12 +92,12 @@ def lay_out_context(version: str) -> list[Path]:
     lines = [f"{key} = {settings[name]}\n" for name, key in pip.items() if name in settings]
     write_file(CONTEXT / "pip.conf", "".join(["[global]\n", *lines]).encode(), mode=0o600)
     for path in (STATE, CONTEXT, *CONTEXT.iterdir()):
-        os.chown(path, *config.owner())  # made by sudo, they would be out of the container's reach
+        os.chown(path, *config.owner())  # made by sudo, the container could not read them
     return [CONTEXT / name for name in contents]
 
 
 def fingerprint(files: list[Path], build: Mapping[str, str]) -> str:
-    """Of everything that the image is made from."""
+    """Hash of everything that the image is made from."""
     digest = hashlib.sha256(json.dumps(build, sort_keys=True).encode())
     for path in [DOCKERFILE, *files]:
         digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
@@ -107,7 +105,7 @@ def fingerprint(files: list[Path], build: Mapping[str, str]) -> str:
 
 
 def labels(version: str, mark: str, lock: bytes, build: Mapping[str, str]) -> dict[str, str]:
-    """What an image says of itself: our commit, the lock, the pins."""
+    """The image's labels: the workspace's commit, the lock, the pins."""
     pins = release.pins()["vllm"]["release"][version]
     versions = {
         "vllm": version, "torch": pins["torch"], "triton": pins["triton"], "cupy": pins["cupy"],
@@ -126,18 +124,17 @@ def labels(version: str, mark: str, lock: bytes, build: Mapping[str, str]) -> di
 
 
 def _step(line: str) -> str:
-    """Of the build's log only how each step begins, which says what it does."""
-    found = re.match(r"#\d+ (\[\S+ \d+/\d+\] .*|exporting layers.*)", line)
-    text = re.sub(r"--mount=\S+\s*|\s{2,}", "", found[1]) if found else ""
+    """The first line of each step of the build's log, which says what it does; else nothing."""
+    match = re.match(r"#\d+ (\[\S+ \d+/\d+\] .*|exporting layers.*)", line)
+    text = re.sub(r"--mount=\S+\s*|\s{2,}", "", match[1]) if match else ""
     return f"  {text[:100]}\n" if text else ""
 
 
-def ensure(options: verbs.BuildImage, *, anew: bool = False) -> str:
-    """The name of the container's image, built where what it is made from has changed; `anew`:
-    every step of it.
+def ensure(options: verbs.BuildImage, *, force: bool = False) -> str:
+    """The name of the container's image, built if its inputs have changed; `force`: every step.
 
     Raises:
-        WorkspaceError: no engine, no base image in reach, no space; nothing is tagged then.
+        WorkspaceError: no engine, no base image, no disk space; nothing is tagged then.
     """
     version = release.selected()
     release.require_pinned(version)
@@ -145,8 +142,8 @@ def ensure(options: verbs.BuildImage, *, anew: bool = False) -> str:
     files = lay_out_context(version)
     build = arguments(version, options.base_image)
     mark = fingerprint(files, build)
-    there = labels_of(inspect("image", name))
-    if there.get(f"{PREFIX}.fingerprint") == mark and not anew:
+    existing = inspect_image(name)
+    if existing and existing.labels.get(f"{PREFIX}.fingerprint") == mark and not force:
         return name
     say(f"building {name} on {build['BASE_IMAGE']} with {build['ENVIRONMENT']}")
     command = ["build", "--file", str(DOCKERFILE), "--tag", name]
@@ -157,7 +154,7 @@ def ensure(options: verbs.BuildImage, *, anew: bool = False) -> str:
     lock = (CONTEXT / "lock.txt").read_bytes()
     for key, value in labels(version, mark, lock, build).items():
         command += ["--label", f"{key}={value}"]
-    command += ["--no-cache"] if anew else []
+    command += ["--no-cache"] if force else []
     show(
         *command, str(CONTEXT),
         env={"DOCKER_BUILDKIT": "1", "BUILDKIT_PROGRESS": "plain"},
@@ -168,8 +165,8 @@ def ensure(options: verbs.BuildImage, *, anew: bool = False) -> str:
 
 
 def run(options: verbs.Image) -> int:
-    """Build the image, or say that it is there."""
-    name = ensure(options, anew=options.force)
+    """Build the image if need be, and show its size."""
+    name = ensure(options, force=options.force)
     size = int(docker("image", "inspect", "--format", "{{.Size}}", name)) / 1e9
     say(f"{name} is up to date, {size:.1f} GB")
     return 0

@@ -11,17 +11,19 @@ from workspace.host.text import say
 
 
 def run(options: verbs.BuildImage) -> int:
-    """Bring the image up to date; make the container where the CLI could not.
+    """Bring the image up to date; create the container where the devcontainer CLI cannot.
 
-    With `hostRequirements.gpu` optional, the devcontainer CLI asks for GPUs wherever NVIDIA's
-    runtime is installed, and without a GPU the container then does not start. There it is made
-    here, without the request, and the CLI finds it by its labels.
+    With `hostRequirements.gpu` optional, the CLI requests GPUs wherever NVIDIA's runtime is
+    installed, and without a GPU the container then does not start. In that case it is created here,
+    without the request, and the CLI finds it by its labels.
     """
     name = image.ensure(options)
     runtime = has_nvidia_runtime()
     if runtime and device() == "cpu" and start.find() is None:
-        say("NVIDIA's runtime is here, but no GPU: making the container without one")
+        say(
+            "NVIDIA's runtime is installed, but there is no GPU: creating the container without one"
+        )
         start.create(name, options.network)
     elif device() == "cuda" and not runtime:
-        say("this machine has a GPU, but Docker cannot hand it on (no NVIDIA Container Toolkit)")
+        say("this machine has a GPU, but containers cannot use it (no NVIDIA Container Toolkit)")
     return 0

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the mounted checkout into a container's own files, and say what it was.
+"""Copy the mounted checkout into the container's own files, and record its state.
 
     python3 -m workspace.container.restore CHECKOUT COMPILED
 
-Runs in a container of the committed image, by the code of the checkout that is mounted at CHECKOUT;
-the volume with what was compiled at run time is at COMPILED. Both end up where the mounts were, so
-that the image runs without them. A commit of a container holds nothing that is mounted.
+Runs in a container of the committed image, from the checkout that is mounted at CHECKOUT; the
+volume of files compiled at run time is mounted at COMPILED. Both are copied to where a development
+container mounts them, because a commit of a container holds nothing that is mounted.
 
-Taken along are the files that git tracks or would, and the trees of the fork with their binaries.
-Their repositories are cloned: settings, remotes with passwords in their addresses, hooks and
-reflogs stay behind. Standard library only.
+Copied are the files that git tracks or would, and the fork's trees with their binaries. Their
+repositories are cloned: settings, remotes with passwords in their addresses, hooks and reflogs are
+left out. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,23 +21,47 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from workspace.fork.tree_state import APPLIED, PATCHES_KEY, VERSION_KEY
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git, git_bytes
 
-PLACE = Path("/workspaces/vllm-kernels")
+CHECKOUT = Path("/workspaces/vllm-kernels")
 RECORD = Path("/opt/vllm-kernels/snapshot")
 COMPILED = Path("/cache/compiled")
-NEVER = {"ccache"}
-"""Speeds a compilation up, and can be gigabytes: a snapshot compiles nothing."""
+LEFT_OUT = {"ccache"}
+"""It can be gigabytes, and a snapshot compiles nothing."""
+
+
+class TreeRecord(TypedDict):
+    """The state of a git tree; everything uncommitted is in a diff beside the record."""
+
+    commit: str
+    tree: str
+    """Git's hash of all files as they are, by which a reconstruction is checked."""
+    dirty: bool
+    diff_sha256: str
+
+
+class ForkRecord(TreeRecord):
+    """The state of a release's tree in the fork."""
+
+    applied: str
+    own_commits: int
+
+
+class Record(TypedDict):
+    """What a snapshot holds."""
+
+    workspace: TreeRecord
+    fork: dict[str, ForkRecord]
 
 
 def clone_repository(source: Path, target: Path) -> None:
-    """The history of `source` as `target`/.git, on the same commit; no file is checked out."""
+    """Clone `source` as `target`/.git, at the same commit; no file is checked out."""
     head = git("rev-parse", "HEAD", tree=source).strip()
-    # By its address: a clone that shares nothing with the source, and may be as shallow.
+    # By its address: such a clone shares no files with the source, which may be shallow.
     git("clone", "-q", "--mirror", f"file://{source}", str(target / ".git"), tree=target)
     git("config", "core.bare", "false", tree=target)
     git("config", "--remove-section", "remote.origin", tree=target)
@@ -49,7 +73,7 @@ def clone_repository(source: Path, target: Path) -> None:
 
 
 def copy(source: Path, target: Path, names: list[str]) -> None:
-    """Files and links by their names, with their times: Python's bytecode stays valid."""
+    """Copy files and links with their times: Python's bytecode stays valid."""
     for name in names:
         if (source / name).is_symlink() or (source / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +81,7 @@ def copy(source: Path, target: Path, names: list[str]) -> None:
 
 
 def files_as_they_are(tree: Path) -> str:
-    """Git's name of all the files of a tree that it tracks or would; its index is left alone."""
+    """Git's hash of all files of a tree that it tracks or would; the index is not changed."""
     with tempfile.TemporaryDirectory() as work:
         scratch = {"GIT_INDEX_FILE": str(Path(work) / "index")}
         git("read-tree", "HEAD", tree=tree, env=scratch)
@@ -65,12 +89,8 @@ def files_as_they_are(tree: Path) -> str:
         return git("write-tree", tree=tree, env=scratch).strip()
 
 
-def record(tree: Path, name: str) -> dict[str, Any]:
-    """What this tree is: its commit, and all that differs from it as a diff beside the record.
-
-    `tree` is the name of all the files as they are, so that whoever makes the state again knows
-    that it is the same.
-    """
+def record(tree: Path, name: str) -> TreeRecord:
+    """The state of a tree; writes its diff to `name`.diff beside the record."""
     files = files_as_they_are(tree)
     options = ("--binary", "--no-ext-diff", "--no-renames")
     diff = git_bytes("diff", *options, "HEAD", files, tree=tree)
@@ -83,21 +103,21 @@ def record(tree: Path, name: str) -> dict[str, Any]:
     }
 
 
-def restore_workspace(source: Path) -> dict[str, Any]:
+def restore_workspace(source: Path) -> TreeRecord:
     names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", tree=source)
-    clone_repository(source, PLACE)
-    copy(source, PLACE, [name for name in names.split("\0") if name])
+    clone_repository(source, CHECKOUT)
+    copy(source, CHECKOUT, [name for name in names.split("\0") if name])
     link = source / "vllm-fork" / "src"
     if link.is_symlink():
-        (PLACE / "vllm-fork" / "src").symlink_to(os.readlink(link))
-    git("reset", "-q", "--mixed", tree=PLACE)
-    return record(PLACE, "workspace")
+        (CHECKOUT / "vllm-fork" / "src").symlink_to(os.readlink(link))
+    git("reset", "-q", "--mixed", tree=CHECKOUT)
+    return record(CHECKOUT, "workspace")
 
 
-def restore_fork(source: Path) -> dict[str, Any]:
-    """One tree of the fork, with everything in it, whether git tracks it or not."""
+def restore_fork(source: Path) -> ForkRecord:
+    """Copy one tree of the fork, with everything in it, whether git tracks it or not."""
     version = source.name
-    target = PLACE / "vllm-fork" / "releases" / version
+    target = CHECKOUT / "vllm-fork" / "releases" / version
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     clone_repository(source, target)
@@ -108,28 +128,30 @@ def restore_fork(source: Path) -> dict[str, Any]:
         (target / ".git" / path.relative_to(source / ".git")).parent.mkdir(exist_ok=True)
         shutil.copy2(path, target / ".git" / path.relative_to(source / ".git"))
     git("reset", "-q", "--mixed", tree=target)
-    found = record(target, f"vllm-{version}")
+    state = record(target, f"vllm-{version}")
     applied = git("rev-parse", APPLIED, tree=target).strip()
     # Each as a mail, to read and to apply elsewhere.
-    own = git_bytes("format-patch", "--stdout", "--binary", f"{applied}..HEAD", tree=target)
-    (RECORD / f"vllm-{version}.patches").write_bytes(own)
+    patches = git_bytes("format-patch", "--stdout", "--binary", f"{applied}..HEAD", tree=target)
+    (RECORD / f"vllm-{version}.patches").write_bytes(patches)
     count = git("rev-list", "--count", f"{applied}..HEAD", tree=target).strip()
-    return {**found, "applied": applied, "own_commits": int(count)}
+    return {**state, "applied": applied, "own_commits": int(count)}
 
 
 def main(source: Path, compiled: Path) -> None:
     RECORD.mkdir(exist_ok=True)
     for old in RECORD.iterdir():
         old.unlink()
-    for old in PLACE.iterdir():  # of a container that was made from a snapshot
+    for old in CHECKOUT.iterdir():  # in a container of a snapshot
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-    found: dict[str, Any] = {"workspace": restore_workspace(source), "fork": {}}
-    for tree in sorted((source / "vllm-fork" / "releases").glob("[!.]*")):
-        found["fork"][tree.name] = restore_fork(tree)
+    trees = sorted((source / "vllm-fork" / "releases").glob("[!.]*"))
+    state: Record = {
+        "workspace": restore_workspace(source),
+        "fork": {tree.name: restore_fork(tree) for tree in trees},
+    }
     for path in sorted(compiled.iterdir()):
-        if path.is_dir() and path.name not in NEVER:
+        if path.is_dir() and path.name not in LEFT_OUT:
             shutil.copytree(path, COMPILED / path.name, symlinks=True, dirs_exist_ok=True)
-    text = json.dumps(found, indent=2)
+    text = json.dumps(state, indent=2)
     (RECORD / "record.json").write_text(text + "\n")
     print(text)
 

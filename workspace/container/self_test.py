@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In a container of a snapshot: prove that it holds what it says.
+"""In a container of a snapshot: verify that it holds what its label says.
 
     python3 -m workspace.container.self_test RECORD
 
-RECORD is the JSON of the image's label. Each step prints one line; the first that fails ends it.
+RECORD is the JSON of the image's label. Each step prints one line; the first failure ends it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from workspace.container.restore import PLACE, RECORD, files_as_they_are
+from workspace.container.restore import (
+    CHECKOUT,
+    RECORD,
+    Record,
+    TreeRecord,
+    files_as_they_are,
+)
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 
@@ -37,14 +43,14 @@ print(", ".join(map(str, registry.compiled())))
 
 
 def _device() -> str:
-    """Of the vLLM in the image: it is proved also where there is no GPU."""
-    manifest = PLACE / "vllm-fork" / "src" / ".git" / "workspace-binaries.json"
+    """The device of the image's vLLM, whether or not this machine has a GPU."""
+    manifest = CHECKOUT / "vllm-fork" / "src" / ".git" / "workspace-binaries.json"
     return str(json.loads(manifest.read_text())["device"])
 
 
 def _run(*command: str, check: bool = True) -> str:
     result = subprocess.run(
-        command, cwd=PLACE, env={**os.environ, "DEVICE": _device()},
+        command, cwd=CHECKOUT, env={**os.environ, "DEVICE": _device()},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if check and result.returncode:
@@ -54,22 +60,21 @@ def _run(*command: str, check: bool = True) -> str:
 
 
 def imports() -> str:
-    """vLLM comes from the editable tree."""
-    told = json.loads(_run("python3", "-c", IMPORT).splitlines()[0])
-    source = Path(told["file"]).resolve()
-    if not source.is_relative_to(PLACE / "vllm-fork" / "releases"):
+    """vLLM is imported from the editable tree."""
+    imported = json.loads(_run("python3", "-c", IMPORT).splitlines()[0])
+    source = Path(imported["file"]).resolve()
+    if not source.is_relative_to(CHECKOUT / "vllm-fork" / "releases"):
         sys.exit(f"vllm is imported from {source}, not from the editable tree")
     return (
-        f"vLLM {told['vllm']} from {source.parents[1].relative_to(PLACE)}, torch {told['torch']}, "
-        f"imported in {told['seconds']:.1f} s"
+        f"vLLM {imported['vllm']} from {source.parents[1].relative_to(CHECKOUT)}, torch "
+        f"{imported['torch']}, imported in {imported['seconds']:.1f} s"
     )
 
 
 def versions() -> str:
-    """The doctor finds every version at its pin."""
-    told = _run("make", "--no-print-directory", "doctor", "JSON=1", check=False)
-    checks = json.loads(told)["checks"]
-    # Only a missing GPU is not the snapshot's fault.
+    """`make doctor` reports no problem, except a missing GPU."""
+    report = _run("make", "--no-print-directory", "doctor", "JSON=1", check=False)
+    checks = json.loads(report)["checks"]
     for check in checks:
         if check["status"] == "problem" and check["name"] != "GPU":
             sys.exit(f"make doctor: {check['name']}: {check['detail']}")
@@ -92,34 +97,33 @@ def kernels() -> str:
     return f"kernels load: {_run('python3', '-c', LOAD).splitlines()[-1]}"
 
 
-def made_again(tree: Path, name: str, told: dict) -> None:
+def require_recorded(tree: Path, name: str, recorded: TreeRecord) -> None:
     """The recorded commit with the recorded diff is, file for file, what is in the image."""
-    if (found := git("rev-parse", "HEAD", tree=tree).strip()) != told["commit"]:
-        sys.exit(f"{tree} is at {found}, but the label says {told['commit']}")
+    if (head := git("rev-parse", "HEAD", tree=tree).strip()) != recorded["commit"]:
+        sys.exit(f"{tree} is at {head}, but the label says {recorded['commit']}")
     with tempfile.TemporaryDirectory() as work:
         scratch = {"GIT_INDEX_FILE": str(Path(work) / "index")}
-        git("read-tree", told["commit"], tree=tree, env=scratch)
+        git("read-tree", recorded["commit"], tree=tree, env=scratch)
         diff = RECORD / f"{name}.diff"
         if diff.stat().st_size:
             git("apply", "--cached", "--whitespace=nowarn", str(diff), tree=tree, env=scratch)
-        again = git("write-tree", tree=tree, env=scratch).strip()
-    here = files_as_they_are(tree)
-    if not again == here == told["tree"]:
-        sys.exit(f"{tree} is not what commit {told['commit']} with {diff.name} makes")
+        reconstructed = git("write-tree", tree=tree, env=scratch).strip()
+    if not reconstructed == files_as_they_are(tree) == recorded["tree"]:
+        sys.exit(f"{tree} is not what commit {recorded['commit']} with {diff.name} makes")
 
 
-def state(record: dict) -> str:
-    """The checkout and the fork's trees can be made again from what is recorded."""
+def state(record: Record) -> str:
+    """The checkout and the fork's trees can be reconstructed from the record."""
     if json.loads((RECORD / "record.json").read_text()) != record:
         sys.exit("the record in the image is not the one of its label")
-    made_again(PLACE, "workspace", record["workspace"])
-    for version, told in record["fork"].items():
-        made_again(PLACE / "vllm-fork" / "releases" / version, f"vllm-{version}", told)
-    commits = sum(told["own_commits"] for told in record["fork"].values())
+    require_recorded(CHECKOUT, "workspace", record["workspace"])
+    for version, fork in record["fork"].items():
+        require_recorded(CHECKOUT / "vllm-fork" / "releases" / version, f"vllm-{version}", fork)
+    commits = sum(fork["own_commits"] for fork in record["fork"].values())
     return f"commit {record['workspace']['commit'][:10]}, {commits} local commits in the fork"
 
 
-def main(record: dict) -> None:
+def main(record: Record) -> None:
     for line in (lambda: state(record), nothing_to_do, imports, kernels, versions):
         print(f"✓ {line()}", flush=True)
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from workspace import verbs
 from workspace.container.docker import docker
 from workspace.container.image import PREFIX
+from workspace.container.restore import Record
 from workspace.container.snapshot import SNAPSHOT, UNFINISHED
 
 
@@ -17,32 +18,31 @@ def rows() -> list[list[str]]:
     labels = ["--filter", f"label={SNAPSHOT}", "--filter", f"label={UNFINISHED}=no"]
     names = docker("images", *labels, "--format", "{{.Repository}}:{{.Tag}}").splitlines()
     names = [name for name in names if "<none>" not in name]
-    found = json.loads(docker("image", "inspect", *names)) if names else []
+    images = json.loads(docker("image", "inspect", *names)) if names else []
     table = []
-    for name, one in zip(names, found, strict=True):
-        told = one["Config"]["Labels"]
-        state = json.loads(told[SNAPSHOT])
-        pins = json.loads(told.get(f"{PREFIX}.pins", "{}"))
-        versions = ", ".join(
-            f"{key} {pins[key]}" for key in ("vllm", "torch", "cuda") if key in pins
-        )
-        dirty = " with edits" if state["workspace"]["dirty"] else ""
-        forks = [
-            f"{version}: {fork['own_commits']} commits{', edits' if fork['dirty'] else ''}"
-            for version, fork in state["fork"].items()
+    for name, image in zip(names, images, strict=True):
+        described = image["Config"]["Labels"]
+        record: Record = json.loads(described[SNAPSHOT])
+        pins = json.loads(described.get(f"{PREFIX}.pins", "{}"))
+        dirty = " with edits" if record["workspace"]["dirty"] else ""
+        created = datetime.fromisoformat(described["org.opencontainers.image.created"])
+        row = [
+            name,
+            f"{created.astimezone():%Y-%m-%d %H:%M}",
+            f"{image['Size'] / 1e9:.1f} GB",
+            ", ".join(f"{key} {pins[key]}" for key in ("vllm", "torch", "cuda") if key in pins),
+            record["workspace"]["commit"][:10] + dirty,
+            "; ".join(
+                f"{version}: {fork['own_commits']} commits{', edits' if fork['dirty'] else ''}"
+                for version, fork in record["fork"].items()
+            ),
         ]
-        created = datetime.fromisoformat(told["org.opencontainers.image.created"])
-        table.append(
-            [
-                name, f"{created.astimezone():%Y-%m-%d %H:%M}", f"{one['Size'] / 1e9:.1f} GB",
-                versions, state["workspace"]["commit"][:10] + dirty, "; ".join(forks),
-            ]
-        )  # fmt: skip
+        table.append(row)
     return sorted(table, key=lambda row: row[1], reverse=True)
 
 
 def run(_: verbs.NoOptions) -> int:
-    heading = ["snapshot", "made", "size", "versions", "workspace", "own work in the fork"]
+    heading = ["snapshot", "made", "size", "versions", "workspace", "local work in the fork"]
     table = [heading, *rows()]
     if len(table) == 1:
         print("no snapshots yet; make snapshot makes one")
