@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile ``<operation>/<backend>.cu`` into a plain shared library behind apache-tvm-ffi.
 
-The name of a library holds the hash of everything that made it: the source and every file that it
-includes from this package, the flags, the versions of nvcc, of the host compiler and of tvm-ffi,
-the architectures. So "is it up to date" is "does this name exist", and nothing is ever rebuilt or
-loaded by mistake. A library is written in a folder of its own and renamed when whole: a compile
-that is killed leaves nothing that could be taken for a library, and the next one clears what it
-left.
+The name of a library contains the hash of its inputs: the source and every file that it includes
+from this package, the flags, the versions of nvcc, the host compiler and tvm-ffi, the
+architectures. So a library that exists is up to date. It is written in a scratch folder and renamed
+when complete: a killed compile leaves no library, and the next one clears its scratch folder.
 
-A compile waits until the machine has a core and the memory for it (see jobs). How long it took and
-the peak of its memory are kept in the report beside the library.
+A compile waits until the machine has a core and memory for it (see jobs). Its time and peak memory
+are kept in the report beside the library.
 
-This module does not import torch: finding that there is nothing to do takes a fraction of a second.
+This module does not import torch: a run with nothing to compile takes a fraction of a second.
 """
 
 import contextlib
@@ -27,6 +25,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,12 +42,11 @@ if TYPE_CHECKING:
 
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-cudart=none", "-Xptxas=-v")
 PEAK_MEMORY = 5 * jobs.GIB // 2
-"""Bytes that a compile may take at most; what one is taken to need before it was seen."""
+"""Bytes that a compile may take at most, and the estimate for the first one."""
 REPORT = 2
-"""Number of the form of the report beside a library; another one is compiled anew."""
+"""Format of the report beside a library; a library with another is compiled again."""
 KEPT_LIBRARIES = 8
-"""How many older libraries of a backend stay in the cache, for going back and forth between
-edits."""
+"""Older libraries of a backend that stay in the cache, for going back and forth between edits."""
 
 _NVCC_ENVIRONMENT = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
@@ -66,9 +64,9 @@ class Built:
     compiled: bool
     """True if this call compiled it, False if it was up to date."""
     seconds: float
-    """What this call took; next to nothing where the library was up to date."""
+    """Duration of this call."""
     peak_memory: int
-    """Bytes that the largest process of its compile took."""
+    """Bytes, of the largest process of its compile."""
 
 
 # --- compiling ------------------------------------------------------------------------------------
@@ -80,11 +78,11 @@ def build_all(
     progress: Callable[[Built], None] | None = None,
     operation: str | None = None,
 ) -> list[Built]:
-    """Bring every kernel (of ``operation``, if given) up to date for ``architectures`` (default:
-    the pinned ones), in parallel; a backend that is written for none of them is left out.
+    """Bring every backend (of ``operation``, if given) up to date, in parallel; one that is written
+    for none of ``architectures`` (default: the pinned ones) is left out.
 
     ``progress`` is called with each library as it becomes ready. Raises BuildError, after all
-    others are built, with the compiler's messages of those that failed.
+    others are built, with the compiler's messages.
     """
     architectures = tuple(architectures or sources.pinned_architectures())
     remove_stale()
@@ -93,25 +91,13 @@ def build_all(
         for backend in registry.compiled()
         if backend.architectures(architectures) and operation in (None, backend.operation.name)
     ]
-    stale = [
-        backend for backend in wanted if force or not library_path(backend, architectures).is_file()
-    ]
+    stale = sum(force or not library_path(one, architectures).is_file() for one in wanted)
+    threads = max(1, len(os.sched_getaffinity(0)) // max(1, stale))
+    # The one that took longest comes first, so that none is left alone at the end.
+    wanted.sort(key=lambda backend: _last_report(backend).get("seconds", 0), reverse=True)
     done, errors = [], []
-    for backend in wanted:
-        if backend not in stale:
-            done.append(build(backend, architectures))
-            if progress is not None:
-                progress(done[-1])
-    if not stale:
-        return done
-
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
-    threads = max(1, len(os.sched_getaffinity(0)) // len(stale))
-    with ThreadPoolExecutor(max_workers=len(stale)) as pool:
-        # The one that took longest comes first, so that none is left alone at the end.
-        stale.sort(key=lambda backend: _last_report(backend).get("seconds", 0), reverse=True)
-        running = [pool.submit(build, backend, architectures, force, threads) for backend in stale]
+    with ThreadPoolExecutor(max_workers=max(1, len(wanted))) as pool:
+        running = [pool.submit(build, backend, architectures, force, threads) for backend in wanted]
         for job in as_completed(running):
             try:
                 done.append(job.result())
@@ -128,10 +114,10 @@ def build_all(
 def build(
     backend: Backend, architectures: Sequence[str], force: bool = False, threads: int = 0
 ) -> Built:
-    """Bring one kernel up to date for ``architectures`` and return its library.
+    """Bring one backend up to date for ``architectures`` and return its library.
 
-    ``threads`` parallel compile jobs for several architectures; 0: as many as there are cores. Two
-    processes that want the same library at once compile it once: the second waits for the first.
+    ``threads``: parallel compile jobs for several architectures; 0: one per core. If two processes
+    build the same library, the second waits for the first and does not compile.
     """
     started = time.perf_counter()
     architectures = backend.architectures(architectures)
@@ -179,7 +165,7 @@ def library_path(backend: Backend, architectures: Sequence[str]) -> Path:
 
 
 def remove_stale() -> None:
-    """Remove what killed compiles left behind; compiles that are running keep theirs."""
+    """Remove the scratch folders of killed compiles, not those of running ones."""
     for scratch in paths.cache_dir().glob("*.tmp"):
         name = scratch.name.split("-", 1)[0]
         with _lock(name, wait=False) as held:
@@ -312,8 +298,8 @@ class _Ran:
 
 
 class _Quotable:
-    """Paths as nvcc can pass them on. It writes ``\\'`` for a quote within double quotes, which is
-    another path: a file or folder with one gets a link in the scratch folder."""
+    """Paths that nvcc can pass to its shell. It writes ``\\'`` for a quote within double quotes,
+    which is another path: a file or folder with one gets a link in the scratch folder."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -331,7 +317,7 @@ class _Quotable:
         return self._links[path]
 
     def named(self, ran: _Ran) -> _Ran:
-        """What nvcc said, with the paths as they are outside of the scratch folder."""
+        """The same run, with the real paths in its log."""
         log = ran.log
         for path, link in self._links.items():
             log = log.replace(link, str(path))
@@ -339,8 +325,8 @@ class _Quotable:
 
 
 def _run_nvcc(command: Sequence[str], scratch: Path, slot: int) -> _Ran:
-    """Run nvcc in its scratch folder, which it knows as ``.``: it hands its temporary files to a
-    shell without quotes, so their names must not hold the folder's own."""
+    """Run nvcc in its scratch folder with TMPDIR ``.``: it passes the names of temporary files to a
+    shell without quotes, so they must not contain the folder's."""
     started = time.perf_counter()
     log = scratch / "log"
     with (
@@ -409,7 +395,7 @@ def _report_path(library: Path) -> Path:
 
 @contextmanager
 def _lock(name: str, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock of one backend; the operating system releases it when its holder dies."""
+    """Hold the lock of one backend; the operating system releases it when the holder dies."""
     path = paths.cache_dir() / f"{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -426,7 +412,7 @@ def _lock(name: str, wait: bool = True) -> Iterator[bool]:
 
 
 def _clear_scratch(name: str) -> None:
-    """Remove the temporary folders of a backend whose lock we hold: whoever made them is gone."""
+    """Remove the scratch folders of a backend whose lock is held: their compiles have ended."""
     for scratch in paths.cache_dir().glob(f"{name}-*.tmp"):
         shutil.rmtree(scratch, ignore_errors=True)
 

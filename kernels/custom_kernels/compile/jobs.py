@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Limit parallel compile jobs by cores and free memory, over all processes of a user.
 
-Every compiler holds one of as many slots as the machine has cores, and says in it how much memory
-it may take. The slots are locked files in the user's own folder for temporary files, so two builds
-in two checkouts share them, and the operating system frees a slot when its holder dies. A compiler
-starts when there is a slot and memory for it beside all that the others may take, or when no other
-runs.
+There are as many slots as cores. Every compiler holds one, in which it writes how much memory it
+may take. Slots are locked files in the user's temporary folder, so builds in two checkouts share
+them, and the operating system frees a slot when its holder dies. A compiler starts when a slot is
+free and there is memory for it beside what the others may take, or when no other runs.
 """
 
 import fcntl
@@ -23,8 +22,7 @@ POLL_SECONDS = 0.1
 
 
 def available() -> int:
-    """Bytes of memory that can be had now: what the kernel says, or less where a container is
-    limited."""
+    """Bytes of free memory, by the kernel or by the container's limit."""
     meminfo = Path("/proc/meminfo").read_text()
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo, re.MULTILINE)
     free = int(found[1]) * 1024 if found else 2 * GIB
@@ -35,16 +33,16 @@ def available() -> int:
 
 
 def folder() -> Path:
-    """Where the slots of this user are.
+    """The folder of this user's slots.
 
     Raises:
-        OSError: somebody else has put something there.
+        OSError: it belongs to another user.
     """
-    place = Path(tempfile.gettempdir()) / f"custom-kernels-jobs-{os.getuid()}"
-    place.mkdir(mode=0o700, exist_ok=True)
-    if place.is_symlink() or place.stat().st_uid != os.getuid():
-        raise PermissionError(f"{place} belongs to another user; remove it or set TMPDIR")
-    return place
+    path = Path(tempfile.gettempdir()) / f"custom-kernels-jobs-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to another user; remove it or set TMPDIR")
+    return path
 
 
 @contextmanager
@@ -58,20 +56,20 @@ def slot(
     Yields the slot's open file: a compiler that inherits it keeps the slot when its parent is
     killed.
     """
-    place, number = folder(), cores or len(os.sched_getaffinity(0))
-    while (taken := _take(place, number, need, free)) is None:
+    slots, count = folder(), cores or len(os.sched_getaffinity(0))
+    while (taken := _take(slots, count, need, free)) is None:
         time.sleep(POLL_SECONDS)
     with taken:
         yield taken
 
 
-def _take(place: Path, number: int, need: int, free: Callable[[], int]) -> IO[str] | None:
-    """A slot, locked; None where there is none, or not enough memory beside the running."""
-    with (place / "gate").open("w") as gate, ExitStack() as looked_at:
+def _take(slots: Path, count: int, need: int, free: Callable[[], int]) -> IO[str] | None:
+    """Lock a slot; None if none is free, or there is not enough memory beside the others."""
+    with (slots / "gate").open("w") as gate, ExitStack() as opened:
         fcntl.flock(gate, fcntl.LOCK_EX)
         vacant, promised = None, 0
-        for index in range(number):
-            file = looked_at.enter_context((place / f"slot-{index}").open("a+"))
+        for index in range(count):
+            file = opened.enter_context((slots / f"slot-{index}").open("a+"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 vacant = vacant or file
@@ -83,5 +81,5 @@ def _take(place: Path, number: int, need: int, free: Callable[[], int]) -> IO[st
         vacant.truncate(0)
         vacant.write(str(need))
         vacant.flush()
-        # Everything that was looked at is closed, this one is kept.
+        # All files are closed at the end of the block, except for this duplicate.
         return os.fdopen(os.dup(vacant.fileno()), "a+")

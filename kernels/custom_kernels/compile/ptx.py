@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read what compilers print: PTX, and ptxas's report of registers, shared memory and spills."""
+"""Read PTX, and ptxas's report of registers, shared memory and spills."""
 
-import functools
 import itertools
 import math
 import re
@@ -14,8 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the assembler says of one kernel on one architecture: registers, and bytes per thread or
-    block."""
+    """Resources of one kernel on one architecture: registers, and bytes per thread or block."""
 
     name: str
     architecture: str
@@ -25,7 +23,7 @@ class Kernel:
     spill_loads: int
     shared: int
     ptx: int | None = None
-    """Instructions of its PTX."""
+    """Number of PTX instructions."""
     threads: int | None = None
     """Threads in a block, where ``__launch_bounds__`` fixes it."""
     dynamic: bool = False
@@ -41,7 +39,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def kernels(log: str, kept: Path) -> list[Kernel]:
-    """What ptxas says in ``log``, with what the PTX in the folder ``kept`` says beside it."""
+    """The kernels in ptxas's ``log``, with what the PTX files in the folder ``kept`` add."""
     written = {}
     for path in kept.glob("*.ptx"):
         text = path.read_text()
@@ -50,10 +48,9 @@ def kernels(log: str, kept: Path) -> list[Kernel]:
                 written[entry.name, _architecture_name(target[1])] = entry
     found = parse_ptxas(log)
     for index, kernel in enumerate(found):
-        said = written.get((kernel.name, kernel.architecture))
-        if said is not None:
+        if entry := written.get((kernel.name, kernel.architecture)):
             found[index] = replace(
-                kernel, ptx=said.instructions, threads=said.threads, dynamic=said.dynamic
+                kernel, ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic
             )
     names = demangle([kernel.name for kernel in found])
     return [replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]
@@ -136,8 +133,8 @@ def entries(ptx: str) -> list[Entry]:
 
 
 def demangle(names: Sequence[str]) -> list[str]:
-    """C++ names without their parameters; as they are where there is no c++filt."""
-    filt = _filt()
+    """C++ names without their parameters; unchanged without c++filt."""
+    filt = shutil.which("c++filt")
     if filt is None or not names:
         return list(names)
     result = subprocess.run(
@@ -145,8 +142,3 @@ def demangle(names: Sequence[str]) -> list[str]:
     )
     found = result.stdout.splitlines()
     return found if len(found) == len(names) else list(names)
-
-
-@functools.cache
-def _filt() -> str | None:
-    return shutil.which("c++filt")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvcc, the host compiler, tvm-ffi, CUDA's headers and libraries: which ones, and from where."""
+"""Find nvcc, the host compiler, tvm-ffi, and CUDA's headers and libraries."""
 
 import contextlib
 import functools
@@ -21,17 +21,15 @@ _HEADER_PACKAGES = {
         ("cutlass_library", "source/include", "nvidia-cutlass"),
     )
 }
-"""Where the headers that a source may ask for lie: (module, folder in it, package), in the order of
-search."""
+"""Name in ``// include:`` → (module, folder in it, package), in the order of search."""
 
 
 class BuildError(RuntimeError):
-    """A kernel cannot be compiled. The message says why, with the compiler's own words where it has
-    any."""
+    """A kernel cannot be compiled. The message says why, with the compiler's errors if it ran."""
 
 
 class NoCompiler(BuildError):
-    """There is no nvcc, or none that goes with the environment's CUDA runtime."""
+    """There is no nvcc, or only one of another CUDA release than the environment's runtime."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Toolchain:
     include: tuple[Path, ...]
     library: tuple[Path, ...]
     origin: str
-    """``packages`` or ``conda`` for an environment's own nvcc, ``system`` for one from CUDA_HOME or
+    """``packages`` or ``conda`` for the environment's nvcc, ``system`` for one from CUDA_HOME or
     PATH."""
 
     def versions(self) -> dict[str, str]:
@@ -63,7 +61,7 @@ def find() -> Toolchain:
     runtime = packaged_runtime()
     if runtime and runtime.split(".")[0] != nvcc_version.split(".")[0]:
         raise NoCompiler(
-            f"{nvcc} is of CUDA {nvcc_version}, this environment of {runtime}: "
+            f"{nvcc} is of CUDA {nvcc_version}, this environment's runtime of {runtime}: "
             + _nvcc_remedy(runtime)
         )
     cxx = _find_cxx()
@@ -81,13 +79,8 @@ def find() -> Toolchain:
         cxx_version=_version([str(cxx), "--version"], r"(.+)"),
         tvm_ffi=Path(tvm_ffi.submodule_search_locations[0]),
         tvm_ffi_version=importlib.metadata.version("apache-tvm-ffi"),
-        include=tuple(folder / "include" for folder in folders if (folder / "include").is_dir()),
-        library=tuple(
-            folder / lib
-            for folder in folders
-            for lib in ("lib", "lib64")
-            if (folder / lib).is_dir()
-        ),
+        include=_existing(folders, "include"),
+        library=_existing(folders, "lib", "lib64"),
         origin=origin,
     )
 
@@ -98,19 +91,24 @@ def include_folders() -> tuple[Path, ...]:
         nvcc, _ = _find_nvcc()
     except BuildError:
         nvcc = None
-    found = (folder / "include" for folder in _cuda_folders(nvcc))
-    return tuple(dict.fromkeys(folder for folder in found if folder.is_dir()))
+    return tuple(dict.fromkeys(_existing(_cuda_folders(nvcc), "include")))
+
+
+def _existing(folders: list[Path], *names: str) -> tuple[Path, ...]:
+    paths = (folder / name for folder in folders for name in names)
+    return tuple(path for path in paths if path.is_dir())
 
 
 def _cuda_folders(nvcc: Path | None) -> list[Path]:
-    """Where headers and libraries lie: in the packages, then beside nvcc."""
-    home = [nvcc.parent.parent] if nvcc else []
-    targets = [path for folder in home for path in folder.glob("targets/*-linux")]
-    return [*_cuda_packages(), *targets, *home]
+    """Folders with headers and libraries: the packages, then those beside nvcc."""
+    if nvcc is None:
+        return _cuda_packages()
+    home = nvcc.parent.parent
+    return [*_cuda_packages(), *home.glob("targets/*-linux"), home]
 
 
 def _find_nvcc() -> tuple[Path, str]:
-    """The environment's own nvcc (conda's, then the packages'), else the system's."""
+    """The environment's nvcc (conda's, then the packages'), else the system's."""
     prefix = Path(sys.prefix)
     if (prefix / "conda-meta").is_dir() and (prefix / "bin" / "nvcc").is_file():
         return prefix / "bin" / "nvcc", "conda"
@@ -132,8 +130,8 @@ def _find_nvcc() -> tuple[Path, str]:
 def _nvcc_remedy(runtime: str | None) -> str:
     if runtime and int(runtime.split(".")[0]) < 13:
         return (
-            f"the packages of CUDA {runtime} hold none; set CUDA_HOME to a toolkit of that release "
-            "or use ENV=conda"
+            f"there is no package of it for CUDA {runtime}; set CUDA_HOME to a toolkit of that "
+            "release, or use ENV=conda"
         )
     return "run `make dev`, which installs the pinned one, or install the package nvidia-cuda-nvcc"
 
@@ -152,12 +150,12 @@ def _find_cxx() -> Path:
 
 
 def _cuda_packages() -> list[Path]:
-    """Folders of CUDA's packages, in whichever of this interpreter's folders they are: nvidia/cu13
-    and the one of cuSPARSELt; up to CUDA 12 one folder per component."""
+    """Folders of the installed CUDA packages: nvidia/cu13 and nvidia/cusparselt; up to CUDA 12 one
+    per component."""
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(name) for name in (spec.submodule_search_locations or [])] if spec else []
     if any((folder / "cu13").is_dir() for folder in folders):
-        # In more than one of them where some come beside a host's own.
+        # Several where packages are installed beside the host's.
         found = [folder / part for folder in folders for part in ("cu13", "cusparselt")]
         return [path for path in found if path.is_dir()]
     parts = [part for folder in folders for part in sorted(folder.iterdir())]
@@ -165,8 +163,7 @@ def _cuda_packages() -> list[Path]:
 
 
 def packaged_runtime() -> str | None:
-    """The release of the CUDA runtime among the packages, for example ``12.8``; None where there is
-    none."""
+    """Release of the installed CUDA runtime package, for example ``12.8``; None without one."""
     for package in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return ".".join(importlib.metadata.version(package).split(".")[:2])
@@ -174,10 +171,11 @@ def packaged_runtime() -> str | None:
 
 
 def headers(name: str) -> tuple[Path, str]:
+    """The folder of these headers, and their package with its version. Raises BuildError if they
+    are not installed."""
     if name not in _HEADER_PACKAGES:
         raise BuildError(
-            f"`// include: {name}`: there is no such package of headers; there are "
-            f"{', '.join(_HEADER_PACKAGES)}"
+            f"`// include: {name}`: unknown headers; known are {', '.join(_HEADER_PACKAGES)}"
         )
     for module, inside, package in _HEADER_PACKAGES[name]:
         spec = importlib.util.find_spec(module)
@@ -185,9 +183,9 @@ def headers(name: str) -> tuple[Path, str]:
             if (Path(folder) / inside).is_dir():
                 return Path(folder) / inside, f"{package} {importlib.metadata.version(package)}"
     if root := paths.checkout():
-        brought = root / ".workspace" / "headers" / name  # by a bundle, out of such a package
-        if (brought / "include").is_dir():
-            return brought / "include", (brought / "package").read_text().strip()
+        bundled = root / ".workspace" / "headers" / name  # by `make unbundle`
+        if (bundled / "include").is_dir():
+            return bundled / "include", (bundled / "package").read_text().strip()
     packages = " or ".join(package for _, _, package in _HEADER_PACKAGES[name])
     raise BuildError(
         f"the headers of {name} are not installed for {sys.executable}: run `make dev`, or install "
@@ -206,7 +204,7 @@ def _version(command: list[str], pattern: str) -> str:
 
 
 def library(tools: Toolchain, name: str) -> Path:
-    """The file of a shared library that a source asks for, or of apache-tvm-ffi."""
+    """The file of a shared library that a ``.cu`` links with."""
     folders = (tools.tvm_ffi / "lib", *tools.library)
     for folder in folders:
         for candidate in [*sorted(folder.glob(f"lib{name}.so.*")), folder / f"lib{name}.so"]:

@@ -229,10 +229,15 @@ def test_a_compiler_of_another_cuda_release_is_refused(
     other.chmod(0o755)
     monkeypatch.setattr(toolchain, "_cuda_packages", list)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    for runtime, remedy in (("13.0", "make dev"), ("12.8", "hold none; set CUDA_HOME")):
+    for runtime, remedy in (
+        ("13.0", "make dev"),
+        ("12.8", "no package of it for CUDA 12.8; set CUDA_HOME"),
+    ):
         monkeypatch.setattr(toolchain, "packaged_runtime", lambda runtime=runtime: runtime)
         toolchain.find.cache_clear()
-        with pytest.raises(NoCompiler, match=rf"CUDA 11\.8\.89, .* of {runtime}: .*{remedy}"):
+        with pytest.raises(
+            NoCompiler, match=rf"CUDA 11\.8\.89, .* runtime of {runtime}: .*{remedy}"
+        ):
             toolchain.find()
     toolchain.find.cache_clear()
 
