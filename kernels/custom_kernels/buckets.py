@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets of M, for which a library's algorithms are searched once.
+"""Buckets of M: a library's algorithms are searched once for each.
 
-Small batches, the ones that vLLM captures as CUDA graphs, have a bucket each; from 64 rows on there
-are four buckets per doubling.
+Every batch size that vLLM captures as a CUDA graph has a bucket; from 64 rows on there are four per
+doubling.
 """
 
 from collections.abc import Iterator

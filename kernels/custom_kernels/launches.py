@@ -3,13 +3,12 @@
 
 Every call of an operation is counted in its process. With ``CUSTOM_KERNELS_LAUNCH_LOG=<folder>`` in
 the environment each process also keeps its counts in the memory-mapped file
-``<folder>/launches-<pid>``. Those pages belong to the operating system, so the file is right
-however the process ends, SIGKILL included. Replays of a CUDA graph are not calls and so
-not counted.
+``<folder>/launches-<pid>``, which is complete however the process ends, SIGKILL included. Replays
+of a CUDA graph are not calls and are not counted.
 
-With a log calls are also counted by layer. An operation cannot be told its layer: the name would be
-part of the graph that torch.compile makes. But it sees the weight, and whoever loads the weights
-says which layer lies where (``layer``).
+With a log, calls are also counted by layer. A layer's name cannot be an argument of the operation:
+it would be part of torch.compile's graph. But the operation sees the weight, and whoever loads the
+weights registers which layer has its weight at which address (``layer``).
 
 File layout: records of 256 bytes, each a key in UTF-8 padded with NUL to 248 bytes and a count as a
 little-endian unsigned 64-bit integer. A key is ``operation.backend``, or with a space between them
@@ -30,21 +29,21 @@ _KEY_BYTES = 248
 _RECORD = struct.Struct(f"<{_KEY_BYTES}sQ")
 _WORDS = _RECORD.size // 8
 _CAPACITY = 4096
-"""The file has a hole where nothing is written yet: it takes no more space than its records."""
+"""Records in the file, which is sparse: it takes no more space than those that are written."""
 
 _lock = threading.Lock()
 _counts: dict[tuple[str, str], int] = {}
 _layers: dict[int, str] = {}
 """The layers by the addresses of their weights."""
 _logged: dict[tuple[str, str, str], list[int]] = {}
-"""For each operation, backend and layer (or none) in the file: where its count is, and it."""
+"""(operation, backend, layer or "") → [index of its count in the file, the count]."""
 _file: memoryview | None = None
-"""The mapped file as 64-bit words: one is stored by a single instruction, so no count is torn."""
+"""The mapped file as 64-bit words, each of which is stored by a single instruction."""
 
 
 def record(operation: str, backend: str, weight: int | None = None) -> None:
-    """Count one launch of ``operation`` by ``backend``, and by the layer whose weight is at this
-    address. Costs about a microsecond."""
+    """Count one launch of a backend, and by the layer whose weight is at this address. Takes about
+    a microsecond."""
     key = (operation, backend)
     with _lock:
         count = _counts.get(key, 0)
@@ -58,11 +57,10 @@ def record(operation: str, backend: str, weight: int | None = None) -> None:
 
 
 def layer(name: str, weight: int, expected: bool = True) -> None:
-    """Say, where there is a log, that the layer ``name`` has its weight at this address.
+    """Register, if there is a log, that the layer ``name`` has its weight at this address.
 
     Args:
-        expected: whether the layer multiplies by it in every forward pass, so that ``read_layers``
-            names it also if it never runs.
+        expected: the layer runs in every forward pass: ``read_layers`` lists it even without calls.
     """
     with _lock:
         if _file is None and not _open_log():
@@ -79,7 +77,7 @@ def counts() -> dict[str, int]:
 
 
 def reset() -> None:
-    """Forget this process's counts; a log file keeps what it has and is opened anew."""
+    """Clear this process's counts; a log file keeps its contents and is opened again."""
     global _file
     _counts.clear()
     _layers.clear()
@@ -97,8 +95,8 @@ def read(directory: str | os.PathLike[str]) -> dict[int, dict[str, int]]:
 
 
 def read_layers(directory: str | os.PathLike[str]) -> dict[int, dict[str, dict[str, int]]]:
-    """Counts by layer, of every process that has layers: ``{pid: {"lm_head": {"gemm.cublaslt":
-    12}}}``. A layer that launched nothing is empty."""
+    """Counts by layer of every process with layers: ``{pid: {"lm_head": {"gemm.cublaslt": 12}}}``;
+    empty for a layer that launched nothing."""
     found: dict[int, dict[str, dict[str, int]]] = {}
     for pid, records in _files(directory):
         layers: dict[str, dict[str, int]] = {}
@@ -155,14 +153,14 @@ def _open_log() -> bool:
         return False
     Path(directory).mkdir(parents=True, exist_ok=True)
     path = Path(directory) / f"launches-{os.getpid()}"
-    with path.open("w+b") as file:  # a file of this name is left by an earlier process of our pid
+    with path.open("w+b") as file:  # replaces that of an earlier process with the same pid
         file.truncate(_CAPACITY * _RECORD.size)
         _file = memoryview(mmap.mmap(file.fileno(), _CAPACITY * _RECORD.size)).cast("Q")
     return True
 
 
 def _after_fork() -> None:
-    # A forked child counts for itself: the parent's file stays the parent's.
+    # A forked child counts in a file of its own.
     global _lock
     _lock = threading.Lock()
     reset()

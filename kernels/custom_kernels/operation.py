@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operation and its backends: what they are made of, where they run, and the function that runs.
+"""An operation and its backends: their files, where they can run, and the function that runs.
 
 - An operation is a folder of this package with a ``reference.py``. Its ``__init__.py`` declares
   ``BACKEND_PRIORITY``, its backends per device type, best first, and ``empty_output``;
@@ -47,8 +47,8 @@ class BackendError(RuntimeError):
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """What a file says of itself in comments at the start of a line (``//`` in a ``.cu``, ``#`` in
-    a ``.py``), for example ``// architectures: 9.0a``."""
+    """Name → value of a file's notes: comments such as ``// architectures: 9.0a`` (in a ``.py``
+    with ``#``)."""
     found: dict[str, str] = {}
     for name, value in _NOTES.findall(path.read_text()):
         found[name] = f"{found[name]} {value}" if name in found else value
@@ -84,7 +84,7 @@ class Operation:
 
     @property
     def reference(self) -> ModuleType:
-        """What is right: ``exact``, and in plain torch ``run``."""
+        """``exact``, which defines the result, and ``run`` in plain torch."""
         return import_module(f"custom_kernels.{self.name}.reference")
 
     @property
@@ -227,7 +227,7 @@ class Backend:
 
     @property
     def notes(self) -> dict[str, str]:
-        """What its files say of themselves."""
+        """The notes in its files, see ``read_notes``."""
         return {name: value for path in self.files for name, value in read_notes(path).items()}
 
     def needs(self, note: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where this package lies, the checkout that holds it, and where compiled kernels are kept."""
+"""The folder of this package, of its checkout, and of compiled kernels."""
 
 import os
 from pathlib import Path
@@ -8,13 +8,13 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def checkout() -> Path | None:
-    """The root of the checkout that this package lies in, None when it is installed elsewhere."""
+    """The root of the checkout that contains this package; None if it is installed elsewhere."""
     root = PACKAGE.parents[1]
     return root if (root / "pins.toml").is_file() else None
 
 
 def cache_dir() -> Path:
-    """Where compiled libraries live: ``$CUSTOM_KERNELS_CACHE``, the checkout's
+    """Where compiled libraries are kept: ``$CUSTOM_KERNELS_CACHE``, the checkout's
     ``.workspace/kernels``, or the user's cache folder."""
     if configured := os.environ.get("CUSTOM_KERNELS_CACHE"):
         return Path(configured)

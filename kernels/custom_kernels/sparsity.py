@@ -7,8 +7,8 @@ the nonzeros of a group can be shared out such that no window holds more than tw
 2:4. The activation is expanded alike: the inner pairs of a group are there twice. A product over
 the expanded K then equals the product over K exactly. Expanded K is K · (N-1)·4 / 2N.
 
-Weight and activation may be expanded in any order, as long as it is the same one. Here it is two
-sections, so that a kernel loads and stores long contiguous runs and gathers nothing:
+Weight and activation may be expanded in any order, as long as it is the same. Here it is two
+sections, so that a kernel loads and stores long contiguous runs without a gather:
 
 - the **even** section: of every group in turn the windows 0, 2, ..., which is the run of values
   ``[0, 4·ceil((N-1)/2))`` of the group. Where N is even this is the plain row.
@@ -82,13 +82,13 @@ class Pattern:
 
 
 def pattern(name: str) -> Pattern:
-    """``"6:8"`` as a Pattern. Raises ValueError, naming some, if it is none of that kind."""
+    """``"6:8"`` as a Pattern. Raises ValueError, with examples, for any other kind."""
     nonzeros, _, group = name.partition(":")
     if not (nonzeros.isdecimal() and group.isdecimal()):
         raise ValueError(f"{name!r} is not a pattern; write 2:4, 4:6, 6:8, 8:10, ...")
     if int(group) % 2 or int(nonzeros) != int(group) - 2:
         raise ValueError(
-            f"{name} is not of the kind (2N-2):2N that expands to 2:4; 2:4, 4:6, 6:8, 8:10, ... are"
+            f"{name} is not a pattern (2N-2):2N that expands to 2:4, like 2:4, 4:6, 6:8, 8:10, ..."
         )
     return Pattern(int(group) // 2)
 

@@ -267,7 +267,7 @@ def test_a_wrong_argument_is_one_clear_error() -> None:
         TypeError, "dtype must be int8 or float8_e4m3fn, got torch.uint8", x, None, torch.uint8
     )
     one_line(ValueError, "quant_expand: '68' is not a pattern; write 2:4", x, "68")
-    one_line(ValueError, "quant_expand: 4:8 is not of the kind", x, "4:8")
+    one_line(ValueError, "quant_expand: 4:8 is not a pattern", x, "4:8")
     one_line(ValueError, "quant_expand: a pattern .* needs N from 2", x, "32:34")
     one_line(registry.BackendError, "no such backend; available:", x, backend="cudaa")
     if not torch.cuda.is_available():

@@ -386,7 +386,7 @@ def test_devices_that_differ_are_one_clear_error(arguments: dict[str, Any]) -> N
         (torch.zeros(4, 4).char(), "2:4", None, ValueError, r"torch.int8 needs scale"),
         (torch.zeros(4, 4).bfloat16(), "2:4", torch.ones(4), ValueError, r"takes no scale"),
         (torch.zeros(4, 4).char(), "2:4", torch.ones(5), ValueError, r"scale must be \[4\] on cpu"),
-        (torch.zeros(4, 4).char(), "3:4", torch.ones(4), ValueError, r"3:4 is not of the kind"),
+        (torch.zeros(4, 4).char(), "3:4", torch.ones(4), ValueError, r"3:4 is not a pattern"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_clear_error(

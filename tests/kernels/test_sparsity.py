@@ -151,8 +151,8 @@ def test_expand_keeps_leading_dimensions_and_any_dtype() -> None:
     [
         ("6", "'6' is not a pattern; write 2:4"),
         ("a:b", "'a:b' is not a pattern"),
-        ("5:8", r"5:8 is not of the kind \(2N-2\):2N"),
-        ("5:7", "5:7 is not of the kind"),
+        ("5:8", r"5:8 is not a pattern \(2N-2\):2N"),
+        ("5:7", "5:7 is not a pattern"),
         ("0:2", "N from 2"),
         ("32:34", "N from 2"),
     ],

@@ -91,8 +91,7 @@ def lay_out(
     choice: Choice,
     host: Host,
 ) -> None:
-    """Lay out in `work` what the archive holds beside the two trees, as `place` takes it apart. Big
-    files are linked.
+    """Lay out in `work` what the archive holds beside the two trees. Big files are linked.
 
     Args:
         cached: file and SHA-256 of what goes into the host's cache, by its name there.

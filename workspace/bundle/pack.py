@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bundle`: all that a GPU host without a network needs, in parts of a size that travels.
+"""`make bundle`: what a GPU host without a network needs, in parts of a given size.
 
 Steps: read the host's inventory, choose what it lacks, fetch that by hash, pack the checkout and
 the fork's tree with their uncommitted edits, write the parts and the manifest.
@@ -104,7 +104,7 @@ def run(options: verbs.Bundle) -> Path:
 
 
 def refuse_credentials(tree: Path) -> None:
-    """Raise where an edit that would travel along holds a token, a key or a password."""
+    """Raise if an uncommitted file that would be packed holds a token, a key or a password."""
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as edits:
             for name in (entry[3:] for entry in uncommitted(tree)):

@@ -186,17 +186,16 @@ def git(*arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-def restore(bare: Path, place: Path) -> None:
-    """Make the tree `place` of a packed repository: its commits, and what was not committed as
-    edits that are not committed."""
-    place.mkdir()
-    bare.replace(place / ".git")
-    git("config", "core.bare", "false", cwd=place)
-    git("config", "core.logAllRefUpdates", "true", cwd=place)
-    git("read-tree", WORKTREE, cwd=place)
-    git("checkout-index", "--all", "--force", "--quiet", cwd=place)
-    git("update-ref", "-d", WORKTREE, cwd=place)
-    git("reset", "-q", cwd=place)
+def restore(bare: Path, tree: Path) -> None:
+    """Unpack a repository to the new folder `tree`, with its uncommitted edits uncommitted."""
+    tree.mkdir()
+    bare.replace(tree / ".git")
+    git("config", "core.bare", "false", cwd=tree)
+    git("config", "core.logAllRefUpdates", "true", cwd=tree)
+    git("read-tree", WORKTREE, cwd=tree)
+    git("checkout-index", "--all", "--force", "--quiet", cwd=tree)
+    git("update-ref", "-d", WORKTREE, cwd=tree)
+    git("reset", "-q", cwd=tree)
 
 
 # --- the checkout ---------------------------------------------------------------------------------
@@ -212,32 +211,32 @@ def require_machine(manifest: dict) -> None:
         )
 
 
-def checkout(source: Path, manifest: dict, place: Path) -> None:
-    """Unpack the checkout to the new folder `place`, which appears complete or not at all."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for left in place.parent.glob(f"{PARTIAL}unbundle-*"):
+def checkout(source: Path, manifest: dict, folder: Path) -> None:
+    """Unpack the checkout to the new folder `folder`, which appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{PARTIAL}unbundle-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a run that was killed
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{PARTIAL}unbundle-") as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{PARTIAL}unbundle-") as work:
         extract(source, manifest, Path(work), only=OWN)
         restore(Path(work) / OWN, Path(work) / "checkout")
-        (Path(work) / "checkout").rename(place)
+        (Path(work) / "checkout").rename(folder)
 
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1 or (arguments and arguments[0].startswith("-")):
         raise UnbundleError("usage: python3 unbundle.py [FOLDER]")
     source = Path(__file__).resolve().parent
-    place = Path(arguments[0] if arguments else "vllm-kernels").absolute()
+    folder = Path(arguments[0] if arguments else "vllm-kernels").absolute()
     manifest = read_manifest(source)
     require_machine(manifest)
-    start = place / "workspace" / "bootstrap.py"
-    if not place.exists():
+    start = folder / "workspace" / "bootstrap.py"
+    if not folder.exists():
         say(f"checking {len(manifest['parts'])} parts")
         check_parts(source, manifest)
-        say(f"unpacking the checkout to {place}")
-        checkout(source, manifest, place)
+        say(f"unpacking the checkout to {folder}")
+        checkout(source, manifest, folder)
     elif not start.exists():
-        raise UnbundleError(f"{place} exists and is not a checkout; use another folder")
+        raise UnbundleError(f"{folder} exists and is not a checkout; use another folder")
     sys.stderr.flush()
     os.environ["FROM"] = str(source)
     os.execv(sys.executable, [sys.executable, str(start), "unbundle"])

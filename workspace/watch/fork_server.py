@@ -100,17 +100,17 @@ def _crashed(status: int, printed: IO[bytes]) -> messages.Crashed:
 def _child(question: messages.Question, writing: Connection) -> NoReturn:
     """Answer and end."""
     os.setsid()  # the process group that the watch kills
-    # In case nobody is left to kill it.
+    # In case the watch was killed.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(int(question.timeout) + 10)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        found = _answer(question)
+        reply = _answer(question)
     except Exception as error:
         from custom_kernels.inspect.compilers import explain
 
-        found = messages.Failed(explain(error))
-    writing.send(found)
+        reply = messages.Failed(explain(error))
+    writing.send(reply)
     sys.stdout.flush()
     os._exit(0)
 
@@ -154,8 +154,8 @@ def inspect(question: messages.Inspect) -> messages.Inspected:
     from custom_kernels.inspect import reports
     from custom_kernels.inspect.compilers import compile_here
 
-    found = compile_here(_backend(question), [question.architecture], MOST_VARIANTS)
-    return messages.Inspected(tuple(found), tuple(reports.warnings(found)))
+    kernels = compile_here(_backend(question), [question.architecture], MOST_VARIANTS)
+    return messages.Inspected(tuple(kernels), tuple(reports.warnings(kernels)))
 
 
 def check(question: messages.Check) -> messages.Checked | messages.NotChecked | messages.Failed:
@@ -197,12 +197,12 @@ def _times(backend: Backend, device: Any) -> dict[str, messages.Timing]:
     for tokens in TIMED_TOKENS:
         case = next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
         results = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1).results
-        own = results[contender.name]
+        result = results[contender.name]
         times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = messages.Timing(
-            microseconds=own.times.median if own.times else None,
-            ratio=own.ratio,
+            microseconds=result.times.median if result.times else None,
+            ratio=result.ratio,
             baseline=contenders[0].name if len(contenders) > 1 else None,
-            failure=own.failure,
+            failure=result.failure,
         )
     return times
 

@@ -48,9 +48,9 @@ def kernels(log: str, kept: Path) -> list[Kernel]:
                 written[entry.name, _architecture_name(target[1])] = entry
     found = parse_ptxas(log)
     for index, kernel in enumerate(found):
-        if entry := written.get((kernel.name, kernel.architecture)):
+        if in_ptx := written.get((kernel.name, kernel.architecture)):
             found[index] = replace(
-                kernel, ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic
+                kernel, ptx=in_ptx.instructions, threads=in_ptx.threads, dynamic=in_ptx.dynamic
             )
     names = demangle([kernel.name for kernel in found])
     return [replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]

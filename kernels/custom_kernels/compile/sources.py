@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``.cu`` files of this package, and what each says that it needs.
 
-A source says what it needs in comments of its own:
+A source lists its needs in comments:
 
 - ``// link: cublasLt cublas``: libraries of the environment, beside the CUDA runtime;
-- ``// include: cutlass``: headers that come with a package (CUTLASS lies in flashinfer-python);
-- ``// architectures: 9.0a``: the only ones it is written for; without it, all that are pinned;
-- ``// dtypes: bfloat16 float16``: the only ones it takes.
+- ``// include: cutlass``: headers of a package (CUTLASS is in flashinfer-python);
+- ``// architectures: 9.0a``: the only ones it is written for; by default all that are pinned;
+- ``// dtypes: bfloat16 float16``: the only ones it supports.
 """
 
 import re

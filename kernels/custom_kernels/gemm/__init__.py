@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEMM: y = x · Wᵀ + b, the unquantized linear layer.
 
-This file is the operation: its public function, its argument checks (here and nowhere else), and
-its registration with torch as ``torch.ops.custom_kernels.gemm``, so that it is one node under
-torch.compile and in vLLM.
+This file is the operation: its public function, its argument checks (only here), and its
+registration as ``torch.ops.custom_kernels.gemm``, so that it is one node under torch.compile and in
+vLLM.
 """
 
 import torch
@@ -36,9 +36,9 @@ def custom_gemm(
         x: [..., K], floating point, any row stride; without unit inner stride x is copied first.
         weight: [N, K], dtype and device of x, unit inner stride, any row stride.
         bias: [N], dtype and device of x, or None.
-        backend: a name from ``OPERATION.backends``; None takes what was measured to be best
-            for this GPU, layer and number of rows (see ``tuned``), or without a measurement the
-            first of BACKEND_PRIORITY that supports x's device and dtype.
+        backend: a name from ``OPERATION.backends``; None: the one measured to be best for this
+            GPU, layer and number of rows (see ``tuned``), or without a measurement the first of
+            BACKEND_PRIORITY that supports x's device and dtype.
 
     Returns:
         [..., N], contiguous, dtype and device of x. Without rows it is empty; without K it is the
@@ -54,8 +54,8 @@ def custom_gemm(
 
 
 def on_engine_start() -> None:
-    """vLLM loads its plugins: from now on the first, largest call of a layer plans its smaller
-    batches too."""
+    """Called when vLLM loads its plugins: the first, largest call of a layer then plans its smaller
+    batches, too."""
     from custom_kernels.gemm import cublaslt
 
     cublaslt.plan_smaller_batches = True
@@ -136,8 +136,8 @@ _planned: dict[tuple[object, ...], int] = {}
 
 
 def _plan_ahead(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """In the engine cuBLASLt's first call of a layer, the largest, plans the smaller batches. Where
-    tuning gives the largest to another backend, the plans are made all the same."""
+    """In the engine, make cuBLASLt's plans for a layer also where tuning gives its first, largest
+    call to another backend."""
     from custom_kernels.gemm import cublaslt
 
     if not cublaslt.plan_smaller_batches or rows.dtype not in cublaslt.DTYPES:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The half of the cuBLASLt backend that decides: when to search for an algorithm, and for which
-shapes to keep it.
+"""The host half of the cuBLASLt backend: when to search for an algorithm, and for which shapes to
+keep it.
 
-A plan is what a search found for one layer (N, K, dtype, bias, alignment) and one bucket of M.
-Plans are kept on disk per device, cuBLAS version and source, so that an engine searches once and
-not at every start.
+A plan is the result of a search for one layer (N, K, dtype, bias, alignment) and one bucket of M.
+Plans are kept on disk per device, cuBLAS version and source, so that an engine searches only once.
 """
 
 import functools
@@ -33,7 +32,7 @@ MIN_CAPABILITY = (8, 0)
 """Its kernels for bfloat16 need it."""
 
 MARGIN = 0.01
-"""A plan must beat what torch does by this much, in the median round, to be preferred to it."""
+"""A plan is only preferred to torch's if it is faster by this share in the median round."""
 
 MISROUNDED = 0.1
 """Largest share of elements that may differ from the exact result rounded once. Rounding a second
@@ -44,11 +43,11 @@ MAX_COPIES = 64
 not by memory."""
 
 SUSTAINED_US = 120_000.0
-"""How long finalists bound by arithmetic run in all: some tens of milliseconds bring the chip to
-its power limit, and what is fastest at full clocks need not be fastest there."""
+"""Total run time of compute-bound finalists: some tens of milliseconds bring the chip to its power
+limit, where another plan may be fastest than at full clocks."""
 
 Plan = tuple[int, ...]
-"""How to run a shape, as the compiled half packs it."""
+"""How to run a shape, as packed by the compiled half."""
 
 log = logging.getLogger(__name__)
 
@@ -163,10 +162,10 @@ class _Plans:
     def search(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
     ) -> "_Found":
-        """Find the fastest accurate plan for this very shape; overwrites ``out``.
+        """Find the fastest accurate plan for this shape; overwrites ``out``.
 
-        Three stages, each with fewer plans and more repetitions. What torch does for this shape is
-        only given up for something that is clearly faster: a tie must not become a loss by noise.
+        Three stages, each with fewer plans and more repetitions. Torch's choice for this shape is
+        only replaced by one that is clearly faster: a tie must not become a loss by noise.
         """
         problem = (x, weight, bias, out)
         copies = self._copies(x, weight, out)
@@ -188,7 +187,7 @@ class _Plans:
 
         rounds_once = self._rounding_check(*problem)
         ranked = _best(times, len(times))
-        # Where all fail the check, a sum is so long that float32 itself is what limits them.
+        # If all fail the check, sums are so long that float32 itself is the limit.
         accurate = list(islice(filter(rounds_once, ranked), 8)) or ranked[:8]
         incumbent = offered[0] if rounds_once(offered[0]) else accurate[0]
         times = measure(_unique([incumbent, *accurate]), 9)
@@ -230,9 +229,8 @@ class _Plans:
         return rounds_once
 
     def _copies(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Copies of the operands, laid out like them, that together with them are twice as large as
-        L2."""
-        # With what lies between their rows, which a copy takes as well.
+        """Copies of the operands with the same strides; all together are twice as large as L2."""
+        # Gaps between rows are part of a copy.
         spans = (tensor.shape[0] * max(tensor.shape[1], tensor.stride(0)) for tensor in tensors)
         total = sum(spans) * tensors[0].element_size()
         wanted = 2 * self._l2_bytes
@@ -257,9 +255,7 @@ class _Plans:
                 json.dump(self._plans, file, indent=0)
             os.replace(file.name, self.path)
         except OSError as error:
-            log.warning(
-                "gemm.cublaslt: plans are not kept, the next start searches again: %s", error
-            )
+            log.warning("gemm.cublaslt: plans cannot be saved, the next start searches: %s", error)
 
 
 def _best(times: dict[Plan, list[float]], count: int) -> list[Plan]:
@@ -276,7 +272,7 @@ def _pick(times: dict[Plan, list[float]], incumbent: Plan) -> Plan:
 
 
 def _bound_by_arithmetic(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether there is so much to multiply per byte that the chip runs at its power limit."""
+    """Whether the product has so many operations per byte that the chip runs at its power limit."""
     m = x.shape[0]
     n, k = weight.shape
     return 2 * m * n * k > 150 * x.element_size() * (m * k + n * k + m * n)

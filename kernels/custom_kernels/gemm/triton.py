@@ -43,10 +43,10 @@ GROUP = 8
 """Tiles along M that are done one after another for the same tiles of W, which are then in L2."""
 
 INTERPRETED = knobs.runtime.interpret
-"""The interpreter multiplies bfloat16 as if they were integers, and rounds to it by cutting off: so
-there tiles become float32 before they are multiplied, and torch rounds the result."""
+"""Triton's interpreter multiplies bfloat16 as integers, and truncates to it: there tiles become
+float32 before they are multiplied, and torch rounds the result."""
 COUNTS_ELEMENTS = INTERPRETED and triton.__version__.startswith("3.5.")
-"""That interpreter takes descriptors with strides of multiples of 16 elements, not bytes."""
+"""That interpreter requires strides of multiples of 16 elements, not bytes, in descriptors."""
 
 
 # M changes from call to call: being 1 or a multiple of 16 must not make a kernel of its own.
@@ -145,7 +145,7 @@ def add_parts(  # type: ignore[no-untyped-def]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a launch decides."""
+    """The settings of a launch."""
 
     block_m: int
     block_n: int
@@ -193,17 +193,17 @@ MIN_STEPS = 2
 """A part of a split K has at least so many steps: with fewer, the pipeline never fills."""
 
 
-def config(m: int, n: int, k: int, multiprocessors: int, shared: int) -> Config:
+def config(m: int, n: int, k: int, sms: int, shared: int) -> Config:
     """Tiles and split for a shape on a device with so much shared memory per block."""
 
     def tiles_of(fit: Config) -> int:
         return triton.cdiv(m, fit.block_m) * triton.cdiv(n, fit.block_n)
 
     def fills(fit: Config) -> bool:
-        return tiles_of(fit) >= multiprocessors * fit.programs
+        return tiles_of(fit) >= sms * fit.programs
 
     fit = next((row for largest, row in TABLE if m <= largest), None)
-    if fit is None or (m > 64 and n >= 32 * multiprocessors * 4):
+    if fit is None or (m > 64 and n >= 32 * sms * 4):
         fit = next(filter(fills, LARGE), LARGE[-1])
     while _shared_bytes(fit) > shared:
         fit = (
@@ -212,10 +212,10 @@ def config(m: int, n: int, k: int, multiprocessors: int, shared: int) -> Config:
             else SMALL_MEMORY
         )
     tiles = tiles_of(fit)
-    places = multiprocessors * fit.programs
+    slots = sms * fit.programs
     most = min(MAX_SPLIT, triton.cdiv(k, fit.block_k) // MIN_STEPS)
     # A part is written and read once more, in float32: worth it where K is long and tiles are few.
-    split = max(1, min(places // tiles, most)) if k >= 2 * n or k >= 3072 else 1
+    split = max(1, min(slots // tiles, most)) if k >= 2 * n or k >= 3072 else 1
     return dataclasses.replace(fit, split_k=1 << (split.bit_length() - 1))
 
 
@@ -232,28 +232,28 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tor
 
 @functools.lru_cache(maxsize=1 << 16)
 def _config(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> Config:
-    """What was measured on this GPU, else what the table says."""
+    """The settings tuned on this GPU, else those of the table."""
     settings = tuned.settings("gemm", "triton", device, dtype, m, N=n, K=k)
     if settings is not None:
         try:
             return Config(**settings)
         except TypeError as error:
             log.warning("gemm.triton: tuning for N=%d K=%d is ignored: %s", n, k, error)
-    multiprocessors, shared, _ = _device(device)
-    return config(m, n, k, multiprocessors, shared)
+    sms, shared, _ = _device(device)
+    return config(m, n, k, sms, shared)
 
 
 def run_as(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, fit: Config
 ) -> torch.Tensor:
-    """The same with a configuration of the caller's choice."""
+    """``run`` with a given configuration."""
     (m, k), n = x.shape, weight.shape[0]
-    multiprocessors, _, has_tma = _device(x.device)
+    sms, _, has_tma = _device(x.device)
     tma = has_tma and _aligned(x) and _aligned(weight)
     y = x.new_empty((m, n), dtype=torch.float32 if INTERPRETED else x.dtype)
     out = y if fit.split_k == 1 else x.new_empty((fit.split_k, m, n), dtype=torch.float32)
     items = triton.cdiv(m, fit.block_m) * triton.cdiv(n, fit.block_n) * fit.split_k
-    multiply[(min(items, multiprocessors * fit.programs),)](
+    multiply[(min(items, sms * fit.programs),)](
         TensorDescriptor(x, [m, k], [_stride(x), 1], [fit.block_m, fit.block_k]) if tma else x,
         TensorDescriptor(weight, [n, k], [_stride(weight), 1], [fit.block_n, fit.block_k])
         if tma
@@ -288,9 +288,9 @@ def specializations() -> list[Specialization]:
         (("9.0a", "10.0a"), 132, 232448, (True, False)),
         (("12.0a",), 170, 101376, (True, False)),
     ]
-    for architectures, multiprocessors, shared, ways in devices:
+    for architectures, sms, shared, ways in devices:
         for m, n, k in shapes:
-            fit = config(m, n, k, multiprocessors, shared)
+            fit = config(m, n, k, sms, shared)
             for tma in ways:
                 label = f"M={m} N={n} K={k}, " + ("TMA" if tma else "pointers")
                 one = _specialization(fit, torch.bfloat16, tma, label)
@@ -331,12 +331,12 @@ def _shared_bytes(fit: Config) -> int:
 
 
 def _stride(matrix: torch.Tensor) -> int:
-    """Between rows; where there is one row, any will do."""
+    """Row stride; for a single row, any valid one."""
     return matrix.stride(0) if matrix.shape[0] > 1 else 8 * triton.cdiv(matrix.shape[1], 8)
 
 
 def _aligned(matrix: torch.Tensor) -> bool:
-    """Whether TMA takes it: every row at a multiple of 16 bytes."""
+    """Whether TMA can load it: every row starts at a multiple of 16 bytes."""
     unit = 1 if COUNTS_ELEMENTS else matrix.element_size()
     return (matrix.data_ptr() | _stride(matrix) * unit) % 16 == 0
 

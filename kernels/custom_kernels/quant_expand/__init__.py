@@ -2,8 +2,8 @@
 """quant_expand: per-token dynamic quantization to 8 bits, fused with the window expansion that lets
 2:4 tensor cores run (2N-2):2N sparse weights.
 
-This file is the operation: its public function, its argument checks (here and nowhere else), and
-its registration with torch as ``torch.ops.custom_kernels.quant_expand``.
+This file is the operation: its public function, its argument checks (only here), and its
+registration as ``torch.ops.custom_kernels.quant_expand``.
 """
 
 import functools
@@ -30,11 +30,11 @@ def custom_quant_expand(
     *,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize every row of x with a scale of its own and expand it for a (2N-2):2N pattern.
+    """Quantize every row of x, each with a scale, and expand it for a (2N-2):2N pattern.
 
-    ``x[..., k] ≈ q[..., i] * scale[...]`` with ``scale = max_k |x[..., k]| / qmax`` for every place
-    i that the expansion gives to k. The exact definition, which every backend meets bit for bit, is
-    in ``reference.py``, the order of the expanded row in ``custom_kernels.sparsity``.
+    ``x[..., k] ≈ q[..., i] * scale[...]`` with ``scale = max_k |x[..., k]| / qmax`` for every
+    position i of k in the expanded row. ``reference.py`` is the exact definition, which every
+    backend meets bit for bit; ``custom_kernels.sparsity`` defines the order of the expanded row.
 
     A row of zeros has q 0 and scale 0; a row with an infinity or a NaN has q 0 and scale NaN.
 
@@ -44,8 +44,7 @@ def custom_quant_expand(
         pattern: of the weights that q will be multiplied with: ``"2:4"``, ``"4:6"``, ``"6:8"``,
             ``"8:10"``, ... up to ``"30:32"``; None only quantizes.
         dtype: of q: int8 (qmax 127) or float8_e4m3fn (qmax 448).
-        backend: a name from ``OPERATION.backends``; None takes the best for x's
-            device.
+        backend: a name from ``OPERATION.backends``; None: the best for x's device.
 
     Returns:
         q [..., K'] of ``dtype`` and scale [...] float32, contiguous, on x's device. K' is
@@ -54,7 +53,7 @@ def custom_quant_expand(
 
     Raises:
         TypeError: x or ``dtype`` is of another dtype.
-        ValueError: x has no K, or the pattern is none of that kind.
+        ValueError: x has no K, or the pattern is of another kind.
         registry.BackendError: the backend does not exist or cannot run here.
     """
     q, scale = _op(x, pattern, dtype, backend or "")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What real models' linear layers are given: where quant_expand is measured.
+"""The inputs of real models' linear layers, at which quant_expand is measured.
 
-x is bfloat16 with a few channels of outliers, as activations have them; DTYPE= is that of q. Layers
-of a model that share K are one case.
+x is bfloat16 with a few outlier channels, like activations; DTYPE= is that of q. Layers of a model
+with the same K are one case.
 """
 
 import functools
@@ -36,8 +36,8 @@ LAYERS = ("qkv", "o", "gate_up", "down")
 
 
 class Rounded(NamedTuple):
-    """What a baseline returns that divides or rounds another way than the definition: every q may
-    be one step off, and the scale in its last digits. Nothing of it need be padded or expanded."""
+    """The result of a baseline that divides or rounds otherwise than the definition: q may be one
+    step off, and the scale in its last digits. It need not be padded or expanded."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -171,7 +171,7 @@ def _compiled(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Round
 
 @functools.cache
 def _compile(pattern: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor], Any]:
-    # All of these share one piece of code, of which dynamo compiles 8 versions and then none.
+    # All share one function, of which dynamo compiles 8 versions by default.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(lambda x: reference.run(x, pattern, dtype), dynamic=True)
 

@@ -18,7 +18,7 @@ from custom_kernels import sparsity
 from custom_kernels.quant_expand import empty_output
 
 STAGED_BYTES = 47 * 1024
-"""The largest row that is kept in shared memory; a longer one is read twice."""
+"""The largest row that is kept in shared memory; longer ones are read twice."""
 
 SOURCE = r"""
 // Compiled for bfloat16 (BF16=1) or float16 in, int8 (INT8=1) or float8_e4m3fn out.

@@ -25,7 +25,7 @@ from custom_kernels.operation import Specialization
 from custom_kernels.quant_expand import OUTPUTS, empty_output
 
 ON_CHIP = 65536
-"""Values of a row that registers hold; of longer rows this is what is worked on at a time."""
+"""Values of a row that fit in registers; longer rows are processed in blocks of this size."""
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def expand_rows(  # type: ignore[no-untyped-def]
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Everything that a launch decides."""
+    """The kernel, its settings and its integer arguments."""
 
     kernel: Any
     numbers: tuple[int, ...]
@@ -250,8 +250,12 @@ class Launch:
 def plan(
     k: int, pattern: str | None, bfloat16: bool, dtype: torch.dtype, words: bool, native: bool
 ) -> Launch:
-    """How to run rows of ``k`` values; ``words``: rows are a multiple of two values, each aligned
-    to four bytes; ``native``: the device converts to e4m3."""
+    """The launch for rows of ``k`` values.
+
+    Args:
+        words: rows have an even number of values and start at multiples of four bytes.
+        native: the device converts to e4m3.
+    """
     form = sparsity.pattern(pattern) if pattern else None
     formats = {
         "BF16": bfloat16,
@@ -364,8 +368,8 @@ def _specialization(
 
 
 def _tiles(count: int, values: int, most: int) -> tuple[int, int]:
-    """Block and number of tiles: as little as possible beyond ``count`` units of ``values`` values,
-    in at most ``most`` tiles. No tiles: too much to hold at once."""
+    """Block and number of tiles that cover ``count`` units of ``values`` values with the least
+    excess, in at most ``most`` tiles; 0 tiles if they do not fit in registers."""
     if count * values > ON_CHIP:
         return max(16, triton.next_power_of_2(ON_CHIP // values // 8)), 0
     choices = [
@@ -379,9 +383,8 @@ def _tiles(count: int, values: int, most: int) -> tuple[int, int]:
 
 @functools.cache
 def _native(device: torch.device) -> bool:
-    """Whether Triton converts to e4m3 itself: GPUs before 8.9 have no such conversion, and its
-    interpreter gets subnormals wrong and values that round up to a power of two. There integers do
-    it."""
+    """Whether Triton converts to e4m3, else integer operations do: GPUs before 8.9 cannot, and the
+    interpreter is wrong for subnormals and for values that round up to a power of two."""
     return (
         device.type == "cuda"
         and not knobs.runtime.interpret

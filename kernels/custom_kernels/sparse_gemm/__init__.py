@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """sparse_gemm: y = dequant(A · Wᵀ) + b with a (2N-2):2N sparse weight on 2:4 tensor cores.
 
-A is the expanded activation that ``custom_quant_expand`` makes, W the weight packed by ``pack`` for
-the same pattern. This file is the operation: its public functions, its argument checks (here and
-nowhere else), and its registration with torch as ``torch.ops.custom_kernels.sparse_gemm``.
+A is the expanded activation from ``custom_quant_expand``, W the weight packed by ``pack`` for the
+same pattern. This file is the operation: its public functions, its argument checks (only here), and
+its registration as ``torch.ops.custom_kernels.sparse_gemm``.
 """
 
 import math
@@ -40,9 +40,9 @@ class SparseWeight:
     k: int
     dtype: torch.dtype
     values: torch.Tensor
-    """The kept values, as the backend lays them out."""
+    """The kept values, in the backend's layout."""
     metadata: torch.Tensor
-    """Which they are, as the backend lays that out; empty where it keeps it with the values."""
+    """Their positions, in the backend's layout; empty if they are stored with the values."""
     scale: torch.Tensor | None
     """[N] float32, for 8-bit dtypes."""
 
@@ -67,7 +67,7 @@ def pack(
 ) -> SparseWeight:
     """Pack a weight that has the zeros of a (2N-2):2N pattern; once, when the weights are loaded.
 
-    The nonzeros are shared out among the windows of the expansion, so that each window is 2:4, and
+    The nonzeros are distributed over the windows of the expansion, so that each window is 2:4, and
     compressed. Nothing is rounded: ``expand(x) · pack(weight)ᵀ`` is ``x · weightᵀ``, term by term.
 
     Args:
@@ -76,13 +76,13 @@ def pack(
         pattern: ``"2:4"``, ``"4:6"``, ``"6:8"``, ``"8:10"``, ... up to ``"30:32"``. K need not be a
             multiple of the group.
         scale: [N] float32, of each output channel; for the 8-bit dtypes, and only for those.
-        backend: a name from ``OPERATION.backends``: whom it is packed for; None takes
-            the best for the weight's device and dtype.
+        backend: a name from ``OPERATION.backends`` that the weight is packed for; None: the best
+            for its device and dtype.
 
     Raises:
-        TypeError: the dtype is none of those.
+        TypeError: another dtype.
         ValueError: a shape does not fit, or the weight violates the pattern; the message names the
-            first row and group that do.
+            first row and group.
         registry.BackendError: the backend does not exist or does not support the dtype.
     """
     if weight.dim() != 2:
@@ -100,9 +100,9 @@ def pack(
         raise registry.BackendError(f"sparse_gemm.{backend} does not support {weight.dtype}")
     expanded = _packing.decompose(weight.detach().contiguous(), kind)
     values, metadata = import_module(f"{__name__}.{backend}").storage(expanded)
-    kept = None if scale is None else scale.contiguous()
+    scale = None if scale is None else scale.contiguous()
     n, k = weight.shape
-    return SparseWeight(backend, kind, n, k, weight.dtype, values, metadata, kept)
+    return SparseWeight(backend, kind, n, k, weight.dtype, values, metadata, scale)
 
 
 def prune_weight(weight: torch.Tensor, pattern: str) -> torch.Tensor:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A (2N-2):2N sparse weight as tensor cores take it: window decomposition and 2:4 compression.
+"""Window decomposition and 2:4 compression of a (2N-2):2N sparse weight.
 
 **Decomposition.** Every nonzero of a group goes to exactly one of the two windows that hold its
 pair, such that no window gets more than two (``custom_kernels.sparsity`` says what windows are and
-how the expanded row lies). From left to right, window j takes what is left of its first pair, then
-from its second pair as far as there is room. This always succeeds for at most 2N-2 nonzeros:
+how the expanded row is laid out). From left to right, window j takes what is left of its first
+pair, then from its second pair until it is full. This always succeeds for at most 2N-2 nonzeros:
 
 - a pair holds at most two, so window j takes all that is left of pair j, and only of the last pair
   can anything remain;
@@ -12,11 +12,11 @@ from its second pair as far as there is room. This always succeeds for at most 2
   two places are free for the two of its second pair, and so on to the last: nothing remains;
 - so if something remains, all N-1 windows are full, and there were more than 2N-2 nonzeros.
 
-**Compression.** Of every four values of the expanded row two are kept, among them all nonzeros, and
-four bits say which: the places of the two, two bits each, the first one lowest; two such groups to
-a byte, the first one lowest.
+**Compression.** Of every four values of the expanded row two are kept, including all nonzeros.
+Four bits hold their positions, two bits each, the first in the low bits; a byte holds two such
+groups, the first in the low bits.
 
-All of it is vectorized over rows and groups, moves bits only and runs where the weight lies.
+Both are vectorized over rows and groups, only move bits and run on the weight's device.
 """
 
 from collections.abc import Iterator
@@ -27,10 +27,10 @@ from torch.nn.functional import pad
 from custom_kernels.sparsity import Pattern
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers to move values of a size in: not every operation of torch takes 8-bit floats."""
+"""Integer dtype by item size, to move values: not every torch operation supports 8-bit floats."""
 
 _CHUNK = 1 << 25
-"""Values that are worked on at once: temporaries take some ten bytes for each."""
+"""Values that are processed at a time: temporaries take about ten bytes for each."""
 
 
 def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -87,7 +87,7 @@ def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
-    """What ``compress`` was given: [N, K'] from values [N, K'/2] and metadata [N, K'/8]."""
+    """The inverse of ``compress``: [N, K'] from values [N, K'/2] and metadata [N, K'/8]."""
     rows, half = values.shape
     nibbles = torch.stack([metadata & 15, metadata >> 4], -1).flatten(1)
     places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()  # [rows, K'/4, 2]
@@ -98,10 +98,8 @@ def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
 
 
 def _kept(code: int) -> tuple[int, int]:
-    """The two places kept of four, of which ``code`` has a bit for each that is not zero."""
-    nonzero = [place for place in range(4) if code >> place & 1]
-    zero = [place for place in range(4) if not code >> place & 1]
-    first, second = sorted((nonzero + zero)[:2])
+    """The two positions kept of four; bit i of ``code`` says that value i is not zero."""
+    first, second = sorted(sorted(range(4), key=lambda i: not code >> i & 1)[:2])
     return first, second
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear layers of real models with sparse weights: where sparse_gemm is measured.
+"""The linear layers of real models with sparse weights, at which sparse_gemm is measured.
 
-What is measured is the whole linear layer, since that is what a model pays for: x bfloat16 [M, K]
-is quantized and expanded, then multiplied; against dense layers, which quantize and multiply.
-DTYPE= is that of the weight; bfloat16 is not quantized.
+The whole layer is timed: x bfloat16 [M, K] is quantized, expanded and multiplied, against dense
+layers that quantize and multiply. DTYPE= is that of the weight; bfloat16 is not quantized.
 """
 
 import importlib
@@ -63,9 +62,9 @@ def checks(dtype: str) -> Iterator[Case]:
 
 
 def baselines(dtype: str) -> list[Contender]:
-    """Dense layers of the same dtype: vLLM's, where its compiled kernels are there, then torch's.
+    """Dense layers of the same dtype: vLLM's, if its compiled kernels are installed, then torch's.
 
-    The first is the one that ratios are against. For bfloat16 vLLM calls torch.
+    Ratios are to the first. For bfloat16 vLLM calls torch.
     """
     torch_linear = Contender("torch, dense", _torch)
     if dtype == "bfloat16":

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The half of the cuSPARSELt backend that decides: how shapes are padded, and when the library
-searches for an algorithm.
+"""The host half of the cuSPARSELt backend: how shapes are padded, and when the library searches for
+an algorithm.
 
-What is fused: with bfloat16 everything; with int8 the weight's scale, while the activation's scale
-and the bias, which come after it, are a second kernel that rewrites the output in place (so the
-result is rounded twice); with float8 nothing, all of that is the second kernel.
+With bfloat16 everything is fused. With int8 the weight's scale is; a second kernel applies the
+activation's scale and the bias in place, so the result is rounded twice. With float8 the second
+kernel applies all three.
 
-The library wants N and M in multiples. N is padded when the weight is packed; where M is not a
-multiple, the activation is copied into a padded one.
+The library requires N and M in multiples. N is padded when the weight is packed; an activation with
+another M is copied into a padded one.
 """
 
 import functools
@@ -29,13 +29,12 @@ TOKENS_MULTIPLE = 16
 log = logging.getLogger(__name__)
 
 _settings: dict[tuple[Any, ...], list[int]] = {}
-"""What a search found, per layer shape and bucket of M."""
+"""Results of searches, per layer shape and bucket of M."""
 _searching = threading.Lock()
 
 
 def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The expanded weight [N, K'], compressed by the library; nothing else is kept. Done on the
-    weight's own GPU."""
+    """The expanded weight [N, K'], compressed by the library on the weight's GPU; no metadata."""
     if expanded.device.type != "cuda":
         raise ValueError(
             "sparse_gemm.cusparselt: the library compresses weights on the GPU, this one is on "

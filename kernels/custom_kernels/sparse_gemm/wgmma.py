@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The half of the wgmma backend that decides: how the weight lies in memory, and which tile runs a
-shape."""
+"""The host half of the wgmma backend: the weight's layout in memory, and the tile for a shape."""
 
 import functools
 import math
@@ -15,25 +14,25 @@ from custom_kernels.sparse_gemm import _packing
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
 
 ROW_ALIGNMENT = 8
-"""Elements of y: rows start at a multiple of 16 bytes, as TMA wants it."""
+"""Elements of y: rows start at a multiple of 16 bytes, as TMA requires."""
 
 ROWS = 64
 """Rows of the weight in a block: one instruction's."""
 
 _PLAIN = 0x44
-"""Metadata of padding: the first two of every four, the value that says so of eight zeros."""
+"""Metadata of eight zeros: the first two of every four are kept."""
 
 
 class Choice(NamedTuple):
-    """How a shape is computed, as the compiled half takes it."""
+    """How a shape is computed: arguments of the compiled half."""
 
     tile: int
     """Index in ``TILES``."""
     pair: int
-    """Blocks of neighbouring features that load their tokens together: 1 or 2."""
+    """Blocks of neighbouring features that load tokens together: 1 or 2."""
     split: int
-    """Blocks that share a tile out along K: 1, 2 or 4. With a tile that is shared, these are only
-    the tiles of the last, not full wave, and it is the most that share one."""
+    """Blocks that split a tile along K: 1, 2 or 4. With a tile that is ``shared``, only the tiles
+    of the last, partial wave are split, by at most so many."""
 
 
 class Tile(NamedTuple):
@@ -41,7 +40,7 @@ class Tile(NamedTuple):
 
     features: int
     tokens: int
-    per_multiprocessor: int
+    per_sm: int
     """Blocks that run on an SM at the same time."""
     shared: bool
     splits: tuple[int, ...]
@@ -64,11 +63,11 @@ TILES = (
     Tile(64, 32, 2, False, (1, 2, 4), 0.0, 3.2, 0.126, 2.9),
     Tile(64, 16, 2, False, (1, 2), 2.4, 0.4, 0.116, 2.2),
 )
-"""As the compiled half numbers them. What ``choose`` takes by these figures was 1.5 % slower than
-the fastest in the mean, with N from 3584 to 37888, K 3584 and 18944, and M from 1 to 16384."""
+"""In the order of the compiled half. With these figures ``choose`` was 1.5 % slower on average than
+the fastest choice, for N from 3584 to 37888, K 3584 and 18944, and M from 1 to 16384."""
 
 BYTES_PER_MICROSECOND = 4.0e6
-"""The weight comes from HBM."""
+"""Bandwidth of HBM, from which the weight is read."""
 
 PAIRS_FROM = 4096
 """Bytes of a column of a from which two blocks that load together are faster."""
@@ -125,14 +124,14 @@ def run(
     stride = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
     out = a.new_empty((m, stride), dtype=torch.bfloat16)
     y = out if stride == features else out[:, :features]
-    choice = choose(a.dtype, m, features, a.shape[1], _multiprocessors(a.device))
+    choice = choose(a.dtype, m, features, a.shape[1], _sm_count(a.device))
     _library(a.device).run(a, a_scale, values, w_scale, bias, y, *choice)
     return y if stride == features else y.contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(dtype: torch.dtype, m: int, n: int, k: int, multiprocessors: int) -> Choice:
-    """What should take the least time for a [M, K'], W [N, K']."""
+def choose(dtype: torch.dtype, m: int, n: int, k: int, sms: int) -> Choice:
+    """The choice with the shortest estimated time for a [M, K'], W [N, K']."""
     return min(
         (
             Choice(index, _pair(tile, m * dtype.itemsize), split)
@@ -141,7 +140,7 @@ def choose(dtype: torch.dtype, m: int, n: int, k: int, multiprocessors: int) -> 
             if m <= {16: 16, 32: 64, 64: 256}.get(tile.tokens, m)
             for split in tile.splits
         ),
-        key=lambda choice: _microseconds(choice, dtype, m, n, k, multiprocessors),
+        key=lambda choice: _microseconds(choice, dtype, m, n, k, sms),
     )
 
 
@@ -150,13 +149,13 @@ def _pair(tile: Tile, column_bytes: int) -> int:
 
 
 def _microseconds(
-    choice: Choice, dtype: torch.dtype, m: int, n: int, k: int, multiprocessors: int
+    choice: Choice, dtype: torch.dtype, m: int, n: int, k: int, sms: int
 ) -> tuple[float, int, int]:
-    """Of equally fast ones, less split and smaller ones are better."""
+    """Sort key: the estimated time, then fewer splits, then smaller tiles."""
     tile = TILES[choice.tile]
     steps = k * dtype.itemsize / 128
     tiles = -(-n // (tile.features * choice.pair)) * -(-m // tile.tokens)
-    at_once = multiprocessors * tile.per_multiprocessor // choice.pair
+    at_once = sms * tile.per_sm // choice.pair
     parts = choice.split
     if tile.shared:
         whole, rest = divmod(tiles, at_once)
@@ -181,5 +180,5 @@ def _library(device: torch.device) -> Any:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

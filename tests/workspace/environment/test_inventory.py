@@ -80,10 +80,10 @@ def test_make_inventory_needs_no_environment_and_makes_none(small_checkout: Chec
         ("{", "is not JSON"),
         ("[]", "is not an inventory"),
         ('{"format": 0}', "is not an inventory of this version"),
-        ('{"format": 1}', "is not a whole inventory: machine"),
+        ('{"format": 1}', "is not a complete inventory: machine"),
     ],
 )
-def test_what_is_no_inventory_is_refused_with_how_to_make_one(
+def test_what_is_not_an_inventory_is_refused_with_how_to_make_one(
     tmp_path: Path, content: str | None, says: str
 ) -> None:
     path = tmp_path / "inventory.json"
