@@ -50,8 +50,8 @@ BUNDLES = ROOT / "bundle"
 DEFAULT_PARTS = "2G"
 
 
-def run(options: verbs.Bundle) -> Path:
-    """Pack a bundle of the selected release for the host that TARGET= describes; its folder.
+def run(options: verbs.Bundle) -> None:
+    """Pack a bundle of the selected release for the host that TARGET= describes.
 
     Raises:
         WorkspaceError: no inventory, a host that cannot run it, no network, a full disk. Nothing
@@ -100,7 +100,6 @@ def run(options: verbs.Bundle) -> Path:
             archive.write(work, unfinished, manifest, limit)
             shutil.rmtree(folder, ignore_errors=True)  # an earlier one, of the same name
     _report(folder, manifest, choice)
-    return folder
 
 
 def refuse_credentials(tree: Path) -> None:

@@ -27,7 +27,7 @@ EXAMPLE = "scaled_silu"
 KINDS = {"triton": "triton.py", "cuda": "cuda.cu", "cupy": "cupy.py"}
 
 
-def run(options: verbs.NewKernel) -> list[Path]:
+def run(options: verbs.NewKernel) -> None:
     """Write the files and say what to do with them.
 
     Raises:
@@ -64,7 +64,6 @@ def run(options: verbs.NewKernel) -> list[Path]:
         f"  make inspect K={kernel}          registers, spills, instructions\n"
         f"  make bench-kernels K={op} BACKEND={name}   is it fast? (GPU)"
     )
-    return list(files)
 
 
 def _files(op: str, backend: str, name: str) -> dict[Path, str]:

@@ -9,13 +9,17 @@ kernel that crashes or hangs costs a verdict, not the watch.
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import Self
 
-from custom_kernels import registry
+from custom_kernels import paths, registry
+from custom_kernels.inspect import reports
 from custom_kernels.operation import Backend
 from rich.console import Console
 
@@ -25,7 +29,6 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.text import say
 from workspace.watch.fork_client import ForkServer
 from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect
-from workspace.watch.saves import Saves, fingerprint
 from workspace.watch.screen import Lines, LiveScreen
 from workspace.watch.verdict import Verdict, judge
 
@@ -175,3 +178,53 @@ class Watch:
                 for server in self._servers:
                     server.kill_child()
         return outdated
+
+
+class Saves:
+    """The times of saves below the package, from construction until `close`."""
+
+    def __init__(self) -> None:
+        self._found: queue.Queue[float] = queue.Queue()
+        self._stop, self._watching = threading.Event(), threading.Event()
+        threading.Thread(target=self._follow, daemon=True).start()
+        self._watching.wait()
+
+    def _follow(self) -> None:
+        from watchfiles import DefaultFilter, watch
+
+        # A short step: what an editor writes in two steps is still one save.
+        for changes in watch(
+            paths.PACKAGE,
+            watch_filter=DefaultFilter(ignore_entity_patterns=[r"\.tmp$", r"\.pyc$", r"~$"]),
+            step=30,
+            debounce=300,
+            stop_event=self._stop,
+            yield_on_timeout=True,
+            rust_timeout=500,
+        ):
+            self._watching.set()  # at the first time-out at the latest
+            if not changes:
+                continue
+            seen = time.time()
+            times = [Path(path).stat().st_mtime for _, path in changes if Path(path).exists()]
+            # The clock starts with the save, not when it is noticed; an editor may have kept an
+            # older time.
+            self._found.put(max([time for time in times if seen - 2 < time <= seen], default=seen))
+
+    def wait(self) -> float:
+        """Wait for a save; the time of the latest one since the last call."""
+        last = self._found.get()
+        while not self._found.empty():
+            last = self._found.get()
+        return last
+
+    def close(self) -> None:
+        self._stop.set()
+
+
+def fingerprint(backend: Backend) -> str:
+    """Hash of a backend's files; empty while one cannot be read, in the middle of a save."""
+    try:
+        return reports.fingerprint(backend)
+    except OSError:
+        return ""

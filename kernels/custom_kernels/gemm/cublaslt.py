@@ -46,10 +46,15 @@ SUSTAINED_US = 120_000.0
 """Total run time of compute-bound finalists: some tens of milliseconds bring the chip to its power
 limit, where another plan may be fastest than at full clocks."""
 
+Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+"""x [M, K], weight [N, K], bias [N] or None, and the output [M, N]."""
+
 Plan = tuple[int, ...]
 """How to run a shape, as packed by the compiled half."""
 
 log = logging.getLogger(__name__)
+
+_library = functools.cache(registry.operation("gemm").backend("cublaslt").library)
 
 plan_smaller_batches = False
 """Whether the first call for a layer also plans every smaller bucket of M.
@@ -77,28 +82,19 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> tor
     return out
 
 
-def _run_first_time(
-    library: Any,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def _run_first_time(library: Any, *problem: *Problem) -> None:
+    x = problem[0]
     if torch.cuda.is_current_stream_capturing():
-        library.run_unplanned(x, weight, bias, out)
+        library.run_unplanned(*problem)
         return
     plans = _plans(x.device)
     with _planning, torch.cuda.device(x.device):
         *smaller, bucket = buckets(x.shape[0])
-        plans.ensure([bucket, *(smaller if plan_smaller_batches else ())], x, weight, bias, out)
-        plan = plans.get(bucket, x, weight, bias, out)
-        if library.adopt(x, weight, bias, out, plan):
-            library.run(x, weight, bias, out)
-        else:
-            # The plan was found for another M of the bucket and does not fit this one: search for
-            # this one.
-            library.adopt(x, weight, bias, out, plans.search(x, weight, bias, out)["plan"])
-            library.run(x, weight, bias, out)
+        plans.ensure([bucket, *(smaller if plan_smaller_batches else ())], *problem)
+        if not library.adopt(*problem, plans.get(bucket, *problem)):
+            # The plan was found for another M of the bucket and does not fit this one.
+            library.adopt(*problem, plans.search(*problem)["plan"])
+        library.run(*problem)
 
 
 def plan_ahead(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -129,45 +125,30 @@ class _Plans:
         self.path = _plans_path(device, self._library.library_version())
         self._plans = _read(self.path)
 
-    def get(
-        self,
-        bucket: int,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> list[int]:
-        return self._plans[_key(bucket, x, weight, bias, out)]["plan"]
+    def get(self, bucket: int, *problem: *Problem) -> list[int]:
+        return self._plans[_key(bucket, *problem)]["plan"]
 
-    def ensure(
-        self,
-        sizes: Iterable[int],
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
+    def ensure(self, sizes: Iterable[int], *problem: *Problem) -> None:
         """Search for those of these buckets of M, none beyond that of x, that have no plan, and
-        save what was found."""
+        save the results."""
+        x, weight, bias, out = problem
         searched = False
         for bucket in sizes:
-            problem = (x[:bucket], weight, bias, out[:bucket])
-            key = _key(bucket, *problem)
+            smaller = (x[:bucket], weight, bias, out[:bucket])
+            key = _key(bucket, *smaller)
             if key not in self._plans:
-                self._plans[key] = self.search(*problem)
+                self._plans[key] = self.search(*smaller)
                 searched = True
         if searched:
             self.save()
 
-    def search(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> "_Found":
+    def search(self, *problem: *Problem) -> "_Found":
         """Find the fastest accurate plan for this shape; overwrites ``out``.
 
         Three stages, each with fewer plans and more repetitions. Torch's choice for this shape is
         only replaced by one that is clearly faster: a tie must not become a loss by noise.
         """
-        problem = (x, weight, bias, out)
+        x, weight, _, out = problem
         copies = self._copies(x, weight, out)
 
         def measure(plans: list[Plan], rounds: int) -> dict[Plan, list[float]]:
@@ -204,15 +185,14 @@ class _Plans:
             "incumbent_us": statistics.median(times[incumbent]),
         }
 
-    def _rounding_check(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-    ) -> Callable[[Plan], bool]:
+    def _rounding_check(self, *problem: *Problem) -> Callable[[Plan], bool]:
         """A test of whether a plan gives the exact result rounded once, on random x and bias.
 
         Sums in float32 miss the right neighbour only next to a tie, in about one element of a
         thousand. Kernels that round before they add the bias (some that split K do) miss one in
         five.
         """
+        x, weight, bias, out = problem
         x = torch.randn_like(x)
         bias = None if bias is None else torch.randn_like(bias)
         rows = torch.linspace(0, x.shape[0] - 1, min(32, x.shape[0]), device=x.device).long()
@@ -282,13 +262,8 @@ def _unique(plans: Iterable[Any]) -> list[Plan]:
     return list(dict.fromkeys(tuple(plan) for plan in plans))
 
 
-def _key(
-    bucket: int,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> str:
+def _key(bucket: int, *problem: *Problem) -> str:
+    x, weight, bias, out = problem
     aligned = min(_alignment(tensor) for tensor in (x, weight, out))
     n, k = weight.shape
     return f"{x.dtype} M={bucket} N={n} K={k} bias={bias is not None} aligned={aligned}"
@@ -314,11 +289,6 @@ def _read(path: Path) -> dict[str, _Found]:
     except (OSError, ValueError) as error:
         log.warning("gemm.cublaslt: searching again, %s cannot be read: %s", path, error)
         return {}
-
-
-@functools.cache
-def _library(device: torch.device) -> Any:
-    return registry.operation("gemm").backend("cublaslt").library(device)
 
 
 @functools.cache

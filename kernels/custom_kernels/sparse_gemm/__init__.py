@@ -15,6 +15,7 @@ import torch
 from custom_kernels import launches, quantization, registry, sparsity
 from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.sparse_gemm import _packing
+from custom_kernels.sparse_gemm._packing import Arguments
 
 OPERATION = registry.operation("sparse_gemm")
 
@@ -197,17 +198,10 @@ def sparse_linear(
     return custom_sparse_gemm(q, scale, weight, bias)
 
 
-def empty_output(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-) -> torch.Tensor:
+def empty_output(*arguments: *Arguments) -> torch.Tensor:
     """The output, not yet written: [..., N] bfloat16, contiguous. It is also what torch.compile
     traces with."""
+    a, *_, features = arguments
     return a.new_empty((*a.shape[:-1], features), dtype=torch.bfloat16)
 
 
@@ -232,15 +226,8 @@ def _check_scale(
         )
 
 
-def _check(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-) -> None:
+def _check(*arguments: *Arguments) -> None:
+    a, a_scale, values, metadata, w_scale, bias, features = arguments
     if a.dim() < 1 or a.dtype not in DTYPES:
         raise TypeError(
             f"sparse_gemm: a must be int8, float8_e4m3fn or bfloat16 with rows, got {a.dtype} "

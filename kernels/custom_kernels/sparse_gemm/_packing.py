@@ -26,6 +26,25 @@ from torch.nn.functional import pad
 
 from custom_kernels.sparsity import Pattern
 
+Arguments = tuple[
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+]
+"""Arguments of the operation's op, and of each backend's ``run``:
+
+- a [..., K'], contiguous [M, K'] in ``run``;
+- a_scale [...] float32, or None for bfloat16;
+- values and metadata, from the backend's ``storage``;
+- w_scale [N] float32, or None for bfloat16;
+- bias [N] bfloat16, or None;
+- features: N.
+"""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by item size, to move values: not every torch operation supports 8-bit floats."""
 

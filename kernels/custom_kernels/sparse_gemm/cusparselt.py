@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from custom_kernels import registry
 from custom_kernels.buckets import buckets
+from custom_kernels.sparse_gemm import _packing
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
 
@@ -27,6 +28,8 @@ FEATURES_MULTIPLE = 32
 TOKENS_MULTIPLE = 16
 
 log = logging.getLogger(__name__)
+
+_library = functools.cache(registry.operation("sparse_gemm").backend("cusparselt").library)
 
 _settings: dict[tuple[Any, ...], list[int]] = {}
 """Results of searches, per layer shape and bucket of M."""
@@ -49,21 +52,14 @@ def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, out.new_empty(0)
 
 
-def run(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-) -> torch.Tensor:
+def run(*arguments: *_packing.Arguments) -> torch.Tensor:
     """a [M, K'] contiguous, values from ``storage``; returns [M, N] bfloat16.
 
     Asynchronous on the current stream. The first call for a new bucket of M searches, which waits
     for the device. During a CUDA-graph capture nothing is searched: a shape whose bucket has not
     been searched runs with the library's default algorithm.
     """
+    a, a_scale, values, _, w_scale, bias, features = arguments
     m = a.shape[0]
     a = pad_rows(a, TOKENS_MULTIPLE)
     padded = -(-features // FEATURES_MULTIPLE) * FEATURES_MULTIPLE
@@ -114,8 +110,3 @@ def _find(
                 return []
             _settings[key] = [int(value) for value in library.search(a, values, w_scale, bias, y)]
         return _settings[key]
-
-
-@functools.cache
-def _library(device: torch.device) -> Any:
-    return registry.operation("sparse_gemm").backend("cusparselt").library(device)

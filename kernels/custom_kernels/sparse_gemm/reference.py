@@ -17,16 +17,9 @@ def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _packing.compress(expanded)
 
 
-def run(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-) -> torch.Tensor:
+def run(*arguments: *_packing.Arguments) -> torch.Tensor:
     """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16."""
+    a, a_scale, values, metadata, w_scale, bias, _ = arguments
     weight = _packing.decompress(values, metadata)
     return dense(a, a_scale, weight, w_scale, bias).bfloat16()
 

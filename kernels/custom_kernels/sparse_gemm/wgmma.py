@@ -3,7 +3,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -12,6 +12,8 @@ from custom_kernels import registry
 from custom_kernels.sparse_gemm import _packing
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
+
+_library = functools.cache(registry.operation("sparse_gemm").backend("wgmma").library)
 
 ROW_ALIGNMENT = 8
 """Elements of y: rows start at a multiple of 16 bytes, as TMA requires."""
@@ -107,19 +109,12 @@ def arrange(metadata: torch.Tensor, size: int) -> torch.Tensor:
     return parts.permute(order).flatten(2)
 
 
-def run(
-    a: torch.Tensor,
-    a_scale: torch.Tensor | None,
-    values: torch.Tensor,
-    metadata: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    features: int,
-) -> torch.Tensor:
+def run(*arguments: *_packing.Arguments) -> torch.Tensor:
     """a [M, K'] contiguous, values from ``storage``; returns [M, N] bfloat16.
 
     Asynchronous on the current stream, one kernel; where N is not a multiple of 8, a copy after it.
     """
+    a, a_scale, values, _, w_scale, bias, features = arguments
     m = a.shape[0]
     stride = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
     out = a.new_empty((m, stride), dtype=torch.bfloat16)
@@ -172,11 +167,6 @@ def _microseconds(
     metadata = k / 8
     stream = n * (k / 2 * dtype.itemsize + metadata) / BYTES_PER_MICROSECOND + 2.5
     return max(time, stream), choice.split, tile.tokens
-
-
-@functools.cache
-def _library(device: torch.device) -> Any:
-    return registry.operation("sparse_gemm").backend("wgmma").library(device)
 
 
 @functools.cache
