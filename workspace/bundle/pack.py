@@ -206,19 +206,12 @@ def describe(
         "locks": {path.name: sha256(path) for path in sorted(LOCKS.glob("*.txt"))},
         "pins": {
             "vllm": version,
-            "torch": pinned.torch,
-            "triton": pinned.triton,
-            "cupy": pinned.cupy,
             "cuda": pinned.cuda.release,
+            **pinned.model_dump(include={"torch", "triton", "cupy"}),
         },
         "target": {
-            "machine": host.machine,
-            "system": host.system,
             "glibc": host.libc.version,
-            "python": host.python.model_dump(),
-            "torch": host.torch.model_dump() if host.torch else None,
-            "nvcc": host.nvcc.model_dump() if host.nvcc else None,
-            "gpus": [gpu.model_dump() for gpu in host.gpus],
+            **host.model_dump(include={"machine", "system", "python", "torch", "nvcc", "gpus"}),
         },
         "cache": {name: sha for name, (_, sha) in cached.items()},
         "packages": [
