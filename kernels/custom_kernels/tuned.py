@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuning results: which backend, and which settings of it, were measured to be best on a GPU.
+"""Tuning results: the backend, and its settings, measured to be best on a GPU.
 
-They are data, a small JSON file per operation and GPU, found at run time:
+They are data, a small JSON file per operation and GPU, read at run time:
 
-- ``<cache folder>/tuning/<operation>/<gpu>.json``, the user's own, goes first;
-- ``<operation>/tuning/<gpu>.json`` in this package, measured where the package was made.
+- ``<cache folder>/tuning/<operation>/<gpu>.json``, the user's, is read first;
+- ``<operation>/tuning/<gpu>.json`` is part of this package.
 
-What a file says of a layer replaces what a later one says of it. A file that cannot be read, is of
-another schema, or was measured on another GPU is ignored with one warning.
+The first file with a layer decides for it. A file that cannot be read, is of another schema, or was
+measured on another GPU is ignored with one warning.
 
 Schema 1::
 
@@ -21,10 +21,10 @@ Schema 1::
      "settings": {"triton": [{"dtype": "bfloat16", "N": 896, "K": 896, "M": [1, 16],
                               "values": {"block_n": 64, ...}, "provenance": 0}]}}
 
-``provenance`` is a list, and entries name theirs by its index. A range holds the first and the last
-M that were measured, and covers what lies between: nothing is extrapolated. A backend other than
-the operation's first preference is in a range only where it was faster with 95 % confidence (see
-``tuning.adopt.surely_faster``); what no range covers goes by priority.
+``provenance`` is a list, and entries refer to it by index. A range is the first and the last M that
+were measured, and covers those between: nothing is extrapolated. A backend other than the
+operation's first by priority is in a range only where it was faster with 95 % confidence (see
+``tuning.adopt.surely_faster``); outside of all ranges the priority decides.
 
 ``python -m custom_kernels.tuning RECORD.json`` makes such a file from the record of a benchmark
 (``python -m custom_kernels.bench``).
@@ -47,24 +47,23 @@ SCHEMA = 1
 
 Range = tuple[int, int, str]
 """First M, last M, backend."""
+LayerKey = tuple[str | tuple[str, int], ...]
+"""Dtype, then what tells layers apart, sorted by name."""
 Tuning = dict[str, Any]
 
 log = logging.getLogger(__name__)
 
 
 class TuningError(RuntimeError):
-    """A record from which nothing can be learnt. The message is one line."""
+    """A record or tuning file that cannot be used. The message is one line."""
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def backend(
     operation: str, device: "torch.device", dtype: "torch.dtype", m: int, **layer: int | bool
 ) -> str:
-    """The backend to run: the measured one where there is a measurement for this GPU, layer and M,
-    else the first by the operation's order of preference that runs there and takes the dtype.
-
-    Cached, so that a call of an operation costs one look-up.
-    """
+    """The backend to run: the measured one for this GPU, layer and M, or without a measurement the
+    first by priority that can run there and supports the dtype. Cached: a call is one look-up."""
     if device.type == "cuda":
         chosen = measured(operation, _gpu(device), _name(dtype), m, layer)
         if chosen is not None and _runs(operation, chosen, device):
@@ -75,7 +74,7 @@ def backend(
 def measured(
     operation: str, gpu: str, dtype: str, m: int, layer: Mapping[str, int | bool]
 ) -> str | None:
-    """The backend that the files for ``gpu`` name, None if they do not cover this layer and M."""
+    """The backend in the files for ``gpu``; None if they do not cover this layer and M."""
     ranges = _choices(operation, gpu).get(layer_key(dtype, layer), ())
     return next((name for first, last, name in ranges if first <= m <= last), None)
 
@@ -89,7 +88,7 @@ def settings(
     m: int,
     **layer: int | bool,
 ) -> dict[str, Any] | None:
-    """What the files say of a backend's settings for this GPU, layer and M; None if nothing."""
+    """A backend's settings in the files for this GPU, layer and M; None without."""
     if device.type != "cuda":
         return None
     for file in _files(operation, _gpu(device)):
@@ -109,7 +108,7 @@ def forget() -> None:
 
 
 def files(operation: str, gpu: str) -> list[Path]:
-    """Where the files for a GPU are looked for, the first to go first."""
+    """The paths of the files for a GPU, in the order in which they are read."""
     name = re.sub(r"\W+", "-", gpu).strip("-") + ".json"
     return [
         paths.cache_dir() / "tuning" / operation / name,
@@ -118,14 +117,14 @@ def files(operation: str, gpu: str) -> list[Path]:
 
 
 @functools.cache
-def _choices(operation: str, gpu: str) -> dict[tuple[Any, ...], tuple[Range, ...]]:
-    found: dict[tuple[Any, ...], tuple[Range, ...]] = {}
+def _choices(operation: str, gpu: str) -> dict[LayerKey, tuple[Range, ...]]:
+    choices: dict[LayerKey, tuple[Range, ...]] = {}
     for file in _files(operation, gpu):
         for entry in file["choices"]:
             layer = {k: v for k, v in entry.items() if k not in ("dtype", "ranges", "provenance")}
             ranges = tuple((first, last, name) for first, last, name in entry["ranges"])
-            found.setdefault(layer_key(entry["dtype"], layer), ranges)
-    return found
+            choices.setdefault(layer_key(entry["dtype"], layer), ranges)
+    return choices
 
 
 @functools.cache
@@ -142,7 +141,7 @@ def _files(operation: str, gpu: str) -> tuple[Tuning, ...]:
 
 
 def read(path: Path, operation: str, gpu: str) -> Tuning:
-    """Read a tuning file. Raises TuningError unless it is one, for this operation and GPU."""
+    """Read a tuning file. Raises TuningError if it is damaged or for another operation or GPU."""
     try:
         file = json.loads(path.read_text())
     except ValueError as error:
@@ -189,5 +188,5 @@ def _name(dtype: "torch.dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def layer_key(dtype: str, layer: Mapping[str, int | bool]) -> tuple[Any, ...]:
+def layer_key(dtype: str, layer: Mapping[str, int | bool]) -> LayerKey:
     return dtype, *sorted(layer.items())

@@ -23,11 +23,12 @@ from importlib.util import cache_from_source
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from workspace.watch import messages
 
 if TYPE_CHECKING:
+    import torch
     from custom_kernels.operation import Backend
 
 PRELOADED = (
@@ -178,7 +179,7 @@ def check(question: messages.Check) -> messages.Checked | messages.NotChecked | 
     return messages.Checked(len(checked), wrong, times)
 
 
-def _times(backend: Backend, device: Any) -> dict[str, messages.Timing]:
+def _times(backend: Backend, device: torch.device) -> dict[str, messages.Timing]:
     """One call with few tokens and one with many, and the ratio to the baseline."""
     from custom_kernels.bench import timing
     from custom_kernels.check.case import contender_of

@@ -258,7 +258,7 @@ def _bound_by_arithmetic(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return 2 * m * n * k > 150 * x.element_size() * (m * k + n * k + m * n)
 
 
-def _unique(plans: Iterable[Any]) -> list[Plan]:
+def _unique(plans: Iterable[Iterable[int]]) -> list[Plan]:
     return list(dict.fromkeys(tuple(plan) for plan in plans))
 
 

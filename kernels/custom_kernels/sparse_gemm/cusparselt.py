@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 _library = functools.cache(registry.operation("sparse_gemm").backend("cusparselt").library)
 
-_settings: dict[tuple[Any, ...], list[int]] = {}
+Product = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]
+"""Arguments of the library's product: a, values, w_scale, bias and the output, all padded."""
+
+_settings: dict[tuple[torch.device, torch.dtype, int, int, int, bool], list[int]] = {}
 """Results of searches, per layer shape and bucket of M."""
 _searching = threading.Lock()
 
@@ -93,14 +96,8 @@ def pad_rows(matrix: torch.Tensor, multiple: int) -> torch.Tensor:
     return out
 
 
-def _find(
-    library: Any,
-    a: torch.Tensor,
-    values: torch.Tensor,
-    w_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-) -> list[int]:
+def _find(library: Any, *product: *Product) -> list[int]:
+    a, _, _, bias, y = product
     m, k = a.shape
     *_, bucket = buckets(m)
     key = (a.device, a.dtype, bucket, y.shape[1], k, bias is not None)
@@ -108,5 +105,5 @@ def _find(
         if key not in _settings:
             if torch.cuda.is_current_stream_capturing():
                 return []
-            _settings[key] = [int(value) for value in library.search(a, values, w_scale, bias, y)]
+            _settings[key] = [int(value) for value in library.search(*product)]
         return _settings[key]
