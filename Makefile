@@ -15,13 +15,13 @@ dev: ## set everything up: environment, vLLM fork, binaries, kernels (CUDA_ARCHS
 doctor: ## what is ready, what is not, and the remedy (JSON=1)
 	@$(WORKSPACE) doctor
 
-fork-build: ## compile what changed in vLLM's own C++ and CUDA (CUDA_ARCHS=9.0a, JOBS=4, TARGET=_C, FORCE=1)
+fork-build: ## compile what changed in vLLM's C++ and CUDA (CUDA_ARCHS=9.0a, JOBS=4, TARGET=_C, FORCE=1)
 	@$(WORKSPACE) fork-build
 
 kernels: ## compile the kernels that changed (ARCH=9.0a)
 	@$(WORKSPACE) kernels
 
-bench: ## vLLM, stock against custom GEMM (MODEL, METRIC=throughput|latency, BACKEND, TP, ...)
+bench: ## benchmark vLLM, stock against custom GEMM (MODEL, METRIC=throughput|latency, BACKEND, TP, ...)
 	@$(WORKSPACE) bench
 
 new-kernel: ## scaffold a working kernel (OP=gemm, BACKEND=triton|cuda|cupy, NAME=mine)
@@ -33,16 +33,16 @@ watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.tr
 inspect: ## registers, spills, occupancy, instructions; needs no GPU (K=gemm.triton, ARCH=9.0a, JSON=1)
 	@$(WORKSPACE) inspect
 
-notebook: ## JupyterLab over notebooks/, on this machine only
+notebook: ## JupyterLab for notebooks/, on this machine only
 	@$(WORKSPACE) notebook
 
-bench-kernels: ## kernels on the GPU against their baselines (K=gemm, MODEL, M=1,16,4096, BACKEND, ...)
+bench-kernels: ## benchmark kernels on the GPU against their baselines (K=gemm, MODEL, M=1,16,4096, BACKEND, ...)
 	@$(WORKSPACE) bench-kernels
 
-compare: ## two records: faster, slower, same or ambiguous (A=before.json, B=after.json)
+compare: ## compare two records: faster, slower, same or ambiguous (A=before.json, B=after.json)
 	@$(WORKSPACE) compare
 
-profile: ## Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
+profile: ## run Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile
 
 test: ## run the tests (K=gemm)
@@ -59,31 +59,31 @@ shell: ## a shell in the container, or one command (CMD="make bench")
 # A $ in CMD is for the shell, not for make.
 shell: override export CMD := $(value CMD)
 
-snapshot: ## the container as an image that starts without compiling (TAG=tuned, FORCE=1)
+snapshot: ## save the container as an image that starts without compiling (TAG=tuned, FORCE=1)
 	@$(WORKSPACE) snapshot
 
 snapshots: ## list the snapshots: size, date, versions, your commits
 	@$(WORKSPACE) snapshots
 
-snapshot-verify: ## start a snapshot without a network and prove what it holds (TAG=tuned)
+snapshot-verify: ## start a snapshot without a network and verify its contents (TAG=tuned)
 	@$(WORKSPACE) snapshot-verify
 
 fork-status: ## release, patches, commits not exported, uncommitted edits (JSON=1)
 	@$(WORKSPACE) fork-status
 
-fork-diff: ## all that differs from the release (OWN=1, STAT=1)
+fork-diff: ## everything that differs from the release (OWN=1, STAT=1)
 	@$(WORKSPACE) fork-diff
 
-fork-export: ## your commits in vllm-fork/src as patches in vllm-fork/patches (FORCE=1)
+fork-export: ## write your commits in vllm-fork/src as patches (FORCE=1)
 	@$(WORKSPACE) fork-export
 
-fork-rebase: ## carry your commits to another release (VERSION=0.26.0, ABORT=1, FORCE=1)
+fork-rebase: ## rebase your commits onto another release (VERSION=0.26.0, ABORT=1, FORCE=1)
 	@$(WORKSPACE) fork-rebase
 
-inventory: ## what this machine has, for a bundle: writes inventory.json; no network
+inventory: ## write inventory.json, which describes this machine for a bundle
 	@$(WORKSPACE) inventory
 
-bundle: ## what a host without a network needs, in parts (TARGET=inventory.json, PARTS=60M)
+bundle: ## pack everything that a host without a network needs, in parts (TARGET=inventory.json, PARTS=60M)
 	@$(WORKSPACE) bundle
 
 unbundle: ## on that host: check the parts, set everything up from them (FROM=folder)
@@ -95,5 +95,5 @@ lint: ## run every pre-commit hook
 lock: ## make the locks and environment.yml from pins.toml (UPGRADE=1)
 	@$(WORKSPACE) lock
 
-clean: ## remove what can be made again; your edits stay (FORCE=1)
+clean: ## remove everything that can be regenerated; your edits stay (FORCE=1)
 	@$(WORKSPACE) clean

@@ -42,7 +42,7 @@ NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root
 def pytest_configure() -> None:
     """The same words and lines on each machine; the tests' own servers are asked directly; the git
     that tests call themselves heeds neither a hook around us nor anybody's settings."""
-    git.forget_surroundings()
+    git.clear_repository_variables()
     os.environ |= {
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",

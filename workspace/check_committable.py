@@ -1,58 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pre-commit check for what does not belong into the repository.
+"""The pre-commit check for files that do not belong into the repository.
 
     python -m workspace.check_committable FILE ...
 
-Large files, binaries (compiled code, weights), absolute paths of somebody's machine, and
-addresses in files that pin packages: those must work behind any mirror.
+Large files, binaries (compiled code, weights), absolute paths of a machine, and addresses in files
+that pin packages, which must work with any mirror.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_BYTES = 700_000
-"""The largest file that belongs here is a lock, about 530 kB."""
+"""The largest file here is a lock, about 530 kB."""
 
-PICTURES = {".png"}
+IMAGES = {".png"}
 MACHINE_PATH = re.compile(r"(?<![\w./~-])/(?:home(?!/dev\b)|Users|root|work)/[\w.-]+")
-"""The container's own user is dev, on every machine."""
+"""The user of the container is dev, on every machine."""
 ADDRESS = re.compile(r"https?://|--(?:extra-)?index-url|--find-links")
 PINNING = re.compile(r"^(?:locks/|\.devcontainer/)|(?:^|/)(?:environment\.yml|requirements[^/]*)$")
 FORBIDDEN_NAMES = {"uv.lock", "poetry.lock", "package-lock.json", "yarn.lock"}
 
 
-def complaints(path: Path) -> list[str]:
-    """Why this file cannot be committed; empty when it can."""
+def problems(path: Path) -> Iterator[str]:
+    """Why this file cannot be committed."""
     content = path.read_bytes()
-    found = []
     if len(content) > MAX_BYTES:
-        found.append(f"{len(content)} bytes, more than {MAX_BYTES}")
+        yield f"{len(content)} bytes, more than {MAX_BYTES}"
     if path.name in FORBIDDEN_NAMES:
-        found.append("a lock format that records addresses")
+        yield "a lock format that records addresses"
     if b"\0" in content:
-        return found if path.suffix in PICTURES else [*found, "a binary"]
-    text = content.decode(errors="replace")
-    for number, line in enumerate(text.splitlines(), 1):
+        if path.suffix not in IMAGES:
+            yield "a binary"
+        return
+    for number, line in enumerate(content.decode(errors="replace").splitlines(), 1):
         if MACHINE_PATH.search(line):
-            found.append(f"line {number} has a path of one machine: {line.strip()[:80]}")
+            yield f"line {number} has a path of one machine: {line.strip()[:80]}"
         if PINNING.search(path.as_posix()) and ADDRESS.search(line):
-            found.append(f"line {number} names an address: {line.strip()[:80]}")
-    return found
+            yield f"line {number} has an address: {line.strip()[:80]}"
 
 
 def main(names: list[str]) -> int:
-    failed = False
-    for name in names:
-        path = Path(name)
-        if not path.is_file() or path.is_symlink():
-            continue
-        for complaint in complaints(path):
-            print(f"{name}: {complaint}", file=sys.stderr)
-            failed = True
-    return int(failed)
+    paths = [Path(name) for name in names]
+    files = [path for path in paths if path.is_file() and not path.is_symlink()]
+    messages = [f"{path}: {problem}" for path in files for problem in problems(path)]
+    print("".join(f"{message}\n" for message in messages), end="", file=sys.stderr)
+    return int(bool(messages))
 
 
 if __name__ == "__main__":

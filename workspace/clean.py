@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make clean`: remove what can be made again, keep what is the user's.
-
-Standard library only: it removes the environment, so it runs outside of it.
-"""
+"""`make clean`: remove everything that can be regenerated, keep the user's work."""
 
 from __future__ import annotations
 
@@ -30,46 +27,41 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _environments() -> list[Path]:
-    """Those that a release has here; another folder of such a name is the user's."""
-    versions = {*release.pins()["vllm"]["release"], *(tree.name for tree in release.trees())}
-    return [release.environment(mode, one) for mode in ("uv", "conda") for one in sorted(versions)]
-
-
 def _users_work(tree: Path) -> list[str]:
     try:
-        found = state(tree)
+        current = state(tree)
     except WorkspaceError:
-        # Not made by us, so all of it is the user's.
-        return [f"all of {tree.relative_to(ROOT)}, which this workspace did not make"]
-    return found.own_work if found else []
+        return [f"all of {shown(tree)}, which this workspace did not make"]
+    return current.own_work if current else []
 
 
 def run(options: verbs.Clean) -> int:
-    """Remove environments, tools, caches, and each tree that holds nothing of the user's.
+    """Remove environments, tools, caches, and each tree without work of the user.
 
-    The lock file stays, because this process holds it; recorded results stay, because a
-    measurement cannot be made again.
+    The lock file stays, because this process holds it; recorded results stay, because they cannot
+    be regenerated.
     """
-    for path in _environments():
-        _remove(path)
-    for name in CACHES:
-        _remove(ROOT / name)
-    for path in sorted({*STATE.glob("*"), *MACHINE.glob("*")}):
-        if path != STATE / "lock":
-            _remove(path)
-    for path in (*FORK.glob(f"{PARTIAL}*"), *FORK.glob(f"releases/{PARTIAL}*")):
+    # By release: other folders with similar names are the user's.
+    versions = {*release.pins()["vllm"]["release"], *(tree.name for tree in release.trees())}
+    modes = ("uv", "conda")
+    for path in (
+        *(release.environment(mode, version) for mode in modes for version in sorted(versions)),
+        *(ROOT / name for name in CACHES),
+        *sorted({*STATE.glob("*"), *MACHINE.glob("*")} - {STATE / "lock"}),
+        *FORK.glob(f"{PARTIAL}*"),
+        *FORK.glob(f"releases/{PARTIAL}*"),
+    ):
         _remove(path)
     for path in (*release.trees(), release.link()):
         if path.is_symlink():
             continue
-        work = _users_work(path) if path.exists() else []
+        work = _users_work(path)
         if work and not options.force:
-            print(f"· keeping {path.relative_to(ROOT)}: it holds work of yours:")
+            print(f"· keeping {shown(path)}, which contains work of yours:")
             print("\n".join(f"    {line}" for line in work[:20]))
             if len(work) > 20:
                 print(f"    … and {len(work) - 20} more")
-            print("  to remove it all the same: make clean FORCE=1")
+            print("  to remove it anyway: make clean FORCE=1")
             continue
         for line in work:
             print(f"· lost: {line}", file=sys.stderr)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that run in the environment: each a short pipeline of steps that other rooms hold.
+"""The verbs that run in the environment: each a short pipeline of steps from other packages.
 
-What a verb needs beyond set-up is imported when it runs: a run with nothing to do ends sooner.
+What a verb needs beyond set-up is imported when it runs, so that a run with nothing to do is fast.
 """
 
 from __future__ import annotations
@@ -13,28 +13,67 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from workspace import selection, set_up, verbs
-from workspace.environment.device import device
+from workspace import set_up, verbs
 from workspace.host import settings
 from workspace.host.errors import WorkspaceError
-from workspace.host.paths import ROOT
+from workspace.host.paths import KERNELS, ROOT
+from workspace.host.settings import device
 from workspace.host.text import say
+
+# --- K= -------------------------------------------------------------------------------------------
+
+
+def operations() -> list[str]:
+    """Found by their files: the package of the kernels may not be installed yet."""
+    return sorted(path.parent.name for path in KERNELS.glob("custom_kernels/*/reference.py"))
+
+
+def split_kernel(k: str) -> tuple[str, str | None]:
+    """Operation and backend of OPERATION or OPERATION.BACKEND; the backend is not checked.
+
+    Raises:
+        WorkspaceError: the operation does not exist.
+    """
+    operation, _, backend = k.partition(".")
+    if operation not in operations():
+        known = ", ".join(operations())
+        raise WorkspaceError(f"K={k}: no operation {operation!r}; use one of {known}")
+    return operation, backend or None
+
+
+def split_list(value: str | None) -> list[str]:
+    """The entries of a list with commas or spaces."""
+    return (value or "").replace(",", " ").split()
+
+
+def pytest_arguments(k: str | None) -> list[str]:
+    """For a kernel: its test file, and its cases in the tests of all operations."""
+    if not k:
+        return []
+    operation, _, backend = k.partition(".")
+    if operation in operations():
+        file = f"test_{operation} and {backend}" if backend else f"test_{operation}"
+        return ["-k", f"({file}) or [{operation}.{backend}"]
+    return [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
+
+
+# --- the verbs ------------------------------------------------------------------------------------
 
 
 def run_module(module: str, *arguments: str) -> int:
-    """Run a module in the checkout; its exit status, of one that a signal ended as in a shell."""
+    """Run a module in the checkout; returns its exit status, after a signal that of a shell."""
     command = [sys.executable, "-m", module, *arguments]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     return status if status >= 0 else 128 - status
 
 
 def flags(**values: str | list[str] | None) -> list[str]:
-    """`--name value …` for those that are given."""
-    found = []
+    """`--name value …` for all values that are set."""
+    arguments = []
     for name, value in values.items():
         if value:
-            found += [f"--{name}", *([value] if isinstance(value, str) else value)]
-    return found
+            arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    return arguments
 
 
 def dev(options: verbs.Dev) -> None:
@@ -46,13 +85,15 @@ def dev(options: verbs.Dev) -> None:
         set_up.compile_fork(verbs.ForkBuild(options.cuda_archs, options.jobs, force=force))
     renew = not full and (options.build == "precompiled" or force)
     set_up.up_to_date(partial(set_up.engine, renew=renew, force=force), set_up.kernels)
-    version = release.selected()
-    if before := tree_state.switch(version):
-        say(f"vllm-fork/src shows vLLM {version} now; {before} stays in vllm-fork/releases")
+    version, before = release.selected(), release.active()
+    tree_state.require_switchable(version)
+    release.activate(version)
+    if before not in (None, version):
+        say(f"vllm-fork/src points at vLLM {version} now; {before} stays in vllm-fork/releases")
     say("ready")
 
 
-def doctor(options: verbs.Doctor) -> int:
+def doctor(options: verbs.Report) -> int:
     from workspace.doctor import run
 
     return run(settings.current().mode, as_json=options.json)
@@ -79,7 +120,7 @@ def watch(options: verbs.Watch) -> None:
 def inspect(options: verbs.Inspect) -> int:
     set_up.package_only()
     json = ["--json"] if options.json else []
-    kernels = selection.words(options.k)
+    kernels = split_list(options.k)
     return run_module("custom_kernels.inspect", *kernels, *flags(arch=options.arch), *json)
 
 
@@ -94,19 +135,19 @@ def bench(options: verbs.Bench) -> None:
     from workspace.bench import options as checked
     from workspace.bench import run
 
-    given = checked({name: value for name, value in vars(options).items() if value is not None})
+    valid = checked({name: value for name, value in vars(options).items() if value is not None})
     operation = None if options.quantization else "gemm"
     set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, operation))
-    run(given)
+    run(valid)
 
 
 def bench_kernels(options: verbs.BenchKernels) -> int:
-    operation, backend = selection.kernel(options.k or "gemm")
+    operation, backend = split_kernel(options.k or "gemm")
     set_up.up_to_date(partial(set_up.kernels_for_device, operation))
-    models = [flag for name in selection.words(options.model) for flag in ("--model", name)]
+    models = [flag for name in split_list(options.model) for flag in ("--model", name)]
     chosen = flags(
-        tokens=selection.words(options.m),
-        pattern=selection.words(options.pattern),
+        tokens=split_list(options.m),
+        pattern=split_list(options.pattern),
         backend=options.backend or backend,
         dtype=options.dtype,
         seconds=options.seconds,
@@ -116,7 +157,7 @@ def bench_kernels(options: verbs.BenchKernels) -> int:
 
 
 def profile(options: verbs.Profile) -> int:
-    operation, backend = selection.kernel(options.k or "gemm")
+    operation, backend = split_kernel(options.k or "gemm")
     set_up.up_to_date(partial(set_up.kernels_for_device, operation))
     chosen = flags(
         model=options.model,
@@ -140,12 +181,12 @@ def test(options: verbs.Test) -> int:
     operation = (options.k or "").partition(".")[0]
     if not options.k:
         set_up.up_to_date(set_up.engine, set_up.kernels)
-    elif operation in selection.operations():
+    elif operation in operations():
         set_up.up_to_date(partial(set_up.kernels, operation=operation))
-    else:  # tests compile what they load, where it is not there yet
+    else:  # tests compile what they load, if needed
         set_up.package_only()
     workers = 0 if options.k else _test_processes()
-    status = run_module("pytest", "-q", f"-n{workers}", *selection.pytest_arguments(options.k))
+    status = run_module("pytest", "-q", f"-n{workers}", *pytest_arguments(options.k))
     if status == 5:
         raise WorkspaceError(f"no test matches K={options.k}")
     return status
@@ -218,7 +259,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "lint": lint,
     "lock": lock,
 }
-"""Verb → what runs it."""
+"""Verb → its function."""
 
 
 def main(arguments: list[str]) -> int:

@@ -17,24 +17,22 @@ from workspace.pins.model import load
 def architectures(asked: str | None) -> list[str]:
     """ARCH= as a list, checked against the pinned architectures."""
     pinned = load().cuda.architectures
-    if not asked:
-        return pinned
-    wanted = asked.replace(",", " ").split()
+    wanted = (asked or "").replace(",", " ").split()
     for name in wanted:
         if name not in pinned:
             raise WorkspaceError(
                 f"ARCH={name} is not a pinned architecture; use one of {', '.join(pinned)} "
                 "(pins.toml, [cuda])"
             )
-    return wanted
+    return wanted or pinned
 
 
 def compile_for_device(device: str, operation: str | None = None) -> None:
-    """Compile what this machine's device can run (of ``operation``, if given): for a CPU nothing,
-    for GPUs what no library serves yet, and for their architectures alone.
+    """Compile the kernels (of `operation`, if given) that lack a library for this machine's GPUs;
+    on a CPU none.
 
     Raises:
-        WorkspaceError: as `compile_all`.
+        WorkspaceError: as for `compile_all`.
     """
     if device == "cpu":
         return
@@ -49,19 +47,19 @@ def compile_for_device(device: str, operation: str | None = None) -> None:
         try:
             complete = all(build.existing(backend, arch) for backend in wanted)
         except BuildError:
-            complete = False  # compiling says why
+            complete = False  # `compile_all` reports the reason
         if not complete:
             compile_all([arch], operation)
 
 
 def compile_all(architectures: list[str], operation: str | None = None) -> None:
-    """Bring every kernel (of ``operation``, if given) up to date and say what was compiled.
+    """Compile every kernel (of `operation`, if given) that changed, and print which.
 
-    Where the release's packages hold no nvcc and there is no other, kernels in CUDA C++ are left
-    out, and that is said.
+    Without nvcc, kernels in CUDA C++ are skipped with a message if the packages of the release do
+    not include it.
 
     Raises:
-        WorkspaceError: no tool chain. A compiler's complaint is shown as it is.
+        WorkspaceError: no tool chain, or a compiler failed; its messages were printed.
     """
 
     def report(built: build.Built) -> None:
@@ -77,7 +75,7 @@ def compile_all(architectures: list[str], operation: str | None = None) -> None:
         build.build_all(architectures, progress=report, operation=operation)
     except BuildError as error:
         if isinstance(error, NoCompiler) and not load().release().cuda.packages_hold_nvcc:
-            say(f"kernels in CUDA C++ are left out: {error}")
+            say(f"skipping kernels in CUDA C++: {error}")
             return
         first, _, rest = str(error).partition("\n")
         if rest:

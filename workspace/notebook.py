@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make notebook`: JupyterLab over notebooks/, reachable from this machine alone."""
+"""`make notebook`: JupyterLab for notebooks/, reachable from this machine only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ NOTEBOOKS = ROOT / "notebooks"
 
 
 def command() -> list[str]:
-    """On loopback, with the token that Jupyter makes up: whoever opens a notebook runs code as
-    this user."""
-    # -P: a folder called kernels/ in the current one must not pass for a package of that name.
+    """On loopback and with Jupyter's random token: who opens a notebook runs code as this user."""
+    # -P: a folder kernels/ in the current folder must not be imported as the package of that name.
     return [
         sys.executable, "-P", "-m", "jupyterlab", "--ip=127.0.0.1", "--no-browser",
         f"--ServerApp.root_dir={NOTEBOOKS}",
@@ -28,7 +27,7 @@ def command() -> list[str]:
 
 
 def run() -> None:
-    """Run until it is stopped; Jupyter prints the address with its token.
+    """Run until the user stops it; Jupyter prints the address with its token.
 
     Raises:
         WorkspaceError: JupyterLab is not installed.
@@ -38,14 +37,14 @@ def run() -> None:
             f"JupyterLab is not installed for {sys.executable}; install the package jupyterlab, "
             "or use an environment of the workspace (make dev)"
         )
-    say("JupyterLab prints its address; Ctrl-C twice ends it")
+    say("JupyterLab prints its address; press Ctrl-C twice to stop it")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     process = subprocess.Popen(command(), cwd=NOTEBOOKS, env=environment)
-    # Ctrl-C is Jupyter's: it asks before it ends its kernels.
+    # Jupyter handles Ctrl-C: it asks before it stops its kernels.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         status = process.wait()
     finally:
         signal.signal(signal.SIGINT, previous)
     if status > 0:
-        raise WorkspaceError(f"JupyterLab ended with status {status}; its messages say why")
+        raise WorkspaceError(f"JupyterLab ended with status {status}; see its messages")

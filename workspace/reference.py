@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/reference.md, made from the table of verbs: `python3 -m workspace.reference`
-writes them."""
+"""The tables of docs/reference.md, generated from verbs.py by `python3 -m workspace.reference`."""
 
 from __future__ import annotations
 
@@ -20,9 +19,9 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _value(option: Option) -> str:
-    given = ", ".join(f"`{value}`" for value in option.values)
-    return f"{given}: {option.help}" if given and "`" not in option.help else option.help
+def _meaning(option: Option) -> str:
+    values = ", ".join(f"`{value}`" for value in option.values)
+    return _cell(f"{values}: {option.help}" if values and "`" not in option.help else option.help)
 
 
 def verbs() -> Iterator[str]:
@@ -31,34 +30,33 @@ def verbs() -> Iterator[str]:
     yield "|---|---|---|"
     for verb in VERBS.values():
         if not verb.internal:
-            names = " ".join(f"`{_cell(one.usage)}`" for _, one in declared(verb.options))
+            names = " ".join(f"`{_cell(option.usage)}`" for _, option in declared(verb.options))
             yield f"| `make {verb.name}` | {_cell(verb.help)} | {names} |"
 
 
 def settings() -> Iterator[str]:
-    """What selects the environment, for every verb."""
+    """The variables of every verb, which select the environment."""
     yield "| variable | what it selects | default |"
     yield "|---|---|---|"
     for _, option in declared(Settings):
-        yield f"| `{option.variable}` | {_cell(_value(option))} | {_cell(option.default)} |"
+        yield f"| `{option.variable}` | {_meaning(option)} | {_cell(option.default)} |"
 
 
 def options() -> Iterator[str]:
-    """Each variable; where verbs mean different things by it, once for each meaning."""
-    found: dict[Option, list[str]] = {}
+    """The variables of single verbs, once for each meaning."""
+    users: dict[Option, list[str]] = {}
     for verb in VERBS.values():
         for _, option in declared(verb.options) if not verb.internal else ():
-            found.setdefault(option, []).append(f"`{verb.name}`")
+            users.setdefault(option, []).append(f"`{verb.name}`")
     yield "| variable | of | meaning | default |"
     yield "|---|---|---|---|"
-    for option in sorted(found, key=lambda one: one.variable):
-        of = ", ".join(found[option])
-        meaning = _cell(_value(option))
-        yield f"| `{option.variable}` | {of} | {meaning} | {_cell(option.default)} |"
+    for option in sorted(users, key=lambda option: option.variable):
+        cells = (", ".join(users[option]), _meaning(option), _cell(option.default))
+        yield f"| `{option.variable}` | {' | '.join(cells)} |"
 
 
 def render(page: str) -> str:
-    """The page with its tables as they should be."""
+    """The page with current tables."""
     for table in (verbs, settings, options):
         begin, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         block = "\n".join([begin, *table(), end])

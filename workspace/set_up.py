@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring the fork, its install and the kernels up to date, as far as a verb needs them."""
+"""Update the fork, its installation and the kernels, as far as a verb needs them."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from workspace import verbs
-from workspace.environment.device import device
 from workspace.fork import install, prepare
 from workspace.host import setup_lock
+from workspace.host.settings import device
 
 
 def engine(*, renew: bool = False, force: bool = False) -> None:
-    """The fork's tree, its binaries and its editable install; `renew` and `force` as in
-    `install.install_fork`."""
+    """The tree of the fork and its installation; arguments as for `install.install_fork`."""
     prepare.ensure()
     install.install_fork(device(), renew=renew, force=force)
 
 
 def kernels(arch: str | None = None, operation: str | None = None) -> None:
-    """The kernels' package, and every kernel (of an operation) compiled."""
+    """The package of the kernels, and every kernel (of an operation) compiled."""
     install.install_kernels()
-    from workspace import kernels as package  # imports what was installed a step ago
+    from workspace import kernels as package  # imports what was just installed
 
     package.compile_all(package.architectures(arch), operation)
 
 
 def kernels_for_device(operation: str | None) -> None:
-    """The kernels' package, and what this machine's device can run of it compiled: on a CPU
-    nothing."""
+    """The package of the kernels, and the kernels that this machine's GPU can run compiled."""
     install.install_kernels()
     from workspace import kernels as package
 
@@ -37,13 +35,13 @@ def kernels_for_device(operation: str | None) -> None:
 
 
 def package_only() -> None:
-    """The kernels' package with nothing compiled: for verbs that compile what they need, and must
-    start also when a kernel does not compile."""
+    """Only the package of the kernels: for verbs that compile what they need, and must start also
+    when a kernel does not compile."""
     up_to_date(install.install_kernels)
 
 
 def up_to_date(*steps: Callable[[], None]) -> None:
-    """Take these steps side by side, none of which needs another, then let the next make in."""
+    """Run independent steps in parallel, then release the set-up lock."""
     with ThreadPoolExecutor() as pool:
         for step in [pool.submit(step) for step in steps]:
             step.result()
@@ -51,7 +49,7 @@ def up_to_date(*steps: Callable[[], None]) -> None:
 
 
 def compile_fork(options: verbs.ForkBuild) -> None:
-    """vLLM's own C++ and CUDA into a tree that is set up; nobody else is let in before the end."""
+    """Compile vLLM's C++ and CUDA; the set-up lock is kept until the end."""
     engine(force=options.force)
     install.install_kernels()
     from workspace.fork import build

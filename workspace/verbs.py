@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every verb with its options: the one table that the Makefile, bootstrap, the command line and
-docs/reference.md agree with.
-
-Standard library only: bootstrap reads it before there is an environment.
-"""
+"""Every verb with its options: the table from which bootstrap and the command line read them, and
+with which a test compares the Makefile and docs/reference.md."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Compile:
-    """Of a build of vLLM's own C++ and CUDA."""
+    """Options of a build of vLLM's C++ and CUDA."""
 
     cuda_archs: str | None = text(
-        "CUDA_ARCHS", "what vLLM is compiled for, with commas", "this machine's GPUs", "9.0a"
+        "CUDA_ARCHS", "GPU architectures for vLLM, with commas", "this machine's GPUs", "9.0a"
     )
     jobs: int | None = number("JOBS", "parallel compile jobs", "by cores and free memory", "4")
 
@@ -40,16 +37,18 @@ class Compile:
 class Dev(Compile):
     build: str | None = choice(
         "BUILD",
-        "`full` compiles all of vLLM here, as `make fork-build` does; `precompiled` brings the "
-        "released wheel's binaries back",
+        "`full` compiles all of vLLM here, as `make fork-build` does; `precompiled` restores the "
+        "released wheel's binaries",
         "full", "precompiled",
-        default="what is there, at first the wheel's",
+        default="the existing binaries, initially the wheel's",
     )  # fmt: skip
     force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
 
 
 @dataclass(frozen=True)
-class Doctor:
+class Report:
+    """Options of a verb that prints a state."""
+
     json: bool = flag("JSON", "print JSON")
 
 
@@ -60,7 +59,7 @@ class Clean:
 
 @dataclass(frozen=True)
 class Lock:
-    upgrade: bool = flag("UPGRADE", "take the newest versions that the pins allow")
+    upgrade: bool = flag("UPGRADE", "use the newest versions that the pins allow")
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -68,14 +67,14 @@ class Lock:
 
 @dataclass(frozen=True)
 class Kernels:
-    arch: str | None = text("ARCH", ARCH, "all that are pinned", "9.0a")
+    arch: str | None = text("ARCH", ARCH, "all pinned ones", "9.0a")
 
 
 @dataclass(frozen=True)
 class NewKernel:
     op: str | None = text("OP", "an operation, existing or new", example="gemm")
-    backend: str | None = choice("BACKEND", "what to write it in", "triton", "cuda", "cupy")
-    name: str | None = text("NAME", "the file's name", "`BACKEND`", "mine")
+    backend: str | None = choice("BACKEND", "its language", "triton", "cuda", "cupy")
+    name: str | None = text("NAME", "its file name", "`BACKEND`", "mine")
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,13 @@ class Watch:
     arch: str | None = text(
         "ARCH", "compile for this GPU architecture", "the GPU's, else 9.0a", "9.0a"
     )
-    timeout: int | None = number(
-        "TIMEOUT", "seconds after which a kernel that hangs is ended", "30"
-    )
+    timeout: int | None = number("TIMEOUT", "seconds after which a hanging kernel is killed", "30")
 
 
 @dataclass(frozen=True)
 class Inspect:
     k: str | None = text("K", f"{KERNEL}, several with commas", "every kernel", "gemm.triton")
-    arch: str | None = text("ARCH", ARCH, "all that are pinned", "9.0a")
+    arch: str | None = text("ARCH", ARCH, "all pinned ones", "9.0a")
     json: bool = flag("JSON", "print JSON")
 
 
@@ -103,21 +100,21 @@ class BenchKernels:
         "MODEL", "models whose layer shapes are measured, with commas", "by operation"
     )
     m: str | None = text("M", "numbers of tokens, with commas", "by operation", "1,16,4096")
-    backend: str | None = text("BACKEND", "backends, with commas", "all that can run")
+    backend: str | None = text("BACKEND", "backends, with commas", "all available ones")
     dtype: str | None = text("DTYPE", "a torch dtype", "the operation's first")
     pattern: str | None = text(
         "PATTERN", "sparsity patterns, with commas", "by operation", "2:4,6:8"
     )
     seconds: str | None = text("SECONDS", "device time per shape", "0.25")
-    tune: bool = flag("TUNE", "choose backends by these results from now on")
+    tune: bool = flag("TUNE", "use these results to choose backends from now on")
 
 
 @dataclass(frozen=True)
 class Profile:
     k: str | None = text("K", KERNEL, "`gemm`", "gemm")
     backend: str | None = text("BACKEND", "a backend", "the best for the device")
-    model: str | None = text("MODEL", "whose layer shapes", "the largest that is measured")
-    layer: str | None = text("LAYER", "which of its layers", "the first")
+    model: str | None = text("MODEL", "the model with the layer", "the largest measured one")
+    layer: str | None = text("LAYER", "the layer whose shape is used", "the first")
     m: str | None = text("M", "number of tokens", "4096")
     dtype: str | None = text("DTYPE", "a torch dtype", "the operation's first")
     pattern: str | None = text("PATTERN", "a sparsity pattern", "the first", "6:8")
@@ -131,7 +128,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Test:
-    k: str | None = text("K", f"{KERNEL}, a path, or words as for `pytest -k`", "all tests", "gemm")
+    k: str | None = text("K", f"{KERNEL}, a path, or an argument of `pytest -k`", "all", "gemm")
 
 
 # --- vLLM -----------------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ class Test:
 class Bench:
     model: str | None = text(
         "MODEL",
-        "a folder, with whole weights or without any (dummy weights); a hub id, from the local "
+        "a folder with complete weights or without any (dummy weights); a hub id, from the local "
         "cache or the hub; offline, an id of the catalogue (Qwen2.5 0.5B to 14B, Llama-3.2 1B and "
         "3B) with dummy weights",
         "GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
@@ -152,27 +149,27 @@ class Bench:
     backend: str | None = text(
         "BACKEND",
         "GEMM backend of the custom variant: `cublaslt`, `skinny`, `triton`, `cupy`, `reference` "
-        "or one of your own",
-        "the best for the device, and for the shape where it was measured",
+        "or one of yours",
+        "the best for the device, and for each shape that was measured",
     )
     tp: int | None = number("TP", "tensor-parallel processes", "1")
     repeats: int | None = number("REPEATS", "pairs of engine starts", "2")
     rounds: int | None = number(
         "ROUNDS",
         "measured rounds per engine start",
-        "5; GPU latency: 30; CPU: 3 where time is short",
+        "5; GPU latency: 30; CPU: 3 if time is short",
     )
     input_len: int | None = number(
         "INPUT_LEN",
         "prompt tokens per request",
-        "GPU: by metric; CPU: fitted to model and machine, for 0.5B on two quiet cores "
-        "meant to end within 8 minutes; the first lines say what was chosen and how long it takes",
+        "GPU: by metric; CPU: by model and machine, so that 0.5B on two idle cores takes at most "
+        "8 minutes; the first lines of the output show the choice and the expected time",
     )
     output_len: int | None = number("OUTPUT_LEN", "new tokens per request", "as `INPUT_LEN`")
     num_prompts: int | None = number("NUM_PROMPTS", "requests per round", "as `INPUT_LEN`")
     layers: str | None = text(
         "LAYERS",
-        "patterns of the layers that run the custom kernel, as in a shell, with commas: "
+        "shell patterns of the layers that run the custom kernel, with commas: "
         '`"*.mlp.*,lm_head"`; the table shows the calls of each layer',
         "all layers",
     )
@@ -180,14 +177,14 @@ class Bench:
         "QUANTIZATION",
         "a method of this workspace (`sparse_2_4`, `sparse_4_6`, `sparse_6_8`, or "
         "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
-        "variant, against the unquantized model",
+        "variant, compared with the unquantized model",
     )
     eager: str | None = choice(
         "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
     )
     baseline: str | None = choice(
         "BASELINE",
-        "`pristine`: the fork with the switch off against the unpatched release",
+        "`pristine`: compare the fork with the switch off with the unpatched release",
         "stock", "pristine",
         default="`stock`",
     )  # fmt: skip
@@ -200,26 +197,21 @@ class ForkBuild(Compile):
 
 
 @dataclass(frozen=True)
-class ForkStatus:
-    json: bool = flag("JSON", "print JSON")
-
-
-@dataclass(frozen=True)
 class ForkDiff:
-    own: bool = flag("OWN", "only what differs from our patches")
-    stat: bool = flag("STAT", "files and numbers of lines")
+    own: bool = flag("OWN", "compare with our patches applied")
+    stat: bool = flag("STAT", "only files and numbers of lines")
 
 
 @dataclass(frozen=True)
 class ForkExport:
-    force: bool = flag("FORCE", "give up patches that are not among the tree's commits")
+    force: bool = flag("FORCE", "discard patches that are not among the tree's commits")
 
 
 @dataclass(frozen=True)
 class ForkRebase:
-    version: str | None = text("VERSION", "the vLLM release to go to", example="0.26.0")
-    abort: bool = flag("ABORT", "go back to the release before")
-    force: bool = flag("FORCE", "with `ABORT=1`: give up branches that were made meanwhile")
+    version: str | None = text("VERSION", "the new vLLM release", example="0.26.0")
+    abort: bool = flag("ABORT", "return to the previous release")
+    force: bool = flag("FORCE", "with `ABORT=1`: discard branches that were created meanwhile")
 
 
 # --- containers and other hosts -------------------------------------------------------------------
@@ -229,15 +221,15 @@ class ForkRebase:
 class BuildImage:
     base_image: str | None = text(
         "BASE_IMAGE",
-        "what the image is built on: any Debian or Ubuntu with Python 3.11 to 3.13 in its "
-        "packages; `vllm`: vLLM's own image of the release",
+        "the base image: any Debian or Ubuntu with Python 3.11 to 3.13 in its packages; `vllm`: "
+        "vLLM's image of the release",
         "`nvidia/cuda` 13.0.2, by digest",
     )
     network: str | None = text(
         "NETWORK",
         "as for `docker build` and `docker run`; `host`: JupyterLab in the container is on this "
         "machine's loopback",
-        "Docker's own",
+        "Docker's default",
     )
 
 
@@ -248,9 +240,7 @@ class Image(BuildImage):
 
 @dataclass(frozen=True)
 class Container(BuildImage):
-    image: str | None = text(
-        "IMAGE", "an image to start from, such as a snapshot", "what `make image` builds"
-    )
+    image: str | None = text("IMAGE", "an image, e.g. a snapshot", "the image of `make image`")
     force: bool = flag("FORCE", "replace a container of another image")
 
 
@@ -261,9 +251,7 @@ class Shell:
 
 @dataclass(frozen=True)
 class Snapshot:
-    tag: str | None = text(
-        "TAG", "a name, or a whole `registry/name:tag`", "date and time", "tuned"
-    )
+    tag: str | None = text("TAG", "a name, or a full `registry/name:tag`", "date and time", "tuned")
     force: bool = flag("FORCE", "replace the image of that name")
 
 
@@ -275,9 +263,7 @@ class SnapshotVerify:
 @dataclass(frozen=True)
 class Bundle:
     target: str | None = text("TARGET", "the host's inventory", example="inventory.json")
-    parts: str | None = text(
-        "PARTS", "the largest size of a part, with `K`, `M` or `G`", "2G", "60M"
-    )
+    parts: str | None = text("PARTS", "maximum size of a part, with `K`, `M` or `G`", "2G", "60M")
 
 
 @dataclass(frozen=True)
@@ -290,15 +276,15 @@ class Unbundle:
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb.
+    """A verb.
 
     Args:
         name: as in `make NAME`.
         help: what it does.
         options: the dataclass of its options.
-        host: the module in workspace/ whose `run` does it, for a verb that needs no environment and
-            runs in a bare Python; empty for one that runs in the environment.
-        lock: whether it may change what set-up makes, and so waits for another make that does.
+        host: the module in workspace/ whose `run` does it, for a verb that needs no environment;
+            empty for a verb that runs in the environment.
+        lock: whether it takes the set-up lock, because it may change what set-up makes.
         internal: not for users, so not in the Makefile.
     """
 
@@ -313,32 +299,32 @@ class Verb:
         """Its options from the environment.
 
         Raises:
-            WorkspaceError: a value that is not known.
+            WorkspaceError: a value is not valid.
         """
         return read(self.options, os.environ)
 
     @property
     def usage(self) -> str:
         """The first of its options, for a line of help."""
-        found = [option.usage for _, option in declared(self.options)]
-        return ", ".join([*found[:4], *(["..."] if len(found) > 4 else [])])
+        usages = [option.usage for _, option in declared(self.options)]
+        return ", ".join([*usages[:4], *(["..."] if len(usages) > 4 else [])])
 
 
 VERBS = {
     verb.name: verb
     for verb in (
         Verb("dev", "set everything up: environment, vLLM fork, binaries, kernels", Dev),
-        Verb("doctor", "what is ready, what is not, and the remedy", Doctor, lock=False),
-        Verb("fork-build", "compile what changed in vLLM's own C++ and CUDA", ForkBuild),
+        Verb("doctor", "what is ready, what is not, and the remedy", Report, lock=False),
+        Verb("fork-build", "compile what changed in vLLM's C++ and CUDA", ForkBuild),
         Verb("kernels", "compile the kernels that changed", Kernels),
-        Verb("bench", "vLLM, stock against custom GEMM", Bench),
+        Verb("bench", "benchmark vLLM, stock against custom GEMM", Bench),
         Verb("new-kernel", "scaffold a working kernel", NewKernel),
         Verb("watch", "on saving a kernel: compile, check, time, show what changed", Watch),
         Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),
-        Verb("notebook", "JupyterLab over notebooks/, on this machine only"),
-        Verb("bench-kernels", "kernels on the GPU against their baselines", BenchKernels),
-        Verb("compare", "two records: faster, slower, same or ambiguous", Compare),
-        Verb("profile", "Nsight Compute on one call of a kernel", Profile),
+        Verb("notebook", "JupyterLab for notebooks/, on this machine only"),
+        Verb("bench-kernels", "benchmark kernels on the GPU against their baselines", BenchKernels),
+        Verb("compare", "compare two records: faster, slower, same or ambiguous", Compare),
+        Verb("profile", "run Nsight Compute on one call of a kernel", Profile),
         Verb("test", "run the tests", Test),
         Verb("image", "build the development container's image", Image, "container.image", False),
         Verb(
@@ -351,7 +337,7 @@ VERBS = {
         ),
         Verb("shell", "a shell in the container, or one command", Shell, "container.shell", False),
         Verb(
-            "snapshot", "the container as an image that starts without compiling",
+            "snapshot", "save the container as an image that starts without compiling",
             Snapshot, "container.snapshot",
         ),
         Verb(
@@ -359,31 +345,28 @@ VERBS = {
             host="container.snapshots", lock=False,
         ),
         Verb(
-            "snapshot-verify", "start a snapshot without a network and prove what it holds",
+            "snapshot-verify", "start a snapshot without a network and verify its contents",
             SnapshotVerify, "container.verify", False,
         ),
         Verb(
             "fork-status", "release, patches, commits not exported, uncommitted edits",
-            ForkStatus, "fork.status", False,
+            Report, "fork.status", False,
         ),
-        Verb("fork-diff", "all that differs from the release", ForkDiff, "fork.diff", False),
+        Verb("fork-diff", "everything that differs from the release", ForkDiff, "fork.diff", False),
+        Verb("fork-export", "write your commits in vllm-fork/src as patches", ForkExport),
+        Verb("fork-rebase", "rebase your commits onto another release", ForkRebase),
         Verb(
-            "fork-export", "your commits in vllm-fork/src as patches in vllm-fork/patches",
-            ForkExport,
-        ),
-        Verb("fork-rebase", "carry your commits to another release", ForkRebase),
-        Verb(
-            "inventory", "what this machine has, for a bundle: writes inventory.json; no network",
+            "inventory", "write inventory.json, which describes this machine for a bundle",
             host="environment.inventory", lock=False,
         ),
-        Verb("bundle", "what a host without a network needs, in parts", Bundle),
+        Verb("bundle", "pack everything that a host without a network needs, in parts", Bundle),
         Verb(
             "unbundle", "on that host: check the parts, set everything up from them",
             Unbundle, "bundle.place",
         ),
         Verb("lint", "run every pre-commit hook"),
         Verb("lock", "make the locks and environment.yml from pins.toml", Lock),
-        Verb("clean", "remove what can be made again; your edits stay", Clean, "clean"),
+        Verb("clean", "remove everything that can be regenerated; your edits stay", Clean, "clean"),
     )
 }  # fmt: skip
 
@@ -392,8 +375,8 @@ def named(name: str = "") -> Verb:
     """The verb of that name.
 
     Raises:
-        WorkspaceError: there is none.
+        WorkspaceError: it does not exist.
     """
     if name not in VERBS:
-        raise WorkspaceError(f"{name or 'nothing'} is not a verb; make help lists them")
+        raise WorkspaceError(f"{name!r} is not a verb; see make help")
     return VERBS[name]

@@ -367,8 +367,8 @@ def clean_environment() -> dict[str, str]:
         "WORKSPACE_HOME",
         "CUSTOM_KERNELS_CACHE",
         setup_lock.VARIABLE,
-        *settings.HANDED_ON,
-        *settings.HANDED_ON.values(),
+        *settings.EXPORTED,
+        *settings.EXPORTED.values(),
     )
     kept = {k: v for k, v in os.environ.items() if k not in drop}
     return kept | {"DEVICE": "cpu", "PYTHON": BASE_PYTHON}

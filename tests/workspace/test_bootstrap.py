@@ -123,15 +123,16 @@ def test_uv_is_fetched_through_pip_and_checked(small_checkout: Checkout) -> None
     for path in tools.rglob("uv"):
         if path.is_file():
             path.unlink()
-    code = (
-        "from workspace.environment import python, uv; from workspace.pins import release; "
-        "print(uv.obtain(python.find_python(), release.pins()))"
-    )
-    result = subprocess.run(
-        [BASE_PYTHON, "-c", code],
-        cwd=small_checkout.root, env={**small_checkout.env, "PYTHON": BASE_PYTHON},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    code = "from workspace.environment import python, uv; print(uv.obtain(python.find_python()))"
+
+    def obtain() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BASE_PYTHON, "-c", code],
+            cwd=small_checkout.root, env={**small_checkout.env, "PYTHON": BASE_PYTHON},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    result = obtain()
     assert result.returncode == 0, result.stderr
     version = subprocess.run(
         [result.stdout.strip(), "--version"], capture_output=True, text=True, check=True
@@ -142,12 +143,7 @@ def test_uv_is_fetched_through_pip_and_checked(small_checkout: Checkout) -> None
         pins.replace(load().uv.sha256[os.uname().machine], "0" * 64)
     )
     Path(result.stdout.strip()).unlink()
-    wrong = subprocess.run(
-        [BASE_PYTHON, "-c", code],
-        cwd=small_checkout.root, env={**small_checkout.env, "PYTHON": BASE_PYTHON},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert wrong.returncode != 0
+    assert obtain().returncode != 0
     assert not Path(result.stdout.strip()).exists()
 
 

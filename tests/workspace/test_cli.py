@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace import selection
+from workspace import cli
 from workspace.host.errors import CLOSED_PIPE, WorkspaceError, reported_in_one_line
 from workspace.host.files import new_folder
 from workspace.host.paths import ROOT
@@ -21,7 +21,7 @@ from workspace.host.paths import ROOT
 def collected(k: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/kernels"]
     result = subprocess.run(
-        [*command, *selection.pytest_arguments(k)],
+        [*command, *cli.pytest_arguments(k)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return [line for line in result.stdout.splitlines() if "::" in line]
@@ -43,18 +43,18 @@ def test_a_backend_selects_its_tests_only() -> None:
 
 
 def test_a_kernel_is_split_into_operation_and_backend() -> None:
-    assert selection.kernel("gemm") == ("gemm", None)
-    assert selection.kernel("gemm.triton") == ("gemm", "triton")
+    assert cli.split_kernel("gemm") == ("gemm", None)
+    assert cli.split_kernel("gemm.triton") == ("gemm", "triton")
 
 
 def test_a_misspelt_operation_is_one_line_with_those_that_exist() -> None:
-    with pytest.raises(WorkspaceError, match="there is no operation 'gem'; there are: gemm"):
-        selection.kernel("gem")
+    with pytest.raises(WorkspaceError, match="no operation 'gem'; use one of gemm"):
+        cli.split_kernel("gem")
 
 
 def test_the_operations_are_known_before_anything_is_installed() -> None:
-    program = "import sys; from workspace import cli, selection\n"
-    program += "selection.kernel('gemm.x'); selection.pytest_arguments('gemm')\n"
+    program = "import sys; from workspace import cli\n"
+    program += "cli.split_kernel('gemm.x'); cli.pytest_arguments('gemm')\n"
     program += "print([name for name in sys.modules if name.startswith('custom_kernels')])"
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from workspace.check_committable import MAX_BYTES, complaints, main
+from workspace.check_committable import MAX_BYTES, main, problems
 
 
 @pytest.mark.parametrize(
@@ -16,8 +16,8 @@ from workspace.check_committable import MAX_BYTES, complaints, main
         ("data.txt", b"x" * (MAX_BYTES + 1), "bytes"),
         ("uv.lock", b"version = 1\n", "records addresses"),
         ("notes.md", b"see " + b"/home/" + b"somebody/file\n", "path of one machine"),
-        ("locks/a.txt", b"--index-url " + b"https://example.invalid\n", "names an address"),
-        ("environment.yml", b"- https" + b"://example.invalid/x.whl\n", "names an address"),
+        ("locks/a.txt", b"--index-url " + b"https://example.invalid\n", "has an address"),
+        ("environment.yml", b"- https" + b"://example.invalid/x.whl\n", "has an address"),
     ],
 )
 def test_what_does_not_belong_is_refused(
@@ -27,7 +27,7 @@ def test_what_does_not_belong_is_refused(
     path = Path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
-    assert any(says in complaint for complaint in complaints(path))
+    assert any(says in problem for problem in problems(path))
     assert main([name]) == 1
 
 
@@ -44,4 +44,4 @@ def test_what_belongs_passes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
-    assert complaints(Path(name)) == []
+    assert list(problems(Path(name))) == []

@@ -12,8 +12,9 @@ import pytest
 from custom_kernels.compile import toolchain
 
 from workspace import doctor
-from workspace.environment.imports import Imports, look
-from workspace.fork import install
+from workspace.environment.imports import Imports, probe
+from workspace.fork import built_from
+from workspace.fork.built_from import Manifest
 from workspace.host.paths import LOCKS, ROOT
 from workspace.pins.model import load
 from workspace.pins.release import selected, tree
@@ -26,7 +27,7 @@ needs_dev = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def seen() -> Imports:
-    return look(tree())
+    return probe(tree())
 
 
 def row(rows: list[doctor.Check], name: str) -> doctor.Check:
@@ -89,9 +90,9 @@ def test_a_missing_nvcc_is_a_problem_where_packages_hold_one(
         raise toolchain.NoCompiler("there is no nvcc")
 
     monkeypatch.setattr(toolchain, "find", none)
-    _, nvcc = doctor.tool_chain(load().release(release), "system")
-    assert (nvcc.name, nvcc.status) == ("nvcc", status)
-    assert nvcc.remedy
+    check = doctor.nvcc(load().release(release))
+    assert check.status == status
+    assert check.remedy
 
 
 def test_components_of_another_cuda_release_are_found() -> None:
@@ -103,11 +104,11 @@ def test_a_mixed_tool_chain_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> Non
     release = load().release()
     mixed = {**release.cuda.wheels, "nvidia-cuda-crt": "13.5.37"}
     monkeypatch.setattr(doctor, "cuda_components", lambda _release: mixed)
-    check = next(iter(doctor.tool_chain(release, "uv")))
+    check = doctor.cuda_release(release, "uv")
     assert check.status == "problem"
     assert "nvidia-cuda-crt 13.5.37" in check.detail
     assert "make lock" in check.remedy
-    assert next(iter(doctor.tool_chain(release, "system"))).status == "note"
+    assert doctor.cuda_release(release, "system").status == "note"
 
 
 def test_a_package_off_the_lock_is_named(
@@ -125,12 +126,12 @@ def test_a_package_off_the_lock_is_named(
 @needs_dev
 @pytest.mark.parametrize(
     ("manifest", "says"),
-    [({}, "binaries missing"), ({"device": "cuda", "files": {}}, "not cpu")],
+    [(Manifest(), "binaries missing"), (Manifest(device="cuda"), "not cpu")],
 )
 def test_wrong_binaries_are_a_problem(
-    monkeypatch: pytest.MonkeyPatch, seen: Imports, manifest: dict[str, object], says: str
+    monkeypatch: pytest.MonkeyPatch, seen: Imports, manifest: Manifest, says: str
 ) -> None:
-    monkeypatch.setattr(install, "read_manifest", lambda: manifest)
+    monkeypatch.setattr(built_from, "read_manifest", lambda: manifest)
     monkeypatch.setattr(doctor, "device", lambda: "cpu")
     check = doctor.vllm(seen)
     assert (check.status, check.remedy) == ("problem", "make dev")

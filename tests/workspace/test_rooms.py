@@ -20,14 +20,14 @@ FLOORS = [
     {"environment"},
     {"fork", "credentials"},
     {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "notebook", "clean"},
-    {"doctor", "set_up", "selection", "reference"},
+    {"doctor", "set_up", "reference"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]
 # Run where no package is installed: by bootstrap.py before there is an environment, or on the host
 # of a container. With all that they import.
 BEFORE_AN_ENVIRONMENT = {
-    "bootstrap", "environment.create", "environment.enter", "environment.python",
+    "bootstrap", "environment.create", "environment.python",
     "fork.rebase_state", "fork.tree_state", *(verb.host for verb in VERBS.values() if verb.host),
 }  # fmt: skip
 # Copied to machines on which there is nothing else of the workspace.

@@ -69,5 +69,5 @@ def test_bench_takes_the_options_that_its_plan_knows() -> None:
 
 def test_a_verb_that_does_not_exist_is_one_line() -> None:
     for wrong in ((), ("bnech",)):
-        with pytest.raises(WorkspaceError, match="is not a verb; make help"):
+        with pytest.raises(WorkspaceError, match="is not a verb; see make help"):
             verbs.named(*wrong)

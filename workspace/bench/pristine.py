@@ -14,7 +14,8 @@ from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
 from workspace.fork.prepare import upstream_tag
 from workspace.host.errors import WorkspaceError
-from workspace.host.git import git, git_bytes
+from workspace.host.git import git
+from workspace.host.git import run as run_git
 from workspace.host.paths import STATE
 from workspace.pins import release
 from workspace.pins.model import load
@@ -60,7 +61,7 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     # An archive, not `git worktree`, which would leave entries in the user's repository.
-    archive = git_bytes("archive", tag, "vllm", tree=source)
+    archive = run_git("archive", tag, "vllm", tree=source).stdout
     unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], input=archive, check=False)
     if unpacked.returncode != 0:
         raise WorkspaceError(f"BASELINE=pristine: cannot unpack {tag} into {partial}")

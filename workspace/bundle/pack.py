@@ -125,7 +125,7 @@ def _needs_uv(host: Host) -> bool:
 def _uv(pinned: Uv, host: Host) -> dict[str, tuple[Path, str]]:
     """The pinned uv, under the name that bootstrap looks for."""
     wanted = pinned.sha256.get(host.machine)
-    names = [file.filename for file in listing("uv") if file.sha256 == wanted]
+    names = [file.filename for file in listing("uv") if file.digests["sha256"] == wanted]
     if wanted is None or not names:
         raise WorkspaceError(
             f"the host has neither pip nor uv, and the package index has no uv {pinned.version} "

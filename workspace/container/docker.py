@@ -149,7 +149,7 @@ def show(
             last.append(line)
             print(brief(line), end="", file=sys.stderr, flush=True)
     if process.returncode:
-        output = index.hide("".join(last))
+        output = index.redact("".join(last))
         if brief is not str:
             print("".join(f"{line[:200]}\n" for line in output.splitlines()), file=sys.stderr)
         if process.returncode == KILLED:

@@ -20,12 +20,12 @@ from workspace import verbs
 from workspace.container import config
 from workspace.container.docker import architecture, docker, inspect_image, show
 from workspace.environment import conda, index, uv
-from workspace.environment.device import device
 from workspace.host import settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
 from workspace.host.paths import ROOT, STATE, lock_files
+from workspace.host.settings import device
 from workspace.host.text import say
 from workspace.pins import release
 
@@ -65,7 +65,7 @@ def arguments(version: str, base: str | None = None) -> dict[str, str]:
         "ENVIRONMENT": environment(),
         "PREFIX": release.environment(environment(), version).name,
         "UV_VERSION": pins["uv"]["version"],
-        "UV_SHA256": uv.pinned_sha256(pins, architecture()),
+        "UV_SHA256": uv.pinned_sha256(architecture()),
         "USER_UID": str(uid),
         "USER_GID": str(gid),
     }
@@ -80,7 +80,7 @@ def lay_out_context(version: str) -> list[Path]:
     certificate = index.certificate()
     contents = {
         "lock.txt": b"".join(path.read_bytes() for path in lock_files(version, device())),
-        "conda.txt": "".join(f"{one}\n" for one in conda.specs(release.pins(), version)).encode(),
+        "conda.txt": "".join(f"{one}\n" for one in conda.specs(version)).encode(),
         "ca.crt": Path(certificate).read_bytes() if certificate else b"",
     }
     for name, content in contents.items():

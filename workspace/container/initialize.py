@@ -6,7 +6,7 @@ from __future__ import annotations
 from workspace import verbs
 from workspace.container import image, start
 from workspace.container.docker import has_nvidia_runtime
-from workspace.environment.device import device
+from workspace.host.settings import device
 from workspace.host.text import say
 
 

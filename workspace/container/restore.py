@@ -25,7 +25,8 @@ from typing import TypedDict
 
 from workspace.fork.tree_state import APPLIED, PATCHES_KEY, VERSION_KEY
 from workspace.host.errors import WorkspaceError
-from workspace.host.git import git, git_bytes
+from workspace.host.git import git
+from workspace.host.git import run as run_git
 
 CHECKOUT = Path("/workspaces/vllm-kernels")
 RECORD = Path("/opt/vllm-kernels/snapshot")
@@ -93,7 +94,7 @@ def record(tree: Path, name: str) -> TreeRecord:
     """The state of a tree; writes its diff to `name`.diff beside the record."""
     files = files_as_they_are(tree)
     options = ("--binary", "--no-ext-diff", "--no-renames")
-    diff = git_bytes("diff", *options, "HEAD", files, tree=tree)
+    diff = run_git("diff", *options, "HEAD", files, tree=tree).stdout
     (RECORD / f"{name}.diff").write_bytes(diff)
     return {
         "commit": git("rev-parse", "HEAD", tree=tree).strip(),
@@ -131,7 +132,8 @@ def restore_fork(source: Path) -> ForkRecord:
     state = record(target, f"vllm-{version}")
     applied = git("rev-parse", APPLIED, tree=target).strip()
     # Each as a mail, to read and to apply elsewhere.
-    patches = git_bytes("format-patch", "--stdout", "--binary", f"{applied}..HEAD", tree=target)
+    mails = ("--stdout", "--binary", f"{applied}..HEAD")
+    patches = run_git("format-patch", *mails, tree=target).stdout
     (RECORD / f"vllm-{version}.patches").write_bytes(patches)
     count = git("rev-list", "--count", f"{applied}..HEAD", tree=target).strip()
     return {**state, "applied": applied, "own_commits": int(count)}

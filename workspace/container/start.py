@@ -17,9 +17,9 @@ from workspace.container.docker import (
     inspect_image,
     show,
 )
-from workspace.environment.device import device
 from workspace.host import settings
 from workspace.host.errors import WorkspaceError
+from workspace.host.settings import device
 from workspace.host.text import say
 
 START_FAILED = "the container could not be started"

@@ -11,8 +11,8 @@ from workspace.container.docker import client, docker, inspect_image, show
 from workspace.container.snapshot import BELOW, SNAPSHOT, reference
 from workspace.credentials.content import listed
 from workspace.credentials.image import search_image
-from workspace.environment.device import device
 from workspace.host.errors import WorkspaceError
+from workspace.host.settings import device
 from workspace.host.text import say
 
 

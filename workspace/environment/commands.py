@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a command that must succeed, and say in one line why it did not."""
+"""Run a command that must succeed; if it fails, the error is one line with the reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from workspace.environment import index
 from workspace.host import setup_lock
 from workspace.host.errors import WorkspaceError
+from workspace.host.text import last_line
 
 INDEX_REMEDY = (
     "check the network and free disk space, or point UV_DEFAULT_INDEX (or pip's index-url) to "
@@ -25,13 +26,14 @@ def run(
     quiet: bool = False,
     failure: str = "",
 ) -> str:
-    """Run a command that must succeed.
+    """Run a command; its output if `quiet`, else the output goes to standard error.
 
-    `failure` says in one line what could not be done and what to do about it; the error ends with
-    the command's last line of complaint, unless that was shown already (not `quiet`).
+    The set-up lock is passed on: if this process is killed and the command continues, the next run
+    waits for it instead of writing to the same files.
 
-    The set-up lock is passed on: where this process is killed and the command lives on, the
-    next run waits for it instead of writing to the same files.
+    Raises:
+        WorkspaceError: it failed. The message is `failure` (what could not be done and what to do
+            about it) and, if `quiet`, the last line of the command's error output.
     """
     result = subprocess.run(
         command,
@@ -44,8 +46,7 @@ def run(
         check=False,
     )
     if result.returncode:
-        complaint = [line for line in (result.stderr or "").splitlines() if line.strip()]
-        reason = complaint[-1].strip() if complaint else f"exit status {result.returncode}"
-        what = failure or f"{' '.join(command[:4])} … failed"
-        raise WorkspaceError(f"{what}: {index.hide(reason)}" if complaint or not failure else what)
+        what = failure or f"{' '.join(command[:4])} … failed with status {result.returncode}"
+        reason = f": {index.redact(last_line(result.stderr))}" if result.stderr else ""
+        raise WorkspaceError(what + reason)
     return result.stdout or ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned files of the package index, kept in a cache that all checkouts share.
+"""Pinned files of the package index, in a cache that all checkouts share.
 
-A file enters the cache only after its sha256 was checked, so a file under its final name is whole.
-It is checked again whenever it is used.
+A file gets its final name in the cache after its sha256 was checked, and is checked again whenever
+it is used.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 from pypi_simple import (
     PYPI_SIMPLE_ENDPOINT,
+    DistributionPackage,
     NoSuchProjectError,
     PyPISimple,
     UnsupportedContentTypeError,
@@ -40,33 +40,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A file of a project, as the package index lists it."""
-
-    filename: str
-    version: str | None
-    sha256: str
-
-
-def listing(project: str) -> list[Listed]:
-    """Every file of a project whose sha256 the package index names.
+def listing(project: str) -> list[DistributionPackage]:
+    """Every file of a project whose sha256 is in the package index.
 
     Raises:
         WorkspaceError: no network, or the index does not have the project.
     """
-    with _clear_errors(project, f"the list of {project}'s files"), _client() as client:
+    with _one_line_errors(project, f"the list of {project}'s files"), _client() as client:
         page = client.get_project_page(project, timeout=60)
-    return [
-        Listed(package.filename, package.version, package.digests["sha256"])
-        for package in page.packages
-        if "sha256" in package.digests
-    ]
+    return [package for package in page.packages if "sha256" in package.digests]
 
 
 class _Credentials(AuthBase):
-    """The index's user and password for files on its own host; for another host those in its URL or
-    in .netrc, as pip does it."""
+    """User and password of the index for files on its host; for another host those in its URL or in
+    .netrc, like pip."""
 
     def __init__(self) -> None:
         self.known = index.credentials()
@@ -74,8 +61,8 @@ class _Credentials(AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         assert request.url
         origin = index.origin(request.url)
-        own = self.known.get(origin) if origin else None
-        user, password = own or get_auth_from_url(request.url)
+        of_index = self.known.get(origin) if origin else None
+        user, password = of_index or get_auth_from_url(request.url)
         netrc = None if password else get_netrc_auth(request.url)
         if netrc and user in ("", netrc[0]):
             user, password = netrc
@@ -89,7 +76,7 @@ def _client() -> PyPISimple:
     session.auth = _Credentials()
     for scheme in ("https://", "http://"):
         session.mount(scheme, HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.3)))
-    # requests takes REQUESTS_CA_BUNDLE before this; of pip's and uv's settings it knows nothing.
+    # requests prefers REQUESTS_CA_BUNDLE; it does not read the settings of pip and uv.
     session.verify = index.certificate() or True
     return PyPISimple(index.address() or PYPI_SIMPLE_ENDPOINT, session=session)
 
@@ -97,13 +84,12 @@ def _client() -> PyPISimple:
 def _download(artifact: Artifact, target: Path) -> None:
     with _client() as client:
         page = client.get_project_page(artifact.project, timeout=60)
-        try:
-            package = next(p for p in page.packages if p.filename == artifact.filename)
-        except StopIteration:
+        package = next((p for p in page.packages if p.filename == artifact.filename), None)
+        if package is None:
             raise WorkspaceError(
                 f"the package index has {artifact.project}, but no {artifact.filename}; point "
                 "UV_DEFAULT_INDEX (or pip's index-url) to one that has it"
-            ) from None
+            )
         with (
             client.s.get(package.url, stream=True, timeout=60) as response,
             bytes_progress() as bar,
@@ -118,43 +104,35 @@ def _download(artifact: Artifact, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(project: str, what: str, alternative: str = "") -> Iterator[None]:
+def _one_line_errors(project: str, what: str, alternative: str = "") -> Iterator[None]:
     """Turn errors into one line: what could not be fetched, and what to do."""
     try:
         yield
+        return
     except NoSuchProjectError:
-        raise WorkspaceError(
-            f"the package index has no project {project}; point UV_DEFAULT_INDEX (or pip's "
-            f"index-url) to one that has it{alternative}"
-        ) from None
+        reason = f"the package index has no project {project}"
     except requests.HTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        raise WorkspaceError(
-            f"the package index answered {status} for {what}; try again later, "
-            f"point UV_DEFAULT_INDEX (or pip's index-url) to another{alternative}"
-        ) from None
+        reason = f"the package index answered {error.response.status_code} for {what}"
     except requests.RequestException as error:
-        raise WorkspaceError(
-            f"{what} could not be fetched ({type(error).__name__}); check the "
-            f"network, point UV_DEFAULT_INDEX (or pip's index-url) to a mirror{alternative}"
-        ) from None
+        reason = f"{what} could not be fetched ({type(error).__name__})"
     except (
         UnsupportedContentTypeError,
         UnsupportedRepoVersionError,
         UnparsableFilenameError,
         ValueError,
     ) as error:
-        raise WorkspaceError(
-            f"the URL set as package index does not answer as one ({index.hide(str(error))}); "
-            "check UV_DEFAULT_INDEX or pip's index-url"
-        ) from None
+        reason = f"the URL set as package index is not one ({index.redact(str(error))})"
+    raise WorkspaceError(
+        f"{reason}; check the network, point UV_DEFAULT_INDEX (or pip's index-url) to another "
+        f"index{alternative}"
+    )
 
 
 def fetch(artifact: Artifact) -> Path:
-    """The file's path in the cache, downloaded if need be.
+    """The path of the file in the cache, after a download if needed.
 
     Raises:
-        WorkspaceError: no network, not in the index, or a sha256 that is not the pinned one.
+        WorkspaceError: no network, not in the index, or not the pinned sha256.
     """
     folder = cache_folder(artifact.sha256)
     target = folder / artifact.filename
@@ -169,8 +147,8 @@ def fetch(artifact: Artifact) -> Path:
     os.close(descriptor)
     partial = Path(name)
     try:
-        by_hand = f", or put the file there yourself: {target}"
-        with _clear_errors(artifact.project, artifact.filename, by_hand):
+        by_hand = f", or copy the file yourself to {target}"
+        with _one_line_errors(artifact.project, artifact.filename, by_hand):
             _download(artifact, partial)
         found = sha256(partial)
         if found != artifact.sha256:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process of the engine's kind would import: our tree and the locked packages, or a file
-that something of the user's puts in front of them.
+"""What an engine process would import: our tree and the locked packages, or files of the user that
+shadow them.
 
-Folders on PYTHONPATH go before all packages of the environment, and so do the user's own
-site-packages and the folder in which Python starts; a .pth file, a sitecustomize or another
-editable install can do the same. All of it is left as it is (a plugin of the user's may come that
-way) as long as it hides nothing of ours.
+Folders on PYTHONPATH precede all packages of the environment, and so do the user's site-packages
+and the folder in which Python starts; a .pth file, a sitecustomize or another editable install can
+do the same. That is allowed (a plugin of the user may be there) as long as it shadows nothing of
+ours.
 
-Standard library only, and little of it: `python -m workspace` asks here before it imports anything
-that a user's file could hide.
+`python -m workspace` checks this before it imports anything that a user's file could shadow, so
+this module imports little.
 """
 
 from __future__ import annotations
@@ -22,137 +22,135 @@ import site
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import KERNELS, ROOT
+from workspace.host.text import last_line
 
 UNUSED = frozenset({"tests", "test", "benchmarks", "examples", "docs", "scripts", "tools"})
-"""Packages carry such folders to the top by accident, and nothing imports them by these names."""
+"""Folders that packages install at the top level by accident; nothing imports them."""
 PYTHON_PATH, USER_SITE, START = OUTSIDE = (
     "PYTHONPATH",
     "your user site-packages",
     "the folder that Python starts in",
 )
-"""What may bring another file from outside of the environment; set-up changes none of them."""
+"""Origins outside of the environment; set-up changes none of them."""
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """A module of ours that something else is imported in place of.
+class Shadowed:
+    """A module of ours in place of which another file would be imported.
 
-    `file` is what would be imported (a folder, for a namespace package), `brought_by` the variable
-    or place that puts it there, `remedy` what to do about it.
+    Args:
+        module: its name.
+        file: the other file (for a namespace package, a folder).
+        origin: the variable or folder by which that file is found.
+        remedy: what to do about it.
     """
 
     module: str
     file: str
-    brought_by: str
+    origin: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.module} would be imported from {self.file} ({self.brought_by})"
+        return f"{self.module} would be imported from {self.file} ({self.origin})"
 
 
 @dataclass(frozen=True)
 class Imports:
-    """What a process of the engine's kind would import.
+    """What an engine process would import: normalized name of each distribution → version, and the
+    modules of ours that would not be imported."""
 
-    `files`: `vllm` and `custom_kernels` → their file, left out where there is none. `versions`: the
-    normalized name of every distribution → its version there.
-    """
-
-    files: dict[str, str]
     versions: dict[str, str]
-    hidden: list[Hidden]
+    shadowed: list[Shadowed]
 
 
-def look(vllm: Path, environment: Mapping[str, str] | None = None) -> Imports:
-    """Ask a process that is started as `bench.processes` starts the engine's.
+def probe(vllm: Path) -> Imports:
+    """The imports of a process that is started like an engine by `bench.processes`.
 
     Args:
-        vllm: the tree whose folder `vllm` is to be imported: the fork's, or the pristine release's.
-        environment: that process's environment; without it, this process's own.
+        vllm: the tree whose folder `vllm` is expected: the fork's, or the pristine release's.
 
     Raises:
-        WorkspaceError: no Python starts in that environment.
+        WorkspaceError: Python does not start.
     """
     command = [sys.executable, "-m", "workspace.environment.imports", str(vllm)]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise WorkspaceError(f"Python does not start as the engine's would: {reason}")
-    told = ast.literal_eval(done.stdout.splitlines()[-1])
-    return Imports(
-        files=told["files"],
-        versions=told["versions"],
-        hidden=[Hidden(**one) for one in told["hidden"]],
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
+    if done.returncode:
+        raise WorkspaceError(f"Python does not start as for an engine: {last_line(done.stderr)}")
+    versions, shadowed = ast.literal_eval(done.stdout.splitlines()[-1])
+    return Imports(versions, [Shadowed(*fields) for fields in shadowed])
 
 
-def require_own(vllm: Path) -> None:
-    """Raise where something from outside of the environment hides what this process would import.
+def require_unshadowed(vllm: Path) -> None:
+    """Raise if something outside of the environment shadows what this process would import.
 
-    What an install in the environment hides, set-up puts right, or the doctor names.
+    What an install in the environment shadows, set-up repairs, or the doctor names it.
     """
-    found = [one for one in hidden(vllm) if one.brought_by in OUTSIDE]
-    if found:
-        more = f" (and {len(found) - 1} more such)" if len(found) > 1 else ""
-        raise WorkspaceError(f"{found[0]}{more}; {found[0].remedy}, then re-run")
+    outside = [module for module in shadowed(vllm) if module.origin in OUTSIDE]
+    if outside:
+        more = f" (and {len(outside) - 1} more)" if len(outside) > 1 else ""
+        raise WorkspaceError(f"{outside[0]}{more}; {outside[0].remedy}, then re-run")
 
 
-def set_python_path_aside() -> None:
-    """Import nothing more from PYTHONPATH in this process; those it starts still would."""
-    given = [one.resolve() for one in _python_path()]
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in given]
+def drop_python_path() -> None:
+    """Import nothing more from PYTHONPATH in this process; its children still do."""
+    dropped = [folder.resolve() for folder in _python_path()]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in dropped]
 
 
-def hidden(vllm: Path) -> list[Hidden]:
-    """What this process would import in place of what is ours, vLLM and our kernels first."""
-    own = _own_folders()
-    found = []
+def shadowed(vllm: Path) -> list[Shadowed]:
+    """Modules of ours that this process would not import, vLLM and our kernels first."""
+    ours = _package_folders()
+    result = []
     for name, tree in (("vllm", vllm), ("custom_kernels", KERNELS)):
-        places = _places(name)
-        if places and places[0].parent.resolve() != tree.resolve():
-            found.append(_hidden(name, places[0]))
-    others = [folder for entry in sys.path if (folder := Path(entry).resolve()) not in own]
+        paths = _locate(name)
+        if paths and paths[0].parent.resolve() != tree.resolve():
+            result.append(_shadowed(name, paths[0]))
+    others = [folder for entry in sys.path if (folder := Path(entry).resolve()) not in ours]
     theirs = {folder: set(_importable(folder)) for folder in others if folder.is_dir()}
-    names = {name for folder in own for name in _importable(folder)}
+    names = {name for folder in ours for name in _importable(folder)}
     for name in sorted(names & set().union(*theirs.values()) - UNUSED - sys.stdlib_module_names):
-        before: list[Path] = []
-        for place in _places(name):
-            if place.parent.resolve() in own:
-                found += [_hidden(*one) for one in _in_front(name, before, place)]
+        first: list[Path] = []
+        for path in _locate(name):
+            if path.parent.resolve() in ours:
+                # A namespace package: modules that other parts of it have, too.
+                result += [
+                    _shadowed(f"{name}.{child}", other / child)
+                    for other in first
+                    for child in sorted(set(_importable(other)) & set(_importable(path)))
+                ]
                 break
-            before.append(place)
+            first.append(path)
         else:
-            found += [_hidden(name, place) for place in before[:1]]
-    # Python's own modules: only against folders where users put files, its own are many.
+            result += [_shadowed(name, path) for path in first[:1]]
+    # The standard library: only against folders where users put files, for speed.
     users = {folder.resolve() for folder in (*_python_path(), _user_site(), Path.cwd())}
     for folder in users & theirs.keys():
-        found += [
-            _hidden(name, place)
+        result += [
+            _shadowed(name, path)
             for name in sorted(theirs[folder] & sys.stdlib_module_names)
-            for place in _places(name)[:1]
-            if place.parent.resolve() == folder
+            for path in _locate(name)[:1]
+            if path.parent.resolve() == folder
         ]
-    return found
+    return result
 
 
-def _own_folders() -> set[Path]:
-    """The environment's own folders of packages."""
+def _package_folders() -> set[Path]:
+    """The folders of the environment's packages that are on the path."""
     packages = [Path(sysconfig.get_path(which)).resolve() for which in ("purelib", "platlib")]
     on_path = {Path(entry).resolve() for entry in sys.path}
-    return {one for one in on_path if any(one.is_relative_to(folder) for folder in packages)}
+    return {path for path in on_path if any(path.is_relative_to(folder) for folder in packages)}
 
 
 def _importable(folder: Path) -> Iterator[str]:
-    """Names that can be imported from a folder, read off its files."""
+    """Names of the modules in a folder."""
     endings = {"py", "so", "abi3.so", sysconfig.get_config_var("EXT_SUFFIX")[1:]}
     for entry in os.scandir(folder):
         name, _, ending = entry.name.partition(".")
@@ -161,8 +159,8 @@ def _importable(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _places(name: str) -> list[Path]:
-    """The folder or file that `import name` would take, several for a namespace package."""
+def _locate(name: str) -> list[Path]:
+    """The folder or file that `import name` would load, several for a namespace package."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):
@@ -170,42 +168,35 @@ def _places(name: str) -> list[Path]:
     if spec is None:
         return []
     if spec.submodule_search_locations is not None:
-        return [Path(place) for place in spec.submodule_search_locations]
+        return [Path(folder) for folder in spec.submodule_search_locations]
     return [Path(spec.origin)] if spec.has_location and spec.origin else []
 
 
-def _in_front(name: str, others: list[Path], ours: Path) -> Iterator[tuple[str, Path]]:
-    """Modules of our part of a namespace package that other parts of it have, too."""
-    for other in others:
-        for child in sorted(set(_importable(other)) & set(_importable(ours))):
-            yield f"{name}.{child}", other / child
+def _shadowed(module: str, path: Path) -> Shadowed:
+    origin, remedy = _origin(path, module)
+    init = path / "__init__.py"
+    return Shadowed(module, str(init if init.is_file() else path), origin, remedy)
 
 
-def _hidden(module: str, place: Path) -> Hidden:
-    """`place` with what brings it."""
-    brought_by, remedy = _brought_by(place, module)
-    init = place / "__init__.py"
-    return Hidden(module, str(init if init.is_file() else place), brought_by, remedy)
-
-
-def _brought_by(place: Path, module: str) -> tuple[str, str]:
-    folder = place.parents[module.count(".")].resolve()
-    if folder in [one.resolve() for one in _python_path()]:
+def _origin(path: Path, module: str) -> tuple[str, str]:
+    """By which variable or file Python finds `path`, and how to stop that."""
+    folder = path.parents[module.count(".")].resolve()
+    if folder in [entry.resolve() for entry in _python_path()]:
         return PYTHON_PATH, f"take {folder} out of PYTHONPATH"
     if folder == _user_site().resolve():
         return USER_SITE, "export PYTHONNOUSERSITE=1"
     if folder == Path.cwd().resolve():
-        return START, f"move {place} away"
+        return START, f"move {path} away"
     for packages in site.getsitepackages():
-        for path in sorted(Path(packages).glob("*.pth")):
-            lines = path.read_text(errors="replace").splitlines()
-            if folder in [(path.parent / line).resolve() for line in lines if line.strip()]:
-                return str(path), f"remove {path}"
+        for pth in sorted(Path(packages).glob("*.pth")):
+            lines = pth.read_text(errors="replace").splitlines()
+            if folder in [(pth.parent / line).resolve() for line in lines if line.strip()]:
+                return str(pth), f"remove {pth}"
     if folder in [Path(entry).resolve() for entry in sys.path]:
         for name in ("sitecustomize", "usercustomize"):
             if file := getattr(sys.modules.get(name), "__file__", None):
-                return f"sys.path, perhaps by {file}", f"remove {file}"
-        return "sys.path", f"find what puts {folder} on sys.path"
+                return f"sys.path, perhaps because of {file}", f"remove {file}"
+        return "sys.path", f"find what adds {folder} to sys.path"
     return (
         f"an import hook, such as another editable install in {Path(sys.prefix).name}",
         f"rm {sys.prefix}/workspace-*.json && make dev",
@@ -213,8 +204,7 @@ def _brought_by(place: Path, module: str) -> tuple[str, str]:
 
 
 def _python_path() -> list[Path]:
-    given = os.environ.get("PYTHONPATH", "")
-    return [Path(entry) for entry in given.split(os.pathsep) if entry]
+    return [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
 def _user_site() -> Path:
@@ -222,25 +212,20 @@ def _user_site() -> Path:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata  # late: slow to import, and `hidden` does not need it
+    from importlib import metadata  # here: slow to import, and `shadowed` does not need it
 
-    found: dict[str, str] = {}
-    for one in metadata.distributions():
-        if name := one.metadata["Name"]:
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), one.version)
-    return found
+    versions: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        if name := distribution.metadata["Name"]:
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+    return versions
 
 
 def main() -> None:
-    files = {}
-    for name in ("vllm", "custom_kernels"):
-        if places := _places(name):
-            files[name] = str(places[0] / "__init__.py")
     versions = {}
-    with contextlib.suppress(Exception):  # where a module of Python's own is hidden
+    with contextlib.suppress(Exception):  # if a module of the standard library is shadowed
         versions = _versions()
-    found = [asdict(one) for one in hidden(Path(sys.argv[1]))]
-    print({"files": files, "versions": versions, "hidden": found})
+    print((versions, [astuple(module) for module in shadowed(Path(sys.argv[1]))]))
 
 
 if __name__ == "__main__":

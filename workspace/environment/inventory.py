@@ -3,9 +3,9 @@
 
     python3 inventory.py > inventory.json
 
-It describes the Python that runs it and the machine around it. One file that needs nothing but
-Python's standard library, so that it can be copied to a machine without a checkout; it starts on
-Pythons that the workspace does not run on, to say so in what it writes.
+It describes the Python that runs it and the machine. A single file that needs only the standard
+library, so that it can be copied to a machine without a checkout; it also runs on Python versions
+that the workspace does not support.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import sysconfig
 from importlib import metadata
 
 FORMAT = 1
-"""Changes when a bundle could no longer be packed from an older inventory."""
+"""Changes when a bundle can no longer be packed from an older inventory."""
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, None where it is missing or fails."""
+    """The output of a command, None if it is missing or fails."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, check=False
@@ -51,8 +51,8 @@ def python() -> dict:
         "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
         "platform": sysconfig.get_platform(),
         "headers": headers() is not None,
-        # A Python that was built without a library lacks the module. Without these nothing can be
-        # set up there; without lzma a bundle is larger.
+        # Missing if Python was built without a library. Without these modules nothing can be set
+        # up; without lzma a bundle is larger.
         "missing_modules": [
             name for name in ("venv", "zlib", "_ssl", "_ctypes") if not found(name)
         ],
@@ -61,7 +61,7 @@ def python() -> dict:
 
 
 def markers() -> dict:
-    """What the conditions in packages' requirements are about (PEP 508)."""
+    """Values of the environment markers of requirements (PEP 508)."""
     version = sys.implementation.version
     return {
         "implementation_name": sys.implementation.name,
@@ -79,21 +79,20 @@ def markers() -> dict:
 
 
 def packages() -> dict:
-    """Name → version and requirements of every distribution; the first on the path counts."""
-    found: dict = {}
+    """Name → version and requirements of every distribution; of duplicates, the first counts."""
+    entries: dict = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name and distribution.version:
-            found.setdefault(
+            entries.setdefault(
                 re.sub(r"[-_.]+", "-", name).lower(),
                 {"version": distribution.version, "requires": distribution.requires or []},
             )
-    return dict(sorted(found.items()))
+    return dict(sorted(entries.items()))
 
 
 def torch() -> dict | None:
-    """Torch and the CUDA it was built for: asked in a process of its own, because importing it
-    can fail in ways that end a process."""
+    """torch and its CUDA version; in a child process, because importing torch may crash."""
     query = (
         "import json, torch; print(json.dumps({'version': torch.__version__, "
         "'cuda': torch.version.cuda, 'cxx11_abi': torch.compiled_with_cxx11_abi(), "
@@ -104,25 +103,22 @@ def torch() -> dict | None:
 
 
 def gpus() -> list:
-    fields = "name,driver_version,memory.total,compute_cap"
-    text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
-    found = []
-    for line in (text or "").splitlines():
-        values = [value.strip() for value in line.split(",")]
-        if len(values) == 4:
-            found.append(dict(zip(("name", "driver", "memory_mib", "capability"), values)))  # noqa: B905 - from Python 3.10 on
-    return found
+    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
+    text = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
+    rows = [[value.strip() for value in line.split(",")] for line in (text or "").splitlines()]
+    names = ("name", "driver", "memory_mib", "capability")
+    return [dict(zip(names, row)) for row in rows if len(row) == 4]  # noqa: B905 - Python 3.10
 
 
 def headers() -> str | None:
     """The folder in which a C++ compiler would find Python.h."""
     folders = [sysconfig.get_path("include"), *os.environ.get("CPATH", "").split(os.pathsep)]
-    found = (folder for folder in folders if folder)
-    return next((one for one in found if os.path.exists(os.path.join(one, "Python.h"))), None)
+    with_header = (path for path in folders if path and os.path.exists(path + "/Python.h"))
+    return next(with_header, None)
 
 
 def libnuma() -> bool:
-    """Whether there is the library that vLLM's CPU binaries load."""
+    """Whether the library exists that vLLM's CPU binaries load."""
     try:
         ctypes.CDLL("libnuma.so.1")
     except OSError:
@@ -131,7 +127,7 @@ def libnuma() -> bool:
 
 
 def nvcc() -> dict | None:
-    """The CUDA compiler that `make kernels` would find there."""
+    """The CUDA compiler that `make kernels` would use."""
     for variable in ("CUDA_HOME", "CUDA_PATH", None):
         folder = os.environ.get(variable) if variable else ""
         path = os.path.join(folder, "bin", "nvcc") if folder else shutil.which("nvcc")
@@ -149,7 +145,7 @@ def tools() -> dict:
     return {name: text.splitlines()[0] if text else None for name, text in texts.items()}
 
 
-def take() -> dict:
+def collect() -> dict:
     libc, libc_version = platform.libc_ver()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -176,8 +172,8 @@ def take() -> dict:
 
 
 def main(arguments: list) -> None:
-    """Write the inventory to the file that is named, else to standard output."""
-    text = json.dumps(take(), indent=1) + "\n"
+    """Write the inventory to the given file, else to standard output."""
+    text = json.dumps(collect(), indent=1) + "\n"
     if not arguments:
         sys.stdout.write(text)
         return
@@ -185,11 +181,11 @@ def main(arguments: list) -> None:
         file.write(text)
     name = shlex.quote(os.path.basename(arguments[0]).replace("$", "$$"))  # a $ is make's, too
     sys.stderr.write(
-        f"wrote {os.path.abspath(arguments[0])}: of {sys.executable}; take it to a machine with a "
-        f"network, and there: make bundle TARGET={name}\n"
+        f"wrote {os.path.abspath(arguments[0])} for {sys.executable}; copy it to a machine with a "
+        f"network and run there: make bundle TARGET={name}\n"
     )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads this may stop: `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
     main(sys.argv[1:])

@@ -12,29 +12,28 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 LOG_SECONDS = 25.0
-"""A log gets a line this often: what is silent for longer looks as if it hung."""
+"""Seconds between lines in a log, so that a long step does not look like a hang."""
 
 
 class LoggedProgress(Progress):
-    """Rich's progress display; where lines cannot be redrawn, a line every `LOG_SECONDS` instead.
-
-    That line has the text of the same columns, without bars and spinners.
-    """
+    """Rich's progress display; if lines cannot be redrawn, a line every `LOG_SECONDS` with the text
+    of the same columns, without bars and spinners."""
 
     def __init__(
         self, *columns: ProgressColumn, console: Console | None = None, transient: bool = True
     ) -> None:
         console = console or Console(stderr=True)
-        # FORCE_COLOR makes a log look like a terminal to Rich; it still cannot redraw a line.
+        # With FORCE_COLOR Rich takes a log for a terminal, in which lines can be redrawn.
         self.redraws = console.is_interactive and console.file.isatty()
         super().__init__(*columns, console=console, transient=transient, disable=not self.redraws)
+        graphic = (BarColumn, SpinnerColumn)
+        self._text_columns = [column for column in columns if not isinstance(column, graphic)]
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -50,21 +49,12 @@ class LoggedProgress(Progress):
         while not self._stopped.wait(LOG_SECONDS):
             for task in self.tasks:
                 if task.visible:
-                    self.console.print(
-                        self._line(task), markup=False, highlight=False, soft_wrap=True
-                    )
-
-    def _line(self, task: Task) -> str:
-        columns = (column for column in self.columns if isinstance(column, ProgressColumn))
-        return " ".join(
-            str(column(task))
-            for column in columns
-            if not isinstance(column, BarColumn | SpinnerColumn)
-        )
+                    line = " ".join(str(column(task)) for column in self._text_columns)
+                    self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def bytes_progress() -> LoggedProgress:
-    """For a download, or a large file being written: each task's total is in bytes."""
+    """For a download or a large file being written: the totals of tasks are in bytes."""
     return LoggedProgress(
         TextColumn("· {task.description}", markup=False),
         BarColumn(),

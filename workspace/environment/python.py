@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Python the environment is made with."""
+"""The Python with which an environment is created."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from workspace.host.paths import PINS
 
 
 def version_of(python: str) -> str | None:
-    """'3.12' for an interpreter that really runs, else None (a pyenv shim may not)."""
+    """'3.12' for a working interpreter, else None (a pyenv shim may not work)."""
     probe = "import sys; print('%d.%d' % sys.version_info[:2])"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         result = subprocess.run(
@@ -30,31 +30,30 @@ def version_of(python: str) -> str | None:
 
 
 def supported_versions() -> list[str]:
-    """The versions in pins.toml, preferred first. Read without tomllib, which 3.10 lacks."""
+    """The versions in pins.toml, preferred first; read without tomllib, which 3.10 lacks."""
     for line in PINS.read_text().splitlines():
         if line.startswith("supported = ["):
-            return json.loads(line.split("=", 1)[1].split("#")[0])
+            return list(json.loads(line.split("=", 1)[1].split("#")[0]))
     raise WorkspaceError(f"{PINS} names no supported Python; run: git checkout pins.toml")
 
 
 def find_python() -> str:
     """PYTHON= if given, else the most preferred supported version on PATH or under pyenv."""
     supported = supported_versions()
-    if asked := settings.current().python:
-        path = shutil.which(asked)
+    if chosen := settings.current().python:
+        path = shutil.which(chosen)
         version = version_of(path) if path else None
         if path is None or version not in supported:
+            kind = f"Python {version}" if version else "not a working Python"
             raise WorkspaceError(
-                f"PYTHON={asked} is "
-                + (f"Python {version}" if version else "not a working Python")
-                + f"; use one of Python {', '.join(sorted(supported))}"
+                f"PYTHON={chosen} is {kind}; use one of Python {', '.join(sorted(supported))}"
             )
         return path
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     for version in supported:
-        found = [shutil.which(f"python{version}"), shutil.which("python3"), sys.executable]
-        found += [str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*"))]
-        for candidate in found:
+        candidates = [shutil.which(f"python{version}"), shutil.which("python3"), sys.executable]
+        candidates += [str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*"))]
+        for candidate in candidates:
             if candidate and version_of(candidate) == version:
                 return candidate
     raise WorkspaceError(

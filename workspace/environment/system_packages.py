@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of the distribution's packages, without installing them."""
+"""Files of packages of the Linux distribution, without installing them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from workspace.host.text import say
 
 
 def unpack(package: str, why: str) -> Path:
-    """A folder with the files of a Debian or Ubuntu package, in our tools; nothing is installed.
+    """A folder with the files of a Debian or Ubuntu package, under the tools folder.
 
-    apt works here without root because lists and cache are kept in our own folder.
+    apt needs no root here, because its lists and cache are in a folder of ours.
 
     Raises:
-        WorkspaceError: no apt, or apt cannot get the package; says what to install.
+        WorkspaceError: no apt, or apt cannot get the package; begins with `why` and names what to
+            install.
     """
     folder = TOOLS / package
     if folder.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""uv at its pinned version."""
+"""uv at its pinned version, in the tools folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.paths import TOOLS, cache_folder
 from workspace.host.text import say
+from workspace.pins import release
 
 
 def _pip_command(python: str) -> list[str]:
@@ -30,18 +31,22 @@ def _pip_command(python: str) -> list[str]:
 
 
 def wheel_name(version: str) -> str:
-    """Its name in the cache."""
+    """The name of the wheel in the cache."""
     return f"uv-{version}.whl"
 
 
-def _fetch_uv(python: str, version: str, sha256: str) -> Path:
-    """The wheel of uv, from the cache or through pip (and so the user's index settings)."""
-    folder = cache_folder(sha256)
-    cached = folder / wheel_name(version)
+def cached_wheel(sha256: str) -> Path:
+    """Where the wheel with this sha256 is in the cache, if it was fetched."""
+    return cache_folder(sha256) / wheel_name(release.pins()["uv"]["version"])
+
+
+def _fetch(python: str, version: str, sha256: str) -> Path:
+    """The wheel, from the cache or through pip, which has the index settings of the user."""
+    cached = cached_wheel(sha256)
     if cached.exists() and hashlib.sha256(cached.read_bytes()).hexdigest() == sha256:
         return cached
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as work:
         requirement = Path(work) / "uv.txt"
         requirement.write_text(f"uv=={version} --hash=sha256:{sha256}\n")
         say(f"fetching uv {version}")
@@ -60,25 +65,25 @@ def binary_path(version: str) -> Path:
     return TOOLS / f"uv-{version}" / "uv"
 
 
-def pinned_sha256(pins: dict, machine: str) -> str:
-    """Of the wheel of the pinned uv.
+def pinned_sha256(machine: str) -> str:
+    """The sha256 of the pinned wheel.
 
     Raises:
         WorkspaceError: none is pinned for that machine.
     """
-    if machine not in pins["uv"]["sha256"]:
+    pinned = release.pins()["uv"]["sha256"]
+    if machine not in pinned:
         raise WorkspaceError(f"pins.toml has no uv for {machine}; add its sha256 under [uv]")
-    return str(pins["uv"]["sha256"][machine])
+    return pinned[machine]
 
 
-def obtain(python: str, pins: dict) -> Path:
-    """The pinned uv, in the checkout's own tools."""
-    version = pins["uv"]["version"]
+def obtain(python: str) -> Path:
+    """The pinned uv; fetched with the pip of `python` if needed."""
+    version = release.pins()["uv"]["version"]
     binary = binary_path(version)
     if binary.exists():
         return binary
-    sha256 = pinned_sha256(pins, platform.machine())
-    with zipfile.ZipFile(_fetch_uv(python, version, sha256)) as archive:
+    with zipfile.ZipFile(_fetch(python, version, pinned_sha256(platform.machine()))) as archive:
         member = next(name for name in archive.namelist() if name.endswith("/scripts/uv"))
         write_file(binary, archive.read(member), mode=0o755)
     return binary

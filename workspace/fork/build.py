@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make fork-build`, `make dev BUILD=full`: vLLM's own C++ and CUDA, compiled from the tree.
+"""`make fork-build`, `make dev BUILD=full`: compile vLLM's C++ and CUDA from the tree.
 
-Upstream's cmake build, with the cache variables that upstream's own preset generator sets, in a
-build folder outside of the tree. Steps: see that the sources which it fetches can be had, configure
-where something changed, compile what changed, install beside the tree, and move each file into it
-by a rename. The manifest of the binaries says afterwards which of them are of one's own and from
-which sources.
+Upstream's cmake build, with the cache variables that upstream's preset generator sets, in a build
+folder outside of the tree. Steps: check that the sources which it fetches are available, configure
+if something changed, compile what changed, install into a staging folder, and move each file into
+the tree by a rename. The manifest records which binaries were built locally, from which sources.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from workspace import verbs
 from workspace.environment import cuda_home
 from workspace.environment.inventory import headers
 from workspace.fork import build_log, built_from, install, upstream_sources
+from workspace.fork.built_from import BuiltFile
 from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
@@ -39,41 +39,39 @@ from workspace.pins.release import selected, tree
 
 LAUNCHERS = ("sccache", "ccache")
 GIB_PER_JOB = {"cuda": 8.5, "cpu": 2.0}
-"""What a compiler may take: of vLLM 0.25.1, scaled_mm_sm90_fp8.cu and cpu_attn.cpp at its peak."""
+"""Peak memory of a compiler on vLLM 0.25.1: of scaled_mm_sm90_fp8.cu and cpu_attn.cpp."""
 
 
-# --- what the machine allows ----------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------
 
 
-def jobs(asked: int | None, device: Device, cores: int, gib: float) -> int:
-    """Parallel compile jobs: JOBS=, else as many as the cores and the memory allow."""
-    return asked or max(1, min(cores, int(gib / GIB_PER_JOB[device])))
+def jobs(requested: int | None, device: Device, cores: int, gib: float) -> int:
+    """Parallel compile jobs: JOBS=, else as many as cores and memory allow."""
+    return requested or max(1, min(cores, int(gib / GIB_PER_JOB[device])))
 
 
-def architectures(asked: str | None, device: Device) -> str:
-    """CUDA_ARCHS=, else those of this machine's GPUs, as torch's cmake files take them."""
-    if asked:
-        names = re.split(r"[,; ]+", asked.strip(",; "))
+def architectures(requested: str | None, device: Device) -> str:
+    """CUDA_ARCHS=, else those of this machine's GPUs, in the format of TORCH_CUDA_ARCH_LIST."""
+    if requested:
+        names = re.split(r"[,; ]+", requested.strip(",; "))
         for name in names:
             if not re.fullmatch(r"\d+\.\d[af]?", name):
                 raise WorkspaceError(
-                    f"CUDA_ARCHS={asked}: {name!r} is not an architecture; give e.g. 9.0a or "
+                    f"CUDA_ARCHS={requested}: {name!r} is not an architecture; use e.g. 9.0a or "
                     "8.0,9.0a"
                 )
-        return ";".join(names)
-    if device == "cpu":
-        # torch's cmake files ask for one; nothing is compiled for it.
-        return load().cuda.architectures[0]
-    names = sorted(set(gpus()))
-    if not names:
-        raise WorkspaceError(
-            "there is no GPU here whose architecture could be taken; name it, e.g. CUDA_ARCHS=9.0a"
-        )
+    elif device == "cpu":
+        # torch's cmake files require one; nothing is compiled for it.
+        names = load().cuda.architectures[:1]
+    else:
+        names = sorted(set(gpus()))
+        if not names:
+            raise WorkspaceError("no GPU on this machine; name the architecture: CUDA_ARCHS=9.0a")
     return ";".join(names)
 
 
 def gpus() -> list[str]:
-    """The architecture of each GPU; from Hopper on, the one with its special instructions."""
+    """The architecture of each GPU; from Hopper on with its architecture-specific features."""
     import pynvml
 
     try:
@@ -81,18 +79,18 @@ def gpus() -> list[str]:
     except pynvml.NVMLError:
         return []
     handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-    found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
-    return [f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in found]
+    capabilities = map(pynvml.nvmlDeviceGetCudaComputeCapability, handles)
+    return [f"{major}.{minor}{'a' if major >= 9 else ''}" for major, minor in capabilities]
 
 
-# --- cmake's own part -----------------------------------------------------------------------------
+# --- cmake ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Build:
-    """The build of one release for one device: its folder, and how cmake is called in it."""
+    """The build of one release for one device: its folders, and how cmake is called."""
 
-    place: Path
+    tree: Path
     device: Device
     folder: Path
     log: Path
@@ -102,41 +100,36 @@ class Build:
     launcher: str | None
 
     def configure(self) -> None:
-        """Run cmake unless it ran to the end with all of this before."""
+        """Run cmake, unless it succeeded before with the same inputs."""
         extra = shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        given = [f"-D{name}={value}" for name, value in self.cache.items()]
-        place = plain(self.place.parent) / self.place.name
-        arguments = ["-G", "Ninja", "-S", str(place), "-B", str(self.folder), *given, *extra]
-        local = {name: self.environment.get(name) for name in self._variables()}
-        files = [self.place / "CMakeLists.txt", *sorted((self.place / "cmake").rglob("*.cmake"))]
-        texts = [install.checksum(path) for path in files]
-        wanted = json.dumps([arguments, local, built_from.packages(), texts])
+        cache = [f"-D{name}={value}" for name, value in self.cache.items()]
+        source = plain(self.tree.parent) / self.tree.name
+        arguments = ["-G", "Ninja", "-S", str(source), "-B", str(self.folder), *cache, *extra]
+        fetched = upstream_sources.sources(self.tree, self.device, platform.machine())
+        local = {entry.variable: self.environment.get(entry.variable) for entry in fetched}
+        files = [self.tree / "CMakeLists.txt", *sorted((self.tree / "cmake").rglob("*.cmake"))]
+        checksums = [install.checksum(path) for path in files]
+        inputs = json.dumps([arguments, local, built_from.packages(), checksums])
         stamp = self.folder / "configured.json"
-        if stamp.exists() and stamp.read_text() == wanted:
+        if stamp.exists() and stamp.read_text() == inputs:
             return
         stamp.unlink(missing_ok=True)
-        # Asks cmake to write down which targets and components it made.
+        # Requests a file with the targets and components, see `targets`.
         write_file(self.folder / ".cmake/api/v1/query/codemodel-v2", b"")
         archs = f" {self.architectures.replace(';', ', ')}," if self.device == "cuda" else ""
         say(
             f"configuring vLLM's build for {self.device},{archs} "
-            + (self.launcher or "no compiler cache (none of sccache, ccache is on PATH)")
+            + (self.launcher or "no compiler cache (neither sccache nor ccache is on PATH)")
         )
         self._cmake("configuring", *arguments)
-        write_file(stamp, wanted.encode())
-
-    def _variables(self) -> list[str]:
-        found = upstream_sources.sources(self.place, self.device, platform.machine())
-        return [source.variable for source in found]
+        write_file(stamp, inputs.encode())
 
     def targets(self) -> list[str]:
-        """The extensions: what can be built and installed alone."""
+        """The extensions, which can be built and installed separately."""
         reply = self.folder / ".cmake/api/v1/reply"
         models = sorted(reply.glob("codemodel-v2-*.json"))
         if not models:
-            raise WorkspaceError(
-                f"cmake left no answer in {reply}; remove {self.folder}, run again"
-            )
+            raise WorkspaceError(f"cmake wrote no reply in {reply}; remove {self.folder}, re-run")
         (model,) = json.loads(models[-1].read_text())["configurations"]
         components = {
             installer.get("component")
@@ -151,7 +144,7 @@ class Build:
         self._cmake("compiling", *arguments, show_steps=True)
 
     def stage(self, target: str | None) -> Path:
-        """Let cmake install into a folder beside the tree, where half a file does no harm."""
+        """Let cmake install into a staging folder, where an incomplete file does no harm."""
         stage = self.folder / "stage"
         shutil.rmtree(stage, ignore_errors=True)
         only = ["--component", target] if target else []
@@ -159,9 +152,8 @@ class Build:
         return stage
 
     def _cmake(self, what: str, *arguments: str, show_steps: bool = False) -> None:
-        command = ["cmake", *arguments]
         build_log.run(
-            command,
+            ["cmake", *arguments],
             what=what,
             folder=self.folder,
             log=self.log,
@@ -171,11 +163,15 @@ class Build:
 
 
 def prepare(device: Device, archs: str | None) -> Build:
-    """Everything that a build needs, or the first thing that is missing, before any of it runs."""
+    """Collect the inputs of a build.
+
+    Raises:
+        WorkspaceError: the first one that is missing.
+    """
     from custom_kernels.compile import toolchain
     from custom_kernels.compile.toolchain import BuildError
 
-    version, place = selected(), tree()
+    version, source = selected(), tree()
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             raise WorkspaceError(f"{tool} is missing; run: make dev, or install it")
@@ -186,21 +182,21 @@ def prepare(device: Device, archs: str | None) -> Build:
     wanted, release = architectures(archs, device), load().release().cuda.release
     if tools.nvcc_version.partition(".")[0] != release.partition(".")[0]:
         raise WorkspaceError(
-            f"vLLM {version} is compiled with CUDA {release}, and {tools.nvcc} is "
-            f"{tools.nvcc_version}; set CUDA_HOME to a toolkit of that release"
+            f"vLLM {version} needs CUDA {release}, but {tools.nvcc} is {tools.nvcc_version}; set "
+            "CUDA_HOME to a toolkit of that release"
         )
-    # cmake hands paths on to nvcc, which cannot take them all.
+    # cmake passes paths to nvcc, which fails with special characters in them.
     home, work = tools.nvcc.parents[1], plain(STATE)
     if tools.origin != "system":
         home = plain(MACHINE) / cuda_home.view(tools.nvcc, release, tools.cxx).name
     sources = Path(os.environ.get("FETCHCONTENT_BASE_DIR") or work / "sources" / version)
-    local = upstream_sources.require(place, device, platform.machine(), sources)
+    local = upstream_sources.require(source, device, platform.machine(), sources)
     cache = {
         "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE") or "Release",
         "CMAKE_CXX_COMPILER": str(tools.cxx),
         "CMAKE_CUDA_COMPILER": f"{home}/bin/nvcc",
         "CMAKE_CUDA_HOST_COMPILER": str(tools.cxx),
-        "CMAKE_INSTALL_PREFIX": str(place),
+        "CMAKE_INSTALL_PREFIX": str(source),
         "CUDA_TOOLKIT_ROOT_DIR": str(home),
         "FETCHCONTENT_BASE_DIR": str(sources),
         "NVCC_THREADS": os.environ.get("NVCC_THREADS") or "1",
@@ -209,10 +205,10 @@ def prepare(device: Device, archs: str | None) -> Build:
         "VLLM_PYTHON_PATH": os.pathsep.join(filter(None, sys.path)),
         "VLLM_TARGET_DEVICE": device,
     }
-    # These are cmake's own, which reads them nowhere else.
+    # cmake reads these from its cache only, not from the environment.
     cache |= {name: path for name, path in local.items() if name.startswith("FETCHCONTENT_")}
     if include := headers():
-        # cmake looks beside the interpreter, where a bare system has none.
+        # cmake searches only beside the interpreter.
         cache["Python_INCLUDE_DIR"] = include
     launcher = next(filter(shutil.which, LAUNCHERS), None)
     for language in ("C", "CXX", "CUDA") if launcher else ():
@@ -229,26 +225,28 @@ def prepare(device: Device, archs: str | None) -> Build:
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     folder = work / "build" / f"{version}-{device}"
-    return Build(place, device, folder, log, cache, environment, wanted, launcher)
+    return Build(source, device, folder, log, cache, environment, wanted, launcher)
 
 
 # --- into the tree --------------------------------------------------------------------------------
 
 
 def move_into_tree(
-    place: Path, stage: Path, build: dict[str, object], name: str, *, force: bool
+    tree: Path, stage: Path, build: built_from.Build, name: str, *, force: bool
 ) -> list[str]:
-    """Put what cmake installed in place, each file by a rename; the names of those that changed.
+    """Move the files that cmake installed into `stage` to the tree, each by a rename.
 
-    The manifest speaks of them first: killed in between, the next build finishes the work.
+    The manifest is written first: after a kill, the next build finishes the work.
+
+    Returns:
+        The names of the files that changed.
 
     Raises:
-        WorkspaceError: one of them was edited by hand; without `force` nothing is replaced.
+        WorkspaceError: a file was edited by hand, and not `force`; nothing was replaced.
     """
-    manifest = install.read_manifest()
-    own: dict[str, dict[str, object]] = manifest.get("own", {})
-    tracked = set(git("ls-files", "-z", tree=place).split("\0"))
-    # Upstream links folders of Python files to a source of one's own; here they are copied.
+    manifest = built_from.read_manifest()
+    tracked = set(git("ls-files", "-z", tree=tree).split("\0"))
+    # Upstream links folders of Python files to a local source; here they are copied.
     installed = {
         file: Path(folder) / leaf
         for folder, _, leaves in os.walk(stage / "vllm", followlinks=True)
@@ -256,47 +254,45 @@ def move_into_tree(
         if (file := os.path.relpath(Path(folder) / leaf, stage)) not in tracked
         if not leaf.endswith(".pyc")
     }
-    edited = install.edited(place, manifest, set(installed))
+    edited = install.edited(tree, manifest, installed)
     if edited and not force:
         raise WorkspaceError(
-            f"{edited[0]} in {shown(place)} was changed by hand ({len(edited)} such files), and "
-            "the build would replace it; save it, then run this again with FORCE=1"
+            f"{edited[0]} in {shown(tree)} was changed by hand ({len(edited)} such files), and "
+            "the build would replace it; save it, then re-run with FORCE=1"
         )
     crcs = {file: install.checksum(path) for file, path in installed.items()}
-    own |= {file: {"crc": crc, "build": name} for file, crc in crcs.items()}
-    named = {str(entry["build"]) for entry in own.values()} | {name}
-    builds = {key: value for key, value in manifest.get("builds", {}).items() if key in named}
-    manifest |= {"own": own, "builds": builds | {name: build}, "unfinished": True}
-    install.write_manifest(manifest)
-    changed = []
-    for file, source in installed.items():
-        target = place / file
-        if install.checksum(target) == crcs[file]:
-            continue
-        changed.append(file)
+    manifest.own |= {file: BuiltFile(crc=crc, build=name) for file, crc in crcs.items()}
+    used = {file.build for file in manifest.own.values()}
+    manifest.builds = {key: value for key, value in manifest.builds.items() if key in used}
+    manifest.builds[name] = build
+    manifest.unfinished = True
+    built_from.write_manifest(manifest)
+    changed = [file for file in installed if install.checksum(tree / file) != crcs[file]]
+    for file in changed:
+        target = tree / file
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
         try:
-            shutil.copy2(source, partial)
+            shutil.copy2(installed[file], partial)
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    install.hide_binaries(place, manifest)
-    del manifest["unfinished"]
-    install.write_manifest(manifest)
-    built_from.forget(place, manifest)
+    install.exclude_binaries(tree, manifest)
+    manifest.unfinished = False
+    built_from.write_manifest(manifest)
+    built_from.remove_unused(tree, manifest)
     return changed
 
 
 @contextlib.contextmanager
-def rewritten_files(place: Path) -> Iterator[None]:
-    """Enter into the manifest what upstream's configure writes over in the tree itself: it keeps
-    FlashMLA's Python file there, which the wheel brought too."""
+def record_rewritten_files(tree: Path) -> Iterator[None]:
+    """Record in the manifest files of the wheel that upstream's configure overwrites in the tree,
+    such as a Python file of FlashMLA."""
 
     def stamps() -> dict[str, tuple[int, int]]:
-        paths = {name: place / name for name in install.read_manifest().get("files", {})}
-        found = {name: path.stat() for name, path in paths.items() if path.exists()}
-        return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+        paths = {name: tree / name for name in built_from.read_manifest().files}
+        stats = {name: path.stat() for name, path in paths.items() if path.exists()}
+        return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
     before = stamps()
     try:
@@ -304,45 +300,44 @@ def rewritten_files(place: Path) -> Iterator[None]:
     finally:
         changed = [name for name, stamp in stamps().items() if before.get(name) != stamp]
         if changed:
-            manifest = install.read_manifest()
+            manifest = built_from.read_manifest()
             for name in changed:
-                entry = {"crc": install.checksum(place / name), "build": "configure"}
-                manifest.setdefault("own", {})[name] = entry
-            install.write_manifest(manifest)
+                crc = install.checksum(tree / name)
+                manifest.own[name] = BuiltFile(crc=crc, build="configure")
+            built_from.write_manifest(manifest)
 
 
 def run(device: Device, options: verbs.ForkBuild) -> None:
-    """Compile what changed of TARGET=, or of everything, and put it into the tree.
+    """Compile what changed of TARGET=, or of everything, and move it into the tree.
 
     Raises:
-        WorkspaceError: something is missing, a source cannot be had, cmake or a compiler failed.
-            The tree's binaries are as they were.
+        WorkspaceError: something is missing, a source is not available, cmake or a compiler failed.
+            The binaries in the tree are unchanged.
     """
-    from custom_kernels.compile.jobs import GIB, available  # installed a step ago
+    from custom_kernels.compile.jobs import GIB, available  # installed by the step before
 
     build, target = prepare(device, options.cuda_archs), options.target
     cores, gib = len(os.sched_getaffinity(0)), available() / GIB
     number = jobs(options.jobs, device, cores, gib)
-    with rewritten_files(build.place):
+    with record_rewritten_files(build.tree):
         build.configure()
         known = build.targets()
+        names = ", ".join(known)
         if target and target not in known:
-            names = ", ".join(known)
-            raise WorkspaceError(f"TARGET={target} is not an extension; there are {names}")
-        sources = built_from.record(build.place)
+            raise WorkspaceError(f"TARGET={target} is not an extension; use one of {names}")
+        sources = built_from.record(build.tree)
         memory = "" if options.jobs else f" ({cores} cores, {gib:.0f} GiB free)"
-        what = target or ", ".join(known)
-        say(f"compiling {what}, {number} at once{memory}; log: {build.log}")
+        say(f"compiling {target or names}, {number} jobs{memory}; log: {build.log}")
         build.compile(target, number)
-    if not target and (build.place / "rust").is_dir():
+    if not target and (build.tree / "rust").is_dir():
         say("vLLM's Rust parts stay the released wheel's; upstream's build_rust.sh compiles them")
-    facts: dict[str, object] = {
-        "sources": sources,
-        "packages": built_from.packages(),
-        "architectures": build.architectures if device == "cuda" else "",
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    record = built_from.Build(
+        sources=sources,
+        packages=built_from.packages(),
+        architectures=build.architectures if device == "cuda" else "",
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
     changed = move_into_tree(
-        build.place, build.stage(target), facts, target or built_from.ALL, force=options.force
+        build.tree, build.stage(target), record, target or built_from.ALL, force=options.force
     )
     say(f"new in the tree: {', '.join(changed)}" if changed else "the tree is up to date")

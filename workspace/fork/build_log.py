@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run cmake and show its progress: a bar on a terminal, plain lines elsewhere; all output in a log.
+"""Run cmake with a progress bar on a terminal, plain lines elsewhere, and all output in a log.
 
-An error is shown as the tool wrote it: cmake's first one, or the first failed step with the
-compiler's messages. The log has the rest.
+Of a failure, cmake's first error is printed, or the first failed step with the compiler's messages.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import IO
 
@@ -26,7 +26,8 @@ STEP = re.compile(r"^\[(\d+)/(\d+)\] (.+)$")
 """ninja's line for a finished step, as NINJA_STATUS below sets it."""
 SHOWN_LINES = 60
 FULL = 16 * 2**20
-"""Bytes; a disk with fewer free ones is full."""
+"""A disk with fewer free bytes is full."""
+CMAKE_ENDS = ("-- ", "Call Stack", "CMake Error", "CMake Warning")
 
 
 def first_error(log: str) -> str:
@@ -34,25 +35,24 @@ def first_error(log: str) -> str:
     lines = log.splitlines()
     for start, line in enumerate(lines):
         if line.startswith("FAILED: "):
-            # ninja: FAILED: …, the command, what the command wrote, then its next own line.
-            block = lines[start + 2 :]
-            ends = (i for i, text in enumerate(block) if STEP.match(text) or text[:7] == "ninja: ")
-            return "\n".join([line, *block[: next(ends, len(block))]][:SHOWN_LINES])
-        if line.startswith("CMake Error"):
-            block = lines[start:]
-            ends = (
-                i
-                for i, text in enumerate(block[1:], 1)
-                if text.startswith(("-- ", "Call Stack", "CMake Error", "CMake Warning"))
-            )
-            return "\n".join(block[: next(ends, len(block))][:SHOWN_LINES]).rstrip()
+            # ninja: FAILED: …, the command, the output of the command, then ninja's next line.
+            block = takewhile(lambda text: not _ninja(text), lines[start + 2 :])
+        elif line.startswith("CMake Error"):
+            block = takewhile(lambda text: not text.startswith(CMAKE_ENDS), lines[start + 1 :])
+        else:
+            continue
+        return "\n".join([line, *block][:SHOWN_LINES]).rstrip()
     return "\n".join(lines[-SHOWN_LINES:])
 
 
-def why(text: str, folder: Path) -> str:
+def _ninja(line: str) -> bool:
+    return bool(STEP.match(line)) or line.startswith("ninja: ")
+
+
+def remedy(text: str, folder: Path) -> str:
     """What to do about a failure caused by the machine, else empty.
 
-    Not every tool reports a full disk: cmake complains about its own truncated files.
+    Not every tool reports a full disk: cmake reports errors in its own truncated files.
     """
     for written in (folder, Path(tempfile.gettempdir())):
         if shutil.disk_usage(written).free < FULL:
@@ -73,14 +73,14 @@ def run(
     env: dict[str, str],
     show_steps: bool = False,
 ) -> None:
-    """Run `command`, which writes to `folder`, and append its output to `log`; with `show_steps`,
-    show ninja's steps as they finish.
+    """Run a build command (`what`, for messages) that writes to `folder`, and append its output to
+    `log`; with `show_steps`, show ninja's steps as they finish.
 
-    The set-up lock is passed on: if this process is killed and the build lives on, the next run
+    The set-up lock is passed on: if this process is killed and the build continues, the next run
     waits for it.
 
     Raises:
-        WorkspaceError: it failed; its first error is printed before.
+        WorkspaceError: it failed; its first error was printed.
     """
     with log.open("a+", errors="replace") as file:
         began = file.tell()
@@ -100,7 +100,7 @@ def run(
         try:
             _follow(process.stdout, file, show_steps=show_steps)
         except BaseException:
-            # Ctrl-C reaches the build, too; anything else that ends this process must end it.
+            # Ctrl-C reaches the build, too; any other exception must end it.
             process.terminate()
             raise
         finally:
@@ -111,8 +111,8 @@ def run(
     if status:
         error = first_error(text)
         print(error, file=sys.stderr)
-        remedy = why(error, folder)
-        raise WorkspaceError(f"{what} failed{': ' + remedy if remedy else ' (above)'}; log: {log}")
+        hint = remedy(error, folder)
+        raise WorkspaceError(f"{what} failed{': ' + hint if hint else ' (above)'}; log: {log}")
 
 
 def _follow(output: IO[str], log: IO[str], *, show_steps: bool) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the fork and the kernels into the environment, editable, with the right binaries.
+"""Install the fork and the kernels into the environment, editable, with the right binaries.
 
-The Python of vLLM comes from the tree of the selected release. What a compiler made (and the
-sources that upstream's build fetches) comes from the released wheel of the same version: exactly
-the files that the wheel has and the sdist lacks. So an edit in the tree is live in the next run,
-and no compiler runs.
+vLLM's Python files are those of the tree of the selected release. Compiled files (and sources that
+upstream's build fetches) come from the released wheel of the same version: exactly the files that
+the wheel has and the sdist lacks. So an edit in the tree is live in the next run, and nothing is
+compiled.
 """
 
 from __future__ import annotations
@@ -26,39 +26,33 @@ from pathlib import Path
 
 from workspace.environment import system_packages, uv
 from workspace.environment.inventory import headers, libnuma
-from workspace.fork import built_from
+from workspace.fork.built_from import (
+    Manifest,
+    manifest_path,
+    read_manifest,
+    remove_unused,
+    write_manifest,
+)
 from workspace.fork.prepare import GENERATED, upstream_tag
+from workspace.fork.tree_state import shown
 from workspace.host import plain_path
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
-from workspace.host.paths import KERNELS, ROOT, STATE
-from workspace.host.text import say
+from workspace.host.paths import KERNELS, STATE
+from workspace.host.text import last_line, say
 from workspace.pins.model import Artifact, Device, load
 from workspace.pins.release import bundled, selected, tree
 
 
-def manifest() -> Path:
-    """Which wheel the compiled files in the tree come from, with the CRC-32 of each."""
-    return tree() / ".git" / "workspace-binaries.json"
-
-
 def version_label(version: str, device: Device, cuda_release: str) -> str:
-    """The version to install under: vLLM takes its CPU platform when it contains `cpu`."""
+    """The version to install: vLLM selects its CPU platform by `cpu` in it."""
     suffix = "cpu" if device == "cpu" else f"cu{cuda_release.replace('.', '')}"
     return f"{version}+{suffix}"
 
 
-def read_manifest() -> dict:
-    return json.loads(manifest().read_text()) if manifest().exists() else {}
-
-
-def write_manifest(record: dict) -> None:
-    write_file(manifest(), json.dumps(record).encode())
-
-
 def checksum(path: Path) -> int | None:
-    """CRC-32 of a file, None where there is none."""
+    """CRC-32 of a file, None if it does not exist."""
     if not path.is_file():
         return None
     value = 0
@@ -69,7 +63,7 @@ def checksum(path: Path) -> int | None:
 
 
 def binary_members(wheel: zipfile.ZipFile, tracked: set[str]) -> list[zipfile.ZipInfo]:
-    """What the wheel has beyond the sources of the release."""
+    """The files of the wheel that are not sources of the release."""
     return [
         member
         for member in wheel.infolist()
@@ -80,7 +74,7 @@ def binary_members(wheel: zipfile.ZipFile, tracked: set[str]) -> list[zipfile.Zi
 
 
 def exclude_patterns(names: list[str], tracked: set[str]) -> list[str]:
-    """Shortest git patterns that hide the extracted files and nothing of the release."""
+    """Shortest git patterns that match the extracted files and no file of the release."""
     folders = {str(parent) for name in tracked for parent in Path(name).parents}
     patterns = set()
     for name in names:
@@ -90,125 +84,103 @@ def exclude_patterns(names: list[str], tracked: set[str]) -> list[str]:
     return sorted(patterns)
 
 
-def hide(patterns: list[str]) -> None:
-    """Add the patterns to git's local excludes, below what the user has there."""
-    exclude = tree() / ".git" / "info" / "exclude"
+def tracked_files(folder: Path) -> set[str]:
+    """The files of the pristine release, and those that setup.py writes."""
+    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(selected()), tree=folder)
+    return {*listing.split("\0"), *GENERATED}
+
+
+def exclude_binaries(folder: Path, manifest: Manifest) -> None:
+    """Add the compiled files to git's local excludes, below the entries of the user."""
+    exclude = folder / ".git" / "info" / "exclude"
     header = "# Below, written by `make dev`: compiled files from the released wheel.\n"
     users = exclude.read_text().split(header)[0] if exclude.exists() else ""
+    patterns = exclude_patterns(sorted(manifest.names()), tracked_files(folder))
     text = users + header + "".join(f"{pattern}\n" for pattern in [*patterns, "*.partial"])
     write_file(exclude, text.encode())
 
 
-def tracked_files(place: Path) -> set[str]:
-    """The files of the pristine release, and what setup.py writes beside them."""
-    listing = git("ls-tree", "-r", "-z", "--name-only", upstream_tag(selected()), tree=place)
-    return {*listing.split("\0"), *GENERATED}
+def edited(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Those of the files that are neither as in the wheel nor as a local build made them."""
+    result = []
+    for name in names:
+        built = manifest.own.get(name)
+        known = {None, manifest.files.get(name), built.crc if built else None}
+        if known != {None} and checksum(folder / name) not in known:
+            result.append(name)
+    return result
 
 
-def hide_binaries(place: Path, record: dict) -> None:
-    names = [*record["files"], *record.get("own", {})]
-    hide(exclude_patterns(names, tracked_files(place)))
-
-
-def edited(place: Path, record: dict, names: Iterable[str]) -> list[str]:
-    """Which of these files are neither as the wheel has them nor as a build of one's own."""
-    own = record.get("own", {})
-    known = {
-        name: {None, record["files"].get(name), own.get(name, {}).get("crc")} for name in names
-    }
-    return [
-        name
-        for name, crcs in known.items()
-        if crcs != {None} and checksum(place / name) not in crcs
-    ]
-
-
-def place_binaries(
+def extract_binaries(
     artifact: Artifact, device: Device, *, renew: bool = False, force: bool = False
-) -> bool:
-    """Extract the wheel's compiled files into the tree; True when something was done.
+) -> None:
+    """Extract the compiled files of a wheel into the tree, unless that was done.
 
-    Each file is written beside its place and renamed; the manifest comes last. Files of a build
-    of one's own (fork_build) stay, unless another wheel is asked for, or with `renew`.
+    Each file is written under a temporary name and renamed; the manifest is written last. Files of
+    a local build (`make fork-build`) stay if the wheel is the same, unless with `renew`.
 
     Raises:
-        WorkspaceError: an extracted file was edited since; without `force` it is not overwritten.
+        WorkspaceError: an extracted file was edited since; `force` overwrites it.
     """
-    place, before = tree(), read_manifest()
-    own = before.get("own", {})
-    files = {**before.get("files", {}), **own}
-    present = all((place / name).exists() for name in files)
-    if before.get("sha256") == artifact.sha256 and present and not (own and renew):
-        return False
-    # Imported late: a run with nothing to do would take twice as long.
+    folder, before = tree(), read_manifest()
+    present = all((folder / name).exists() for name in before.names())
+    if before.sha256 == artifact.sha256 and present and not (before.own and renew):
+        return
+    # Imported here: a run with nothing to do would take twice as long.
     from workspace.environment.fetch import fetch
 
-    brought = bundled(selected()) / artifact.filename
-    wheel_path = brought if brought.exists() else fetch(artifact)
-    changed = edited(place, before, files)
+    in_bundle = bundled(selected()) / artifact.filename
+    wheel_path = in_bundle if in_bundle.exists() else fetch(artifact)
+    changed = edited(folder, before, sorted(before.names()))
     if changed and not force:
         raise WorkspaceError(
-            f"{changed[0]} in {place.relative_to(ROOT)} was changed after it was taken from "
-            f"{before['wheel']} ({len(changed)} such files); save it, then run: make dev FORCE=1"
+            f"{changed[0]} in {shown(folder)} was changed after it was extracted from "
+            f"{before.wheel} ({len(changed)} such files); save it, then run: make dev FORCE=1"
         )
-    if own:
-        say(f"{len(own)} files of your own build give way; make fork-build has them back")
-    for name in files:
-        (place / name).unlink(missing_ok=True)
-    manifest().unlink(missing_ok=True)
-    tracked = tracked_files(place)
-    say(f"taking the {device} binaries from {artifact.filename}")
+    if before.own:
+        say(f"replacing {len(before.own)} files of your build; make fork-build restores them")
+    for name in before.names():
+        (folder / name).unlink(missing_ok=True)
+    manifest_path().unlink(missing_ok=True)
+    say(f"extracting the {device} binaries from {artifact.filename}")
     with zipfile.ZipFile(wheel_path) as wheel:
-        members = binary_members(wheel, tracked)
+        members = binary_members(wheel, tracked_files(folder))
         for member in members:
-            target = place / member.filename
+            target = folder / member.filename
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(target.name + ".partial")
             with wheel.open(member) as source, temporary.open("wb") as sink:
-                while chunk := source.read(1 << 22):
-                    sink.write(chunk)
+                shutil.copyfileobj(source, sink, 1 << 22)
             temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
             temporary.replace(target)
-    record = {
-        "wheel": artifact.filename,
-        "sha256": artifact.sha256,
-        "device": device,
-        "files": {member.filename: member.CRC for member in members},
-    }
-    hide_binaries(place, record)
-    write_manifest(record)
-    built_from.forget(place, record)
-    return True
+    files = {member.filename: member.CRC for member in members}
+    manifest = Manifest(wheel=artifact.filename, sha256=artifact.sha256, device=device, files=files)
+    exclude_binaries(folder, manifest)
+    write_manifest(manifest)
+    remove_unused(folder, manifest)
 
 
 def _installer() -> list[str]:
     """The workspace's uv; for ENV=system, which fetches nothing, the host's uv or pip."""
-    own = uv.binary_path(load().uv.version)
-    installer = str(own) if own.exists() else shutil.which("uv")
-    # By the environment's own path, which the installed scripts name: not by a link to it.
+    pinned = uv.binary_path(load().uv.version)
+    installer = str(pinned) if pinned.exists() else shutil.which("uv")
+    # By its real path, not a link to it: installed scripts contain it.
     python = str(Path(sys.prefix).resolve() / "bin" / "python")
     if installer:
         return [installer, "pip", "install", "-q", "--python", python]
     return [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
 
 
-def _complaint(stderr: str) -> str:
-    """The last line that speaks of an error; uv and pip may end with a hint instead."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error\b|fatal\b", line, re.IGNORECASE)]
-    return (errors or lines or ["no message"])[-1]
-
-
-def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = None) -> bool:
+def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = None) -> None:
     """Install `folder` editable unless that was done for the same fingerprint."""
     stamp = Path(sys.prefix) / f"workspace-{folder.name}.json"
     wanted = json.dumps({"folder": str(folder), "fingerprint": fingerprint})
     if stamp.exists() and stamp.read_text() == wanted:
-        return False
+        return
     stamp.unlink(missing_ok=True)
-    say(f"installing {folder.relative_to(ROOT)}, editable")
+    say(f"installing {shown(folder)}, editable")
     result = subprocess.run(
-        # By no path: pip and uv take brackets, # and ; in it for something of their own.
+        # Not by its path: brackets, # and ; in it have a meaning for pip and uv.
         [*_installer(), "--no-deps", "--no-build-isolation", "-e", "."],
         cwd=folder,
         env={**os.environ, **(env or {})},
@@ -220,33 +192,35 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
         log = STATE / "logs" / f"install-{folder.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(result.stdout + result.stderr)
-        raise WorkspaceError(f"installing {folder} failed: {_complaint(result.stderr)}; see {log}")
+        # uv and pip may end with a hint after the error.
+        errors = re.findall(r"^.*(?:error|fatal)\b.*$", result.stderr, re.IGNORECASE | re.MULTILINE)
+        reason = last_line(errors[-1] if errors else result.stderr)
+        raise WorkspaceError(f"installing {folder} failed: {reason}; see {log}")
     write_file(stamp, wanted.encode())
-    # An editable install is a .pth file, which Python reads at its start only.
+    # An editable install is a .pth file, which Python reads only when it starts.
     site.addsitedir(sysconfig.get_path("purelib"))
     importlib.invalidate_caches()
-    return True
 
 
-def _at_every_start(name: str, line: str) -> None:
-    """Have every Python of this environment run `line` first, this one from now on."""
+def _at_startup(name: str, line: str) -> None:
+    """Let every Python of this environment run `line` when it starts, and this one now."""
     packages = sysconfig.get_path("purelib")
     write_file(Path(packages) / f"workspace-{name}.pth", f"{line}\n".encode())
     site.addsitedir(packages)
 
 
 def ensure_system_files(device: Device) -> None:
-    """Bring along what the engine takes from the system and a bare one lacks.
+    """Provide what the engine needs from the system, if the system lacks it.
 
     vLLM's CPU binaries need libnuma: once it is loaded, the loader finds it by name. What
-    torch.compile and Triton compile at run time includes Python.h: compilers look into CPATH.
-    torch.compile has the program openssl hash the headers that it precompiles.
+    torch.compile and Triton compile at run time includes Python.h: compilers search CPATH.
+    torch.compile calls openssl to hash the headers that it precompiles.
     """
-    _packages_by_a_plain_name()
+    _use_plain_path()
     if shutil.which("openssl") is None:
         why = "torch.compile calls the program openssl, which this system lacks"
         added = f"{os.pathsep}{system_packages.unpack('openssl', why) / 'usr/bin'}"
-        _at_every_start(
+        _at_startup(
             "openssl",
             f"import os; added = {added!a}; old = os.environ.get('PATH', os.defpath); "
             "added in old or os.environ.update(PATH=old + added)",
@@ -255,66 +229,61 @@ def ensure_system_files(device: Device) -> None:
         why = "vLLM's CPU engine needs libnuma.so.1, which this system lacks"
         folder = system_packages.unpack("libnuma1", why)
         (library,) = folder.glob("usr/lib/*/libnuma.so.1")
-        _at_every_start("libnuma", f"import ctypes; ctypes.CDLL({str(library)!a})")
-    if device == "cuda" and importlib.util.find_spec("flashinfer") is None:
-        _without_flashinfer()
+        _at_startup("libnuma", f"import ctypes; ctypes.CDLL({str(library)!a})")
+    # On a GPU vLLM requires FlashInfer unless this is set: its sampler does not start without.
+    switch = "VLLM_USE_FLASHINFER_SAMPLER"
+    without = device == "cuda" and importlib.util.find_spec("flashinfer") is None
+    if without and os.environ.get(switch) != "0":
+        say(f"FlashInfer is not installed: {switch}=0 is set for every Python of this environment")
+        _at_startup(
+            "flashinfer",
+            "import importlib.util, os; importlib.util.find_spec('flashinfer') or "
+            f"os.environ.setdefault({switch!r}, '0')",
+        )
     if headers() is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         why = "vLLM compiles at run time and needs Python.h, which this system lacks"
         include = system_packages.unpack(f"libpython{version}-dev", why) / "usr/include"
         added = os.pathsep.join([str(include / f"python{version}"), str(include)])
-        _at_every_start(
+        _at_startup(
             "headers",
             f"import os; added = {added!a}; old = os.environ.get('CPATH', ''); "
             "added in old or os.environ.update(CPATH=added + (os.pathsep + old if old else ''))",
         )
 
 
-def _packages_by_a_plain_name() -> None:
-    """Let a Python that is started directly, not by make, import by the link that make's uses.
+def _use_plain_path() -> None:
+    """Let a Python that is started directly, not by make, import packages by a plain path, too.
 
-    In a checkout with spaces in its path, torch.compile would give the compiler folders that it
-    does not quote. Where the link is gone, packages have the names that they had.
+    In a checkout with spaces in its path, torch.compile does not quote the include folders for the
+    compiler. If the link is deleted, packages have their real paths.
     """
-    own = Path(sys.prefix).resolve()
-    plain = plain_path.plain(own.parent) / own.name
-    if plain != own:
-        _at_every_start(
+    real = Path(sys.prefix).resolve()
+    plain = plain_path.plain(real.parent) / real.name
+    if plain != real:
+        _at_startup(
             "plain-name",
-            f"import os, sys; own, plain = {str(own)!a}, {str(plain)!a}; "
-            "os.path.realpath(plain) == own and sys.path.__setitem__(slice(None), "
-            "[plain + p[len(own):] if p.startswith(own + '/') else p for p in sys.path])",
+            f"import os, sys; real, plain = {str(real)!a}, {str(plain)!a}; "
+            "os.path.realpath(plain) == real and sys.path.__setitem__(slice(None), "
+            "[plain + p[len(real):] if p.startswith(real + '/') else p for p in sys.path])",
         )
 
 
-def _without_flashinfer() -> None:
-    """vLLM takes FlashInfer for granted on a GPU, and its sampler fails to start without."""
-    switch = "VLLM_USE_FLASHINFER_SAMPLER"
-    if os.environ.get(switch) == "0":
-        return
-    say(f"FlashInfer is not there: {switch}=0 is set for every Python here")
-    _at_every_start(
-        "flashinfer",
-        "import importlib.util, os; importlib.util.find_spec('flashinfer') or "
-        f"os.environ.setdefault({switch!r}, '0')",
-    )
-
-
 def install_fork(device: Device, *, renew: bool = False, force: bool = False) -> None:
-    """Binaries for the device, then the editable install under a version that names it.
+    """Extract the binaries for the device, then install the tree editable.
 
-    `renew` brings the released wheel's binaries back where a build of one's own replaced them;
-    `force` replaces also those that were edited by hand.
+    `renew` restores the released wheel's binaries in place of those of a local build; `force` also
+    replaces those that were edited by hand.
     """
-    version, release, place = selected(), load().release(), tree()
-    place_binaries(release.binary(device), device, renew=renew, force=force)
+    version, release, folder = selected(), load().release(), tree()
+    extract_binaries(release.binary(device), device, renew=renew, force=force)
     ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
-    build = (place / "setup.py").read_bytes() + (place / "pyproject.toml").read_bytes()
+    build = (folder / "setup.py").read_bytes() + (folder / "pyproject.toml").read_bytes()
     editable(
-        place,
+        folder,
         f"{label} {zlib.crc32(build):08x}",
-        # `empty` compiles nothing: the binaries are in place already.
+        # `empty` compiles nothing: the binaries are there already.
         env={"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": label},
     )
 

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commits as patch files, and patch files as commits: each is the inverse of the other.
 
-A patch file is a mail as git knows it: author, date, subject, message, `---`, diff. The diff has no
-context lines and no section headings, so it holds nothing of upstream's but lines it removes. Git
-would put such a hunk wherever its line number points to, without a complaint; so each file must be,
-byte for byte, the one whose hash the patch names.
+A patch file is a mail in git's format: author, date, subject, message, `---`, diff. The diff has no
+context lines and no section headings, so the only upstream code in it are removed lines. git would
+put such a hunk wherever its line number points to, without an error; so each file must be, byte for
+byte, the one whose hash is in the patch.
 
-What is kept of a commit: its changes (adds, deletes, renames, modes, binary files, any file name),
+A patch keeps the changes of a commit (adds, deletes, renames, modes, binary files, any file name),
 author, date and message. The committer becomes the author, so that the same patches on the same
 release are the same commits everywhere.
-
-Standard library only: `make fork-status` reads patches here without an environment.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ from pathlib import Path
 
 from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
-from workspace.host.git import git, git_bytes
-from workspace.host.paths import PATCHES, ROOT
+from workspace.host.git import git
+from workspace.host.git import run as run_git
+from workspace.host.paths import PATCHES
 
 ZEROS = "0" * 40
-# Lines of a message that could be taken for what comes after it get a ">" in front, which is how
-# mail boxes have always done it.
+# Lines of a message that look like the start of the diff are escaped with ">", as in mail boxes.
 AMBIGUOUS = re.compile(rb"^(>*(?:---$|diff -|From ))", re.MULTILINE)
 ESCAPED = re.compile(rb"^>(>*(?:---$|diff -|From ))", re.MULTILINE)
 HUNK = re.compile(rb"^(@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@).*$", re.MULTILINE)
@@ -39,7 +37,7 @@ FULL_INDEX = re.compile(rb"^index [0-9a-f]{40}\.\.[0-9a-f]{40}", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Patch:
-    """A commit without its place in history; `diff` is empty for a commit that changes nothing."""
+    """A commit without its parents; `diff` is empty for a commit that changes nothing."""
 
     author: str
     email: str
@@ -57,6 +55,10 @@ class Patch:
         removed = sum(int(m[3] or 1) for m in HUNK.finditer(self.diff))
         return sum(int(m[5] or 1) for m in HUNK.finditer(self.diff)), removed
 
+    @property
+    def binary(self) -> bool:
+        return b"\nGIT binary patch\n" in self.diff
+
 
 def files(version: str) -> list[Path]:
     """The patches of a release, in order."""
@@ -64,10 +66,10 @@ def files(version: str) -> list[Path]:
 
 
 def digest(patches: Sequence[Path]) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for path in patches:
-        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()
+        sha256.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return sha256.hexdigest()
 
 
 # --- commits to patches ---------------------------------------------------------------------
@@ -77,34 +79,34 @@ def commits(tree: Path, base: str, tip: str) -> list[str]:
     """The commits after `base` up to `tip`, oldest first.
 
     Raises:
-        WorkspaceError: `base` is not below `tip`, or there is a merge between them.
+        WorkspaceError: `base` is not an ancestor of `tip`, or there is a merge between them.
     """
-    if git("merge-base", base, tip, tree=tree, check=False).strip() != commit_id(tree, base):
+    if not is_ancestor(tree, commit_id(tree, base), tip):
         raise WorkspaceError(
-            f"{short(tree, tip)} in {shown(tree)} is not built on {base}, so it cannot be written "
-            f"as patches; bring your commits onto it: git rebase --onto {base} <your first commit>^"
+            f"{short(tree, tip)} in {shown(tree)} is not based on {base}, so it cannot be written "
+            f"as patches; move your commits there: git rebase --onto {base} <your first commit>^"
         )
     listed = git("log", "--reverse", "--format=%H %P", f"{base}..{tip}", tree=tree)
-    found = [line.split() for line in listed.splitlines()]
-    for one, *parents in found:
+    history = [line.split() for line in listed.splitlines()]
+    for commit, *parents in history:
         if len(parents) > 1:
             raise WorkspaceError(
-                f"{short(tree, one)} in {shown(tree)} is a merge, which a queue of patches cannot "
-                f"hold; make the history straight: git rebase {base}"
+                f"{short(tree, commit)} in {shown(tree)} is a merge, which patches cannot "
+                f"represent; linearize the history: git rebase {base}"
             )
-    return [one for one, *_ in found]
+    return [commit for commit, *_ in history]
 
 
 def read_commit(tree: Path, commit: str) -> Patch:
     form = "%an%x00%ae%x00%ad%x00%B"
     options = ["--encoding=UTF-8", "--date=rfc2822", f"--format={form}", "-s"]
-    text = git_bytes("show", *options, commit, tree=tree)
+    text = run_git("show", *options, commit, tree=tree).stdout
     author, email, date, message = text.split(b"\0", 3)
-    diff = git_bytes(
+    diff = run_git(
         "diff-tree", "-r", "-p", "-U0", "--root", "--no-commit-id", "--full-index", "--binary",
         "-M", "-l2000", "--diff-algorithm=myers", "--inter-hunk-context=0", "--no-color",
         "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", commit, tree=tree,
-    )  # fmt: skip
+    ).stdout  # fmt: skip
     return Patch(
         author.decode(errors="surrogateescape"),
         email.decode(errors="surrogateescape"),
@@ -116,7 +118,7 @@ def read_commit(tree: Path, commit: str) -> Patch:
 
 def as_file(patch: Patch) -> bytes:
     """The patch as a mail."""
-    # The subject is the message's first paragraph; further lines of it are folded, as in a mail.
+    # The subject is the first paragraph of the message; its further lines are folded.
     subject, gap, body = patch.message.rstrip(b"\n").partition(b"\n\n")
     head = (
         f"From {ZEROS} Mon Sep 17 00:00:00 2001\n"
@@ -129,10 +131,10 @@ def as_file(patch: Patch) -> bytes:
 
 
 def from_file(content: bytes) -> Patch:
-    """The patch in a file; the inverse of `as_file`.
+    """The patch in the content of a file; the inverse of `as_file`.
 
     Raises:
-        WorkspaceError: it does not begin as a patch does.
+        WorkspaceError: it does not have the header of a patch.
     """
     head, _, rest = content.partition(b"\n\n")
     fields: dict[str, str] = {}
@@ -148,13 +150,21 @@ def from_file(content: bytes) -> Patch:
     if not head.startswith(b"From ") or not sender or not {"Date", "Subject"} <= set(fields):
         raise WorkspaceError("it does not begin with From, Date and Subject, as git format-patch's")
     body, _, diff = (b"\n" + rest).partition(b"\n---\n")
-    # git format-patch adds a table of changes and a signature, which say nothing new.
+    # git format-patch adds a table of changes and a signature: redundant.
     start = diff.find(b"diff --git ")
     diff = re.sub(rb"\n-- \n[^\n]*\n*$", b"\n", diff[start:]) if start >= 0 else b""
     subject = fields["Subject"].removeprefix("[PATCH] ").encode(errors="surrogateescape")
     body = ESCAPED.sub(rb"\1", body[1:])
     message = subject + (b"\n\n" + body if body else b"") + b"\n"
     return Patch(sender[1], sender[2], fields["Date"], message, diff)
+
+
+def read_file(path: Path) -> Patch:
+    """`from_file` of a file, which an error names."""
+    try:
+        return from_file(path.read_bytes())
+    except WorkspaceError as error:
+        raise WorkspaceError(f"{shown(path)} is not a patch: {error}") from None
 
 
 def file_name(number: int, patch: Patch) -> str:
@@ -166,10 +176,13 @@ def file_name(number: int, patch: Patch) -> str:
 
 
 def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> str:
-    """Commit each (name, patch) on `base`, without touching the working tree; the last commit.
+    """Commit each (name, patch) on `base`, without changing the working tree.
+
+    Returns:
+        The last commit.
 
     Raises:
-        WorkspaceError: names the patch, the file and the hunk that do not apply.
+        WorkspaceError: a patch does not apply; names the patch, the file and the hunk.
     """
     with tempfile.TemporaryDirectory() as work:
         index = {"GIT_INDEX_FILE": str(Path(work) / "index")}
@@ -182,8 +195,8 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
                 except WorkspaceError as error:
                     detail = str(error).rsplit(": error: ", 1)[-1].removeprefix("error: ")
                     raise WorkspaceError(
-                        f"{name} does not apply: {detail}; {shown(tree)} is as it was. How to "
-                        "bring a patch up to date: vllm-fork/README.md"
+                        f"{name} does not apply: {detail}; {shown(tree)} is unchanged. How to "
+                        "update a patch: vllm-fork/README.md"
                     ) from None
             written = git("write-tree", tree=tree, env=index).strip()
             tip = git(
@@ -196,94 +209,80 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
 
 def commit_files(tree: Path, base: str, paths: Sequence[Path]) -> str:
     """`commit_all` for patch files."""
-    named = []
-    for path in paths:
-        name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-        try:
-            named.append((name, from_file(path.read_bytes())))
-        except WorkspaceError as error:
-            raise WorkspaceError(f"{name} is not a patch: {error}") from None
-    return commit_all(tree, base, named)
+    return commit_all(tree, base, [(shown(path), read_file(path)) for path in paths])
 
 
 def _apply(tree: Path, diff: bytes, index: dict[str, str], work: Path) -> None:
-    sections = list(_sections(diff))
-    listed = git_bytes("apply", "--numstat", "-z", "--unidiff-zero", tree=tree, stdin=diff)
-    names = _numstat_names(listed)
-    where = {
-        name: f"{name} (hunk {hunk[1].decode()[3:-3].strip()})" if hunk else name
-        for name, section in zip(names, sections, strict=False)
-        for hunk in [HUNK.search(section)]
-    }
-    for name, section in zip(names, sections, strict=False):
-        if HUNK.search(section) and not FULL_INDEX.search(section):
+    """Apply a diff to an index, if each file is the one for which the diff was made."""
+    where = {}  # name → name and first hunk
+    sections = (b"\n" + diff).split(b"\ndiff --git ")[1:]
+    for name, section in zip(_names(tree, diff), sections, strict=False):
+        hunk = HUNK.search(section)
+        where[name] = f"{name} (hunk {hunk[1].decode()[3:-3].strip()})" if hunk else name
+        if hunk and not FULL_INDEX.search(section):
             raise WorkspaceError(
-                f"{where[name]} has no full index line; make it with git diff --full-index"
+                f"{where[name]} has no full index line; create it with git diff --full-index"
             )
-    before = _preimages(tree, diff, index, work, where)
-    found = _blobs(tree, list(before), index)
-    for name, blob in before.items():
-        if found.get(name) != blob:
-            is_now = found.get(name, "missing")[:12]
+    expected = _preimages(tree, diff, index, work, where)
+    actual = _blobs(tree, list(expected), index)
+    for name, blob in expected.items():
+        if actual.get(name) != blob:
             raise WorkspaceError(
-                f"{where.get(name, name)} is {is_now}, the patch was made for {blob[:12]}"
+                f"{where.get(name, name)} is {actual.get(name, 'missing')[:12]}, the patch was "
+                f"made for {blob[:12]}"
             )
     git("apply", "--cached", "--unidiff-zero", tree=tree, env=index, stdin=diff)
 
 
-def _sections(diff: bytes) -> Iterator[bytes]:
-    for section in (b"\n" + diff).split(b"\ndiff --git ")[1:]:
-        yield b"diff --git " + section
-
-
-def _numstat_names(listed: bytes) -> list[str]:
-    """The name of each section's file, the new one of a renamed file."""
-    words = listed.decode(errors="surrogateescape").split("\0")
-    names, position = [], 0
-    while position < len(words) - 1:
-        _, _, name = words[position].split("\t", 2)
-        if name:
-            names.append(name)
-            position += 1
-        else:  # a rename: the old name, the new name
-            names.append(words[position + 2])
-            position += 3
-    return names
+def _names(tree: Path, diff: bytes) -> Iterator[str]:
+    """The files of a diff in order, of a renamed file the new name."""
+    listed = git("apply", "--numstat", "-z", "--unidiff-zero", tree=tree, stdin=diff)
+    entries = iter(listed.split("\0")[:-1])
+    for entry in entries:
+        name = entry.split("\t", 2)[2]
+        if not name:  # a rename: the next entries are the old name and the new name
+            next(entries)
+            name = next(entries)
+        yield name
 
 
 def _preimages(
     tree: Path, diff: bytes, index: dict[str, str], work: Path, where: dict[str, str]
 ) -> dict[str, str]:
-    """Old name → blob that the patch was made for, as git itself reads them out of the patch."""
-    place = work / "before"
-    place.unlink(missing_ok=True)
-    command = ["apply", "--unidiff-zero", f"--build-fake-ancestor={place}"]
+    """Old name → blob for which the patch was made, read from the patch by git."""
+    ancestor = work / "before"
+    ancestor.unlink(missing_ok=True)
+    command = ["apply", "--unidiff-zero", f"--build-fake-ancestor={ancestor}"]
     try:
         git(*command, tree=tree, env=index, stdin=diff)
     except WorkspaceError as error:
-        # The blob is not in the repository at all, so no file has it.
-        named = re.search(r"useless \((.+)\)\.?$", str(error))
-        if named:
-            detail = where.get(named[1], named[1])
+        # The blob is not in the repository, so no file has it.
+        name = re.search(r"useless \((.+)\)\.?$", str(error))
+        if name:
+            detail = where.get(name[1], name[1])
             raise WorkspaceError(f"{detail} is not the file that the patch was made for") from None
         raise
-    return _blobs(tree, [], {"GIT_INDEX_FILE": str(place)})
+    return _blobs(tree, [], {"GIT_INDEX_FILE": str(ancestor)})
 
 
 def _blobs(tree: Path, names: list[str], index: dict[str, str]) -> dict[str, str]:
-    """Name → blob in an index; without names, of all files in it."""
+    """Name → blob in an index; without names, of all its files."""
     listed = git("--literal-pathspecs", "ls-files", "-s", "-z", "--", *names, tree=tree, env=index)
     entries = [entry.split("\t", 1) for entry in listed.split("\0") if entry]
     return {name: fields.split()[1] for fields, name in entries}
 
 
 def identity(name: str, email: str, date: str) -> dict[str, str]:
-    """Environment that makes git write this author and committer."""
+    """Variables that make git write this author and committer."""
     return {
         f"GIT_{role}_{field}": value
         for role in ("AUTHOR", "COMMITTER")
         for field, value in (("NAME", name), ("EMAIL", email), ("DATE", date))
     }
+
+
+def is_ancestor(tree: Path, commit: str, tip: str) -> bool:
+    return git("merge-base", commit, tip, tree=tree, check=False).strip() == commit
 
 
 def commit_id(tree: Path, name: str) -> str:

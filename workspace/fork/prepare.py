@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of a release: the pinned release with our patches as commits on it.
+"""The tree of a release: the pinned release with our patches as commits on top.
 
-Steps: fetch the sdist, verify it, unpack it, commit it as the pristine release, commit the
-patches on top. All of that happens beside the place; one rename puts it there. A tree that is
-there already is only ever changed when it holds nothing but what we put into it.
+Steps: fetch the sdist, verify it, unpack it, commit it as the pristine release, commit the patches,
+all in a temporary folder, which is then renamed. An existing tree is changed only if there is no
+work of the user in it.
 """
 
 from __future__ import annotations
@@ -13,27 +13,31 @@ import subprocess
 from pathlib import Path
 
 from workspace.fork import patch_queue
-from workspace.fork.patch_queue import identity
-from workspace.fork.tree_state import APPLIED, PATCHES_KEY, VERSION_KEY, ForkState, shown, state
+from workspace.fork.patch_queue import identity, is_ancestor
+from workspace.fork.tree_state import (
+    APPLIED,
+    PATCHES_KEY,
+    VERSION_KEY,
+    ForkState,
+    require,
+    shown,
+    state,
+)
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import new_folder, remove_partial
 from workspace.host.git import git
-from workspace.host.paths import PATCHES
 from workspace.host.text import plural, say
 from workspace.pins import release
-from workspace.pins.model import Release, load
+from workspace.pins.model import load
 
-# Written by setup.py or by the packing of the sdist, and so no part of the pristine release.
 GENERATED = ("PKG-INFO", "vllm.egg-info", "vllm/_version.py")
+"""Written by setup.py or by packing the sdist, so not part of the pristine release."""
 EPOCH = "2000-01-01T00:00:00+00:00"
-"""The pristine commit's date: fixed, so that the same release is the same commit everywhere."""
+"""Date of the pristine commit: fixed, so that the same release is the same commit everywhere."""
 REPLACED = "refs/workspace/replaced"
-"""Commits that a renewed queue of patches took the place of; nothing that was ever exported is out
-of reach."""
-
-
+"""Commits that changed patches replaced, so that everything that was exported stays reachable."""
 QUEUE = "refs/workspace/queue"
-"""What the patches make, where that could not be checked out for the user's work."""
+"""The commit of the patches, if it was not checked out because of the user's work."""
 
 
 def upstream_tag(version: str) -> str:
@@ -41,23 +45,26 @@ def upstream_tag(version: str) -> str:
 
 
 def unpack(sdist: Path, folder: Path) -> Path:
-    """Unpack the sdist into `folder`; returns the one folder that is in it."""
+    """Unpack the sdist into `folder`; returns the single folder in it."""
     # Python's tarfile takes five times as long, and Debian 12's lacks the filters.
     command = ["tar", "-xzf", str(sdist), "-C", str(folder), "--no-same-owner"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[0].removeprefix("tar: ")
-        # Its content has the pinned hash, so what is wrong is the place, mostly a full disk.
+        reason = result.stderr.strip().partition("\n")[0].removeprefix("tar: ")
+        # The sdist has the pinned hash, so the cause is the folder, usually a full disk.
         raise WorkspaceError(f"{sdist.name} cannot be unpacked into {folder}: {reason}")
     (tree,) = folder.iterdir()
     return tree
 
 
 def commit_pristine(tree: Path, version: str, wanted: str) -> str:
-    """Make the unpacked release a repository whose one commit is the tagged release; its tree.
+    """Make the unpacked release a repository with one commit, the tagged release.
+
+    Returns:
+        The hash of git's tree, which must be `wanted` unless that is empty.
 
     Raises:
-        WorkspaceError: the tree is not the one `wanted`, which is empty where none is pinned.
+        WorkspaceError: it has another hash.
     """
     git("init", "-q", "--template=", "--initial-branch=main", ".", tree=tree)
     for name in GENERATED:
@@ -84,90 +91,83 @@ def commit_pristine(tree: Path, version: str, wanted: str) -> str:
     return found
 
 
-def _move_to(tree: Path, tip: str, digest: str) -> None:
-    """Check out the commit of the last patch. git refuses where a changed file is in the way."""
-    git("reset", "-q", "--keep", tip, tree=tree)
-    record(tree, tip, digest)
-
-
 def record(tree: Path, tip: str, digest: str) -> None:
-    """Write down that the patches with this digest make the commit `tip`. What they made before
-    stays in reach where it is not a part of that."""
+    """Record that the patches with this digest are applied up to the commit `tip`. The commit that
+    was recorded before stays reachable."""
     before = git("rev-parse", "-q", "--verify", APPLIED, tree=tree, check=False).strip()
-    if before and git("merge-base", before, tip, tree=tree, check=False).strip() != before:
+    if before and not is_ancestor(tree, before, tip):
         git("update-ref", f"{REPLACED}/{before[:12]}", before, tree=tree)
     git("update-ref", APPLIED, tip, tree=tree)
     git("config", PATCHES_KEY, digest, tree=tree)
 
 
-def create(version: str, sdist: Path, wanted: str, patches: list[Path]) -> str:
-    """Build a release's tree beside its place and rename it when it is whole.
+def _check_out(tree: Path, tip: str, digest: str) -> None:
+    """Check out the commit of the last patch; git refuses if that would overwrite an edit."""
+    git("reset", "-q", "--keep", tip, tree=tree)
+    record(tree, tip, digest)
 
-    Returns the git tree of the pristine release, which must be `wanted` if that is not empty.
-    """
-    place = release.tree(version)
-    remove_partial(place.parent)
+
+def create(version: str, sdist: Path, wanted: str, patches: list[Path]) -> str:
+    """Create the tree of a release in a temporary folder and rename it when it is complete; see
+    `commit_pristine`."""
+    folder = release.tree(version)
+    remove_partial(folder.parent)
     say(f"unpacking vLLM {version}, applying {plural(len(patches), 'patch')}")
-    with new_folder(place) as work:
+    with new_folder(folder) as work:
         tree = unpack(sdist, work)
-        found = commit_pristine(tree, version, wanted)
+        pristine = commit_pristine(tree, version, wanted)
         tip = patch_queue.commit_files(tree, upstream_tag(version), patches)
-        _move_to(tree, tip, patch_queue.digest(patches))
+        _check_out(tree, tip, patch_queue.digest(patches))
         for entry in tree.iterdir():
             entry.rename(work / entry.name)
         tree.rmdir()
-    return found
+    return pristine
 
 
-def reapply(found: ForkState, version: str, patches: list[Path]) -> None:
-    """Our patches changed: put the new ones in place of the old where nobody's work is on them."""
-    tree = release.tree(version)
-    where = f"{PATCHES.parent.name}/patches/{version}"
+def reapply(before: ForkState, version: str, patches: list[Path]) -> None:
+    """Replace the applied patches by the new ones, unless there is work of the user in the tree."""
+    tree, digest = release.tree(version), patch_queue.digest(patches)
     tip = patch_queue.commit_files(tree, upstream_tag(version), patches)
-    if found.head == tip:  # checked out already, by a run that was killed before it wrote that down
-        record(tree, tip, patch_queue.digest(patches))
-        return
-    if found.own_work:
+    if before.head == tip:  # checked out by a run that was killed before it recorded that
+        record(tree, tip, digest)
+    elif before.own_work:
         git("update-ref", QUEUE, tip, tree=tree)
+        commits = plural(len(before.own_commits), "commit")
         say(
-            f"{where} changed, but {shown(tree)} holds work of yours "
-            f"({len(found.uncommitted)} uncommitted, {plural(len(found.own_commits), 'commit')}): "
-            f"left as it is. To have both: git rebase --onto {QUEUE} {APPLIED} there, then "
-            "make fork-export"
+            f"vllm-fork/patches/{version} changed, but {shown(tree)} holds work of yours "
+            f"({len(before.uncommitted)} uncommitted, {commits}) and stays unchanged. To have "
+            f"both, run there: git rebase --onto {QUEUE} {APPLIED}, then make fork-export"
         )
-        return
-    _move_to(tree, tip, patch_queue.digest(patches))
-    before = f"{REPLACED}/{found.applied[:12]}"
-    say(f"patches changed: {shown(tree)} has {len(patches)} now; what it had before is at {before}")
+    else:
+        _check_out(tree, tip, digest)
+        replaced = f"{REPLACED}/{before.applied[:12]}"
+        say(f"patches changed: {shown(tree)} has {len(patches)} now; the old ones: {replaced}")
 
 
 def ensure() -> ForkState:
-    """The selected release's tree, made if it is missing, its patches renewed if they changed."""
+    """The state of the selected release's tree, which is created if missing and gets our patches
+    if they changed."""
     version = release.selected()
-    pinned: Release = load().release(version)
+    pinned = load().release(version)
     patches = patch_queue.files(version)
-    adopt_older_layout()
-    found = state()
-    if found is None:
-        # Imported late: a run with nothing to do would take twice as long.
+    _move_older_layout()
+    current = state()
+    if current is None:
+        # Imported here: a run with nothing to do would take twice as long.
         from workspace.environment.fetch import fetch
 
         create(version, fetch(pinned.sdist), pinned.tree, patches)
-    elif found.patches_digest != patch_queue.digest(patches):
-        reapply(found, version, patches)
+    elif current.patches_digest != patch_queue.digest(patches):
+        reapply(current, version, patches)
     if release.active() is None and version == load().vllm.default:
         release.activate(version)
-    made = state()
-    if made is None:
-        raise WorkspaceError(f"{release.tree()} vanished while it was made; run: make dev")
-    return made
+    return require()
 
 
-def adopt_older_layout() -> None:
-    """A checkout from before there were several releases has its one tree at vllm-fork/src."""
-    place = release.link()
-    if place.is_symlink() or not place.exists():
-        return
-    found = state(place)
-    if found is not None:
-        release.adopt(found.version)
+def _move_older_layout() -> None:
+    """Move the tree of an older checkout, which is vllm-fork/src itself, to its release."""
+    old = None if release.link().is_symlink() else state(release.link())
+    if old and not release.tree(old.version).exists():
+        release.tree(old.version).parent.mkdir(exist_ok=True)
+        release.link().rename(release.tree(old.version))
+        release.activate(old.version)

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rebase that is under way needs to be continued or taken back.
+"""The state file of a rebase in progress, with which it can be continued or undone.
 
-Written before anything else happens and removed last, so that a rebase which is killed at any
-moment can be continued or undone.
-
-Standard library only: `make fork-status` asks here without an environment.
+It is written first and removed last, so that this holds after a kill at any moment.
 """
 
 from __future__ import annotations
@@ -19,17 +16,23 @@ from workspace.host.git import git
 from workspace.host.paths import STATE
 from workspace.pins import release
 
-PLACE = STATE / "rebase.json"
+FILE = STATE / "rebase.json"
 
 
 @dataclass(frozen=True)
 class Rebase:
-    """From which commit of which release to which other one.
+    """A rebase of the commits up to `tip` from one release to another.
 
-    `onto` is the commit of the new release's tree that the commits go on top of, and the one that
-    its branch returns to; empty until that tree is there. `made` says that the rebase made the
-    tree. `pins` is what success adds to pins.toml. `stopped`: git wants the user's decision, so
-    what is in the new tree is the user's from now on.
+    Args:
+        origin: the release of the commits.
+        target: the new release.
+        tip: the last commit.
+        made: whether the rebase created the new tree.
+        branch: the branch of the new tree that gets the commits.
+        onto: the commit in the new tree on which the commits go, and to which an abort returns;
+            empty until that tree exists.
+        pins: text to be added to pins.toml in the end.
+        stopped: git waits for the user, so the content of the new tree is the user's work now.
     """
 
     origin: str
@@ -47,35 +50,31 @@ class Rebase:
 
 
 def read() -> Rebase | None:
-    return Rebase(**json.loads(PLACE.read_text())) if PLACE.exists() else None
+    return Rebase(**json.loads(FILE.read_text())) if FILE.exists() else None
 
 
 def write(rebase: Rebase) -> None:
-    write_file(PLACE, json.dumps(asdict(rebase), indent=1).encode())
-
-
-def remove() -> None:
-    PLACE.unlink(missing_ok=True)
+    write_file(FILE, json.dumps(asdict(rebase), indent=1).encode())
 
 
 def release_for(verb: str) -> str:
     """The release that a verb works on.
 
     Raises:
-        WorkspaceError: it is not pinned, or a rebase to it is not done.
+        WorkspaceError: it is not pinned, or a rebase to it is not finished.
     """
     rebase = read()
     if rebase and verb == "fork-rebase":
         return rebase.origin
     version = release.selected()
     if rebase and version == rebase.target:
-        raise WorkspaceError(f"a rebase is under way {summary()}")
+        raise WorkspaceError(f"a rebase is in progress {summary()}")
     release.require_pinned(version)
     return version
 
 
 def in_git(tree: Path) -> bool:
-    """Whether git itself is in the middle of a rebase there."""
+    """Whether git is in the middle of a rebase."""
     return any((tree / ".git" / name).exists() for name in ("rebase-merge", "rebase-apply"))
 
 
@@ -85,24 +84,21 @@ def conflicts(tree: Path) -> list[str]:
     return [name for name in listed.split("\0") if name]
 
 
-def progress(tree: Path) -> tuple[int, int]:
-    """At which of how many commits git stopped."""
-    folder = tree / ".git" / "rebase-merge"
-    numbers = [(folder / name) for name in ("msgnum", "end")]
-    done, total = (int(path.read_text()) if path.exists() else 0 for path in numbers)
-    return done, total
+def position(tree: Path) -> str:
+    """The commit at which git stopped: "3 of 4"."""
+    paths = [tree / ".git" / "rebase-merge" / name for name in ("msgnum", "end")]
+    return " of ".join(path.read_text().strip() if path.exists() else "0" for path in paths)
 
 
 def summary() -> str | None:
-    """The rebase under way in one line, with what to do next; None where there is none."""
+    """The rebase in progress in one line, with the next command; None without a rebase."""
     rebase = read()
     if rebase is None:
         return None
     what = f"from vLLM {rebase.origin} to {rebase.target}"
-    back = "or back: make fork-rebase ABORT=1"
+    undo = "or to undo it: make fork-rebase ABORT=1"
     if not rebase.tree.exists() or not in_git(rebase.tree):
-        return f"{what}; go on with: make fork-rebase, {back}"
-    done, total = progress(rebase.tree)
+        return f"{what}; continue with: make fork-rebase, {undo}"
     names = conflicts(rebase.tree)
     where = f"conflicts in {', '.join(names)}" if names else "all conflicts resolved"
-    return f"{what}, at commit {done} of {total}, {where}; then: make fork-rebase, {back}"
+    return f"{what}, at commit {position(rebase.tree)}, {where}; then: make fork-rebase, {undo}"

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make fork-status`: release, patches, what is not exported, what is not committed.
-
-Standard library only, and no lock: it looks and changes nothing, so it answers at once.
-"""
+"""`make fork-status`: release, patches, commits not exported, uncommitted edits."""
 
 from __future__ import annotations
 
@@ -12,18 +9,17 @@ from dataclasses import asdict, dataclass
 
 from workspace import verbs
 from workspace.fork import patch_queue, rebase_state
-from workspace.fork.tree_state import ForkState, branch, shown, state
-from workspace.host.errors import WorkspaceError
+from workspace.fork.tree_state import ForkState, branch, require, shown
 from workspace.host.text import plural
 from workspace.pins import release
 
-MOST = 10
-"""Entries of a list that are shown; JSON=1 has all of them."""
+MAX_ENTRIES = 10
+"""Entries of a list in the text; JSON=1 has all of them."""
 
 
 @dataclass(frozen=True)
 class QueuedPatch:
-    """One file of the queue; lines removed are upstream's."""
+    """A patch file; removed lines are upstream's."""
 
     name: str
     added: int
@@ -46,76 +42,60 @@ class Status:
 
 
 def queue(version: str) -> list[QueuedPatch]:
-    found = []
-    for path in patch_queue.files(version):
-        try:
-            patch = patch_queue.from_file(path.read_bytes())
-        except WorkspaceError as error:
-            raise WorkspaceError(f"{shown(path)} is not a patch: {error}") from None
-        binary = b"\nGIT binary patch\n" in patch.diff
-        found.append(QueuedPatch(path.name, *patch.lines, binary))
-    return found
+    patches = [(path.name, patch_queue.read_file(path)) for path in patch_queue.files(version)]
+    return [QueuedPatch(name, *patch.lines, patch.binary) for name, patch in patches]
 
 
-def status(found: ForkState) -> Status:
-    version = found.version
+def status(tree: ForkState) -> Status:
+    version = tree.version
     return Status(
         release=version,
         tree=shown(release.tree(version)),
         shown_by_src=release.active() == version,
         branch=branch(release.tree(version)),
         patches=queue(version),
-        patches_applied=found.patches_digest == patch_queue.digest(patch_queue.files(version)),
-        own_commits=found.own_commits,
-        uncommitted=found.uncommitted,
+        patches_applied=tree.patches_digest == patch_queue.digest(patch_queue.files(version)),
+        own_commits=tree.own_commits,
+        uncommitted=tree.uncommitted,
         rebase=rebase_state.summary(),
-        other_releases=[tree.name for tree in release.trees() if tree.name != version],
+        other_releases=[other.name for other in release.trees() if other.name != version],
     )
 
 
-def table(found: Status) -> Iterator[str]:
-    link = ", shown by vllm-fork/src" if found.shown_by_src else ""
-    yield f"release      vLLM {found.release}, branch {found.branch} in {found.tree}{link}"
-    added = sum(patch.added for patch in found.patches)
-    yield f"patches      {len(found.patches)}, {plural(added, 'line')} added"
-    for patch in found.patches:
+def table(status: Status) -> Iterator[str]:
+    link = ", linked as vllm-fork/src" if status.shown_by_src else ""
+    yield f"release      vLLM {status.release}, branch {status.branch} in {status.tree}{link}"
+    added = sum(patch.added for patch in status.patches)
+    yield f"patches      {len(status.patches)}, {plural(added, 'line')} added"
+    for patch in status.patches:
         removes = f"  removes {plural(patch.removed, 'upstream line')}" if patch.removed else ""
         binary = "  binary" if patch.binary else ""
         yield f"               {patch.name}  +{patch.added}{removes}{binary}"
-    if not found.patches_applied:
-        yield f"             vllm-fork/patches/{found.release} is not what the tree was made from"
-        yield "             (your commits into it: make fork-export; it into the tree: make dev)"
-    yield f"commits      {_count(found.own_commits, 'not exported: make fork-export')}"
-    yield from _listed(found.own_commits)
-    yield f"edits        {_count(found.uncommitted, 'not committed')}"
-    yield from _listed(found.uncommitted)
-    if found.rebase:
-        yield f"rebase       {found.rebase}"
-    if found.other_releases:
-        names = ", ".join(found.other_releases)
-        yield f"also here    {names} (make dev VLLM_VERSION=…)"
+    if not status.patches_applied:
+        yield f"             vllm-fork/patches/{status.release} and the tree differ: make"
+        yield "             fork-export writes your commits there, make dev applies its patches"
+    yield from _section("commits", status.own_commits, "not exported: make fork-export")
+    yield from _section("edits", status.uncommitted, "not committed")
+    if status.rebase:
+        yield f"rebase       {status.rebase}"
+    if status.other_releases:
+        yield f"also here    {', '.join(status.other_releases)} (make dev VLLM_VERSION=…)"
 
 
-def _count(entries: list[str], words: str) -> str:
-    return f"{len(entries)} {words}" if entries else "none"
-
-
-def _listed(entries: list[str]) -> Iterator[str]:
-    for entry in entries[:MOST]:
+def _section(heading: str, entries: list[str], meaning: str) -> Iterator[str]:
+    yield f"{heading:12} " + (f"{len(entries)} {meaning}" if entries else "none")
+    for entry in entries[:MAX_ENTRIES]:
         yield f"               {entry}"
-    if len(entries) > MOST:
-        yield f"               … and {len(entries) - MOST} more"
+    if len(entries) > MAX_ENTRIES:
+        yield f"               … and {len(entries) - MAX_ENTRIES} more"
 
 
-def run(options: verbs.ForkStatus) -> int:
+def run(options: verbs.Report) -> int:
     """Print the status of the selected release's tree.
 
     Raises:
         WorkspaceError: there is no tree.
     """
-    found = state()
-    if found is None:
-        raise WorkspaceError(f"{shown(release.tree())} is not there; run: make dev")
-    made = status(found)
-    print(json.dumps(asdict(made), indent=2) if options.json else "\n".join(table(made)))
+    current = status(require())
+    print(json.dumps(asdict(current), indent=2) if options.json else "\n".join(table(current)))
     return 0

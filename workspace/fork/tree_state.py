@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the tree of a release: the pristine release, our patches, and the user's own work.
+"""The content of a release's tree: the pristine release, our patches, and the work of the user.
 
-The tree is a git repository of its own. `upstream/<version>` is the tag of the pristine
-release, `refs/workspace/applied` the commit after the last of our patches: everything beyond
-it, and everything uncommitted, is the user's.
-
-Standard library only: `make clean` asks here when there is no environment.
+The tree is a git repository. `upstream/<version>` is the tag of the pristine release,
+`refs/workspace/applied` the commit of the last of our patches: everything beyond it, and everything
+uncommitted, is the user's.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from pathlib import Path
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT
+from workspace.host.text import some
 from workspace.pins import release
 
 APPLIED = "refs/workspace/applied"
@@ -25,7 +24,7 @@ VERSION_KEY = "workspace.version"
 
 @dataclass(frozen=True)
 class ForkState:
-    """A release's tree as it is now."""
+    """The current state of a release's tree."""
 
     version: str
     head: str
@@ -36,23 +35,23 @@ class ForkState:
 
     @property
     def own_work(self) -> list[str]:
-        """What would be lost with the tree, in words; empty when nothing would."""
+        """One line for everything that would be lost with the tree."""
         lost = [f"uncommitted: {line}" for line in self.uncommitted]
         return lost + [f"commit {line}" for line in self.own_commits]
 
 
 def uncommitted(tree: Path) -> list[str]:
-    """What is not committed in a tree, as git's status has it."""
+    """What is not committed in a tree: lines of git's status."""
     options = ("--porcelain=v1", "-z", "--untracked-files=all", "--no-renames")
     status = git("status", *options, tree=tree)
     return [entry for entry in status.split("\0") if entry]
 
 
 def state(tree: Path | None = None) -> ForkState | None:
-    """The state of a tree (the selected release's, if none is given), or None where there is none.
+    """The state of a tree (by default of the selected release), None if it does not exist.
 
     Raises:
-        WorkspaceError: something is at that place which this workspace did not make.
+        WorkspaceError: this workspace did not make the folder.
     """
     tree = tree or release.tree()
     if not tree.exists():
@@ -61,10 +60,8 @@ def state(tree: Path | None = None) -> ForkState | None:
     if (tree / ".git").exists():
         applied = git("rev-parse", "-q", "--verify", APPLIED, tree=tree, check=False).strip()
     if not applied:
-        raise WorkspaceError(
-            f"{tree} is there, but this workspace did not make it; move it away and run: make dev"
-        )
-    # Commits on any branch are the user's as much as those on the one checked out.
+        raise release.foreign(tree)
+    # Commits on all branches, not only on the one checked out.
     own = git("log", "--format=%h %s", "--branches", "HEAD", f"^{APPLIED}", tree=tree)
     stash = git("stash", "list", "--format=%gd %s", tree=tree)
     return ForkState(
@@ -77,54 +74,62 @@ def state(tree: Path | None = None) -> ForkState | None:
     )
 
 
-def shown(tree: Path) -> str:
-    """A tree's place in the checkout, for messages."""
-    return str(tree.relative_to(ROOT)) if tree.is_relative_to(ROOT) else str(tree)
+def require(tree: Path | None = None) -> ForkState:
+    """`state`, of a tree that must exist.
 
-
-def require_switchable(version: str) -> None:
-    """Raise where `vllm-fork/src` must not change to `version`: uncommitted edits are in the way.
-
-    They would be safe, each tree keeps its own. But an editor that has those files open by their
-    name in src would save them into the other release.
+    Raises:
+        WorkspaceError: it does not exist, or this workspace did not make the folder.
     """
-    before = release.active()
-    if before in (None, version):
-        return
-    tree = release.tree(before)
-    found = state(tree)
-    if found and found.uncommitted:
-        names = ", ".join(entry[3:] for entry in found.uncommitted[:3])
-        more = ", …" if len(found.uncommitted) > 3 else ""
+    tree = tree or release.tree()
+    current = state(tree)
+    if current is None:
+        raise WorkspaceError(f"{shown(tree)} does not exist; run: make dev")
+    return current
+
+
+def shown(path: Path) -> str:
+    """A path for messages: relative to the checkout."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def require_no_edits(tree: Path, consequence: str) -> None:
+    """Raise if an existing tree has uncommitted edits, with their `consequence` in the error."""
+    current = state(tree)
+    if current and current.uncommitted:
+        names = some([entry[3:] for entry in current.uncommitted])
         raise WorkspaceError(
-            f"{shown(tree)} has uncommitted edits ({names}{more}), and vllm-fork/src would show "
-            f"vLLM {version} in their place; commit or stash them there, then run this again"
+            f"{shown(tree)} has uncommitted edits ({names}){consequence}; commit or stash them "
+            "there, then re-run"
         )
 
 
-def switch(version: str) -> str | None:
-    """Let `vllm-fork/src` show the tree of `version`; the release it showed before, if another."""
-    require_switchable(version)
+def require_switchable(version: str) -> None:
+    """Raise if `vllm-fork/src` must not switch to `version` because of uncommitted edits.
+
+    They would be safe in their tree, but an editor that has those files open by their path in src
+    would save them into the other release.
+    """
     before = release.active()
-    release.activate(version)
-    return before if before != version else None
+    if before not in (None, version):
+        consequence = f", and vllm-fork/src would point at vLLM {version} instead"
+        require_no_edits(release.tree(before), consequence)
 
 
 def branch(tree: Path) -> str:
-    """The branch that is checked out, or the commit where none is."""
+    """The branch that is checked out; without one, the commit."""
     name = git("symbolic-ref", "-q", "--short", "HEAD", tree=tree, check=False).strip()
     return name or git("rev-parse", "--short", "HEAD", tree=tree).strip()
 
 
 def require_no_operation(tree: Path) -> None:
-    """Raise where git is in the middle of something there."""
-    names = {
+    """Raise if git is in the middle of a rebase, merge or the like."""
+    operations = {
         "rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge",
         "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "BISECT_LOG": "bisect",
     }  # fmt: skip
-    for name, operation in names.items():
+    for name, operation in operations.items():
         if (tree / ".git" / name).exists():
             raise WorkspaceError(
-                f"git is in the middle of a {operation} in {shown(tree)}; end it there (git "
-                "status says how), then run this again"
+                f"git is in the middle of a {operation} in {shown(tree)}; finish it (see git "
+                "status), then re-run"
             )

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What upstream's build fetches from the net, read out of the tree's own cmake files.
+"""The sources that upstream's build fetches from the network, read from the tree's cmake files.
 
-Which sources, from where, at which tag and under which variable a local copy is taken differs
-from release to release, so nothing of it is written down here. Before anything is compiled, each
-source that is neither given nor fetched already is asked for once, with git itself, so that its
-proxies and rewrites count.
+Repositories, tags and the variables for local copies differ between releases, so none of them is
+written here. Before anything is compiled, each source without a local copy that was not fetched yet
+is checked with git, so that the user's proxies and rewrites count.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from workspace.host.text import say
 from workspace.pins.model import Device
 
 TIMEOUT = 8
-"""Seconds that a source has to answer."""
+"""Seconds to wait for the answer of a repository."""
 
 _COMMENT = re.compile(r"#.*")
 _COMMAND = re.compile(
@@ -36,7 +35,7 @@ _LOCAL = re.compile(r"ENV\{(\w+_SRC_DIR|\w+_ROOT_DIR|FETCHCONTENT_SOURCE_DIR_\w+
 
 @dataclass(frozen=True)
 class Source:
-    """One source that the build fetches, or takes from the folder that `variable` names."""
+    """A source that the build fetches, or uses from the folder in `variable`."""
 
     name: str
     repository: str
@@ -44,55 +43,50 @@ class Source:
     variable: str
 
     def local(self) -> Path | None:
-        """The folder that the user gave.
+        """The folder that the user set.
 
         Raises:
-            WorkspaceError: there is no such folder, or nothing is in it (which cmake would take
-                for a source that is still to be fetched).
+            WorkspaceError: the folder does not exist or is empty (cmake would fetch into it).
         """
-        given = os.environ.get(self.variable)
-        if not given:
+        value = os.environ.get(self.variable)
+        if not value:
             return None
-        folder = Path(given).resolve()
+        folder = Path(value).resolve()
         if not folder.is_dir() or not any(folder.iterdir()):
             state = "an empty folder" if folder.is_dir() else "not a folder"
             raise WorkspaceError(
-                f"{self.variable}={given} is {state}; give a checkout of {self.repository} at "
-                f"{self.tag}, or leave the variable out to have it fetched"
+                f"{self.variable}={value} is {state}; set it to a checkout of {self.repository} at "
+                f"{self.tag}, or leave it out to have the source fetched"
             )
         return folder
 
     def fetched(self, base: Path) -> bool:
-        """Whether an earlier build left it, at this tag, under the folder where cmake puts it."""
+        """Whether an earlier build fetched it, at this tag, into the folder that cmake uses."""
         folder = base / f"{self.name.lower()}-src"
         if not (folder / ".git").exists():
             return False
-        ends = git("rev-parse", "HEAD", f"{self.tag}^{{commit}}", tree=folder, check=False)
-        return len(set(ends.split())) == 1
+        commits = git("rev-parse", "HEAD", f"{self.tag}^{{commit}}", tree=folder, check=False)
+        return len(set(commits.split())) == 1
 
     def reachable(self) -> bool:
         return bool(as_user("ls-remote", self.repository, "HEAD", tree=ROOT, timeout=TIMEOUT))
 
 
 def _applies(conditions: list[tuple[str, bool]], machine: str) -> bool:
-    """Whether a declaration counts here, by the conditions around it.
+    """Whether a declaration inside these conditions applies to the machine.
 
-    Only one matters: upstream takes other sources where the CPU is an Arm (ASIMD).
+    Only one condition matters: upstream uses other sources on an Arm CPU (ASIMD).
     """
-    arm = machine == "aarch64"
-    return all(
-        holds == arm
-        for condition, holds in conditions
-        if re.match(r"\(*\s*ASIMD_FOUND\b", condition)
-    )  # fmt: skip
+    asimd = [is_true for text, is_true in conditions if re.match(r"\(*\s*ASIMD_FOUND\b", text)]
+    return all(is_true == (machine == "aarch64") for is_true in asimd)
 
 
 def read(text: str, machine: str) -> list[Source]:
-    """The sources that one cmake file declares for this machine."""
+    """The sources that a cmake file declares for a machine."""
     text = _COMMENT.sub("", text)
     variables: dict[str, str] = {}
     conditions: list[tuple[str, bool]] = []
-    found = []
+    declared = []
     for match in _COMMAND.finditer(text):
         name, arguments = match["name"].lower(), match["arguments"]
         if name == "if":
@@ -112,17 +106,15 @@ def read(text: str, machine: str) -> list[Source]:
         if not name.startswith("fetchcontent") or "GIT_REPOSITORY" not in words:
             continue
         if _applies(conditions, machine):
-            following = dict(pairwise(words))
-            named = _LOCAL.findall(text, 0, match.start())
-            variable = named[-1] if named else f"FETCHCONTENT_SOURCE_DIR_{words[0].upper()}"
-            found.append(
-                Source(words[0], following["GIT_REPOSITORY"], following["GIT_TAG"], variable)
-            )
-    return found
+            after = dict(pairwise(words))
+            local = _LOCAL.findall(text, 0, match.start())
+            variable = local[-1] if local else f"FETCHCONTENT_SOURCE_DIR_{words[0].upper()}"
+            declared.append(Source(words[0], after["GIT_REPOSITORY"], after["GIT_TAG"], variable))
+    return declared
 
 
 def sources(tree: Path, device: Device, machine: str) -> list[Source]:
-    """Everything that a build for `device` fetches, in the order in which cmake gets to it."""
+    """Everything that a build for `device` fetches, in cmake's order."""
     files = [tree / "CMakeLists.txt", *sorted((tree / "cmake").rglob("*.cmake"))]
     for_cpu = tree / "cmake" / "cpu_extension.cmake"
     return [
@@ -134,27 +126,24 @@ def sources(tree: Path, device: Device, machine: str) -> list[Source]:
 
 
 def require(tree: Path, device: Device, machine: str, base: Path) -> dict[str, str]:
-    """The variables that point to local copies, as full paths for cmake's environment.
+    """The variables for local copies, with absolute paths, for the environment of cmake.
 
     Raises:
-        WorkspaceError: a variable points nowhere, or a source can neither be found nor reached;
-            which ones, and the variable of each, is said before.
+        WorkspaceError: a variable is wrong, or sources have no local copy and cannot be reached;
+            these were printed, with the variable of each.
     """
-    wanted = sources(tree, device, machine)
-    given = {source.variable: str(folder) for source in wanted if (folder := source.local())}
-    needed = [one for one in wanted if one.variable not in given and not one.fetched(base)]
+    needed = sources(tree, device, machine)
+    local = {source.variable: str(folder) for source in needed if (folder := source.local())}
+    remote = [one for one in needed if one.variable not in local and not one.fetched(base)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        answers = list(pool.map(Source.reachable, needed))
-    missing = [source for source, answered in zip(needed, answers, strict=True) if not answered]
+        reachable = list(pool.map(Source.reachable, remote))
+    missing = [source for source, ok in zip(remote, reachable, strict=True) if not ok]
     if not missing:
-        return given
-    say("upstream's build fetches sources that cannot be reached from here:")
+        return local
+    say("upstream's build fetches sources that this machine cannot reach:")
     for source in missing:
         say(f"  {source.name} {source.tag} from {source.repository}: {source.variable}=<folder>")
-    have = ", ".join(one.name for one in wanted if one not in missing)
     raise WorkspaceError(
-        f"{len(missing)} of {len(wanted)} sources are missing"
-        + (f" (there: {have})" if have else "")
-        + "; nothing was compiled. Build where they can be fetched, or give each as a folder, e.g. "
-        f"{missing[0].variable}=<folder>"
+        f"{len(missing)} of {len(needed)} sources are missing; nothing was compiled. Build where "
+        f"they can be fetched, or set a folder for each, e.g. {missing[0].variable}=<folder>"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that verbs raise on purpose, and how the end of a verb is reported: in one line."""
+"""The error that verbs raise on purpose, and how the end of a verb is reported: in one line."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CLOSED_PIPE = 141
-"""The exit status of a program whose reader left (`| head`): 128 + SIGPIPE, as a shell has it."""
+"""The exit status of a program whose reader closed the pipe (`| head`): 128 + SIGPIPE."""
 INTERRUPTED = 130
 """After Ctrl-C: 128 + SIGINT."""
 
 
 class WorkspaceError(Exception):
-    """Something the user can act on.
+    """Something the user can act on, in one line: what happened, where, what to run or change.
 
-    The message is one line: what happened, where, and what to run or change.
-    The command line prints it without a traceback and exits with status 1.
+    It is printed without a traceback, and the exit status is 1.
     """
 
 
 @contextlib.contextmanager
-def reported_in_one_line(place: Path | None = None) -> Iterator[None]:
-    """End the program with one line and an exit status, whatever ends the verb inside.
+def reported_in_one_line(folder: Path | None = None) -> Iterator[None]:
+    """End the program with one line and an exit status, whatever exception the verb raises.
 
-    `place` is named where the system's own error does not say which file it is about.
+    `folder` is named if an error of the operating system does not name a file.
     """
     try:
         try:
@@ -46,13 +45,13 @@ def reported_in_one_line(place: Path | None = None) -> Iterator[None]:
             for descriptor in (1, 2):  # Python flushes both once more
                 os.dup2(null, descriptor)
             sys.exit(CLOSED_PIPE)
-        where = f": {name}" if (name := error.filename or place) else ""
+        where = f": {name}" if (name := error.filename or folder) else ""
         what = error.strerror or error
         sys.exit(f"error: {what}{where}; fix that and re-run")
 
 
 def _output_is_closed() -> bool:
-    """Whether our own output goes into a pipe that its reader has closed."""
+    """Whether standard output or error is a pipe that its reader has closed."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes: a file or folder is complete or absent, whenever the process dies.
-
-Standard library only: this serves before the environment exists.
-"""
+"""Atomic writes: a file or folder is complete or absent, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from pathlib import Path
 from workspace.host.errors import WorkspaceError
 
 PARTIAL = ".partial-"
-"""The prefix of every unfinished file or folder."""
+"""Prefix of unfinished files and folders."""
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -61,14 +58,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        # A closed pipe is not about the folder: nobody reads what we print.
+        # A closed pipe concerns our output, not the folder.
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise WorkspaceError(_cannot_write(path, error)) from error
         raise
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run left in `folder`. Call it only while no other run writes there."""
+    """Remove what a killed run left in `folder`, into which no other run may be writing."""
     for left in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -78,4 +75,4 @@ def remove_partial(folder: Path) -> None:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    return f"cannot write {path}: {reason}; free some space or make it writable, re-run"
+    return f"cannot write {path}: {reason}; free some space or make it writable, then re-run"

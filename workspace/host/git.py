@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only module that runs git, so that its output is the same on every machine.
 
-No setting of the user's or the system's affects it: configuration, attributes and ignore files,
-hooks, templates, and GIT_ variables, such as those of a surrounding hook that name its repository.
-Of a tree's own .git, which is the user's too, `info/exclude` counts, and of `config` what says how
-the tree is stored; SETTINGS override what would change the output.
+No setting of the user or the system affects it: configuration, attributes and ignore files, hooks,
+templates, and GIT_ variables, such as those by which a surrounding hook names its repository. Of
+the .git of a tree, which is the user's too, `info/exclude` counts, and those entries of `config`
+that say how the tree is stored; SETTINGS override what would change the output.
 
-A file that only the user's own ignore file names is therefore uncommitted work here. It is in the
-tree: it must not get lost with it, nor may a record call that tree clean.
+So a file that only the user's global ignore file names is uncommitted work. It is in the tree: it
+must not get lost with it, nor may a record call that tree clean.
 
-The user's own settings are asked for where they commit (`committer`) and where something is fetched
-(`as_user`, `fetching`). The git they run in a tree themselves stays as they set it up.
-
-Standard library only: `make clean` needs git when there is no environment.
+The user's settings count where they commit (`committer`) and where something is fetched (`as_user`,
+`fetching`). The git that users run in a tree themselves is not affected.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import subprocess
 from pathlib import Path
 
 from workspace.host.errors import WorkspaceError
+from workspace.host.text import last_line
 
 SETTINGS = (
     "core.hooksPath=/dev/null", "core.attributesFile=/dev/null", "core.excludesFile=/dev/null",
@@ -36,7 +35,7 @@ SETTINGS = (
     "merge.conflictStyle=merge", "merge.renormalize=false", "rerere.enabled=false",
     "rebase.autoStash=false", "rebase.updateRefs=false", "rebase.missingCommitsCheck=ignore",
 )  # fmt: skip
-"""What a tree's own .git/config must not change."""
+"""What the .git/config of a tree must not change."""
 NO_HOME = {
     # Not only GIT_CONFIG_GLOBAL: attributes and ignore files are found by these, too, and git
     # before 2.32 knows no other way.
@@ -45,11 +44,11 @@ NO_HOME = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
     "GIT_NO_REPLACE_OBJECTS": "1",
-    "GIT_GRAFT_FILE": f"{os.devnull}/none",  # one that is there, be it empty, is warned of
+    "GIT_GRAFT_FILE": f"{os.devnull}/none",  # git warns of an existing file, even an empty one
     "GIT_TERMINAL_PROMPT": "0",
     "LC_ALL": "C",
 }
-SURROUNDINGS = (
+REPOSITORY_VARIABLES = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_NAMESPACE",
     "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_QUARANTINE_PATH",
     "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE", "GIT_CONFIG", "GIT_IMPLICIT_WORK_TREE",
@@ -65,36 +64,12 @@ def git(
     stdin: bytes | None = None,
     check: bool = True,
 ) -> str:
-    """Run git in `tree`, the top of a repository, and return what it prints.
+    """The output of git in `tree`; without `check`, a failure gives an empty string.
 
-    Args:
-        arguments: without `git` itself.
-        tree: no folder above it is searched for a repository.
-        env: variables for this call, e.g. GIT_INDEX_FILE.
-        stdin: its standard input.
-        check: without it, a failure is an empty answer.
-
-    Raises:
-        WorkspaceError: git is missing or failed; the message ends with git's own last line.
+    The other arguments are those of `run`.
     """
-    output = git_bytes(*arguments, tree=tree, env=env, stdin=stdin, check=check)
-    return output.decode(errors="surrogateescape")
-
-
-def git_bytes(
-    *arguments: str,
-    tree: Path,
-    env: dict[str, str] | None = None,
-    stdin: bytes | None = None,
-    check: bool = True,
-) -> bytes:
-    """`git`, for output that is not text."""
-    result = run(*arguments, tree=tree, env=env, stdin=stdin)
-    if check and result.returncode:
-        complaint = result.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        verb = next(word for word in arguments if word[0] != "-" and "=" not in word)
-        raise WorkspaceError(f"git {verb} in {tree}: {complaint[-1]}")
-    return result.stdout if not result.returncode else b""
+    result = run(*arguments, tree=tree, env=env, stdin=stdin, check=check)
+    return "" if result.returncode else result.stdout.decode(errors="surrogateescape")
 
 
 def run(
@@ -102,47 +77,62 @@ def run(
     tree: Path,
     env: dict[str, str] | None = None,
     stdin: bytes | None = None,
-    shown: bool = False,
+    check: bool = True,
+    capture: bool = True,
     pass_fds: tuple[int, ...] = (),
 ) -> subprocess.CompletedProcess[bytes]:
-    """`git` whatever its exit status; `shown`: it prints to our own output instead of to us."""
-    settings = [word for one in SETTINGS for word in ("-c", one)]
+    """Run git in `tree`, the top of a repository.
+
+    Args:
+        arguments: without `git` itself.
+        tree: no folder above it is searched for a repository.
+        env: variables for this call, e.g. GIT_INDEX_FILE.
+        stdin: its standard input.
+        check: raise when it fails.
+        capture: return its output instead of printing it.
+        pass_fds: file descriptors that it inherits.
+
+    Raises:
+        WorkspaceError: git is missing or failed; the message ends with the last line of git's.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    top = {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
+    settings = [word for setting in SETTINGS for word in ("-c", setting)]
     try:
-        return subprocess.run(
+        result = subprocess.run(
             ["git", *settings, "-c", f"safe.directory={tree.resolve()}", *arguments],
             cwd=tree,
-            env=environment(tree) | (env or {}),
+            env=inherited | NO_HOME | top | (env or {}),
             input=stdin,
-            capture_output=not shown,
+            capture_output=capture,
             pass_fds=pass_fds,
             check=False,
         )
     except FileNotFoundError:
         if tree.is_dir():
             raise WorkspaceError("git is missing; install it, e.g. apt-get install git") from None
-        raise WorkspaceError(f"git in {tree}: there is no such folder") from None
+        raise WorkspaceError(f"git in {tree}: no such folder") from None
+    if check and result.returncode:
+        command = next(word for word in arguments if word[0] != "-" and "=" not in word)
+        reason = last_line(result.stderr.decode(errors="replace"))
+        raise WorkspaceError(f"git {command} in {tree}: {reason}")
+    return result
 
 
-def environment(tree: Path) -> dict[str, str]:
-    """Of ours, without what leads git to another repository or to somebody's settings."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return clean | NO_HOME | {"GIT_CEILING_DIRECTORIES": str(tree.resolve().parent)}
-
-
-def forget_surroundings() -> None:
-    """Let no program that we start (cmake, pip) take a hook's repository for its own."""
-    for name in SURROUNDINGS:
+def clear_repository_variables() -> None:
+    """Keep programs that we start (cmake, pip) from working on the repository of a hook."""
+    for name in REPOSITORY_VARIABLES:
         os.environ.pop(name, None)
 
 
 def as_user(*arguments: str, tree: Path, timeout: float | None = None) -> str:
-    """What git as the user has it set up prints in `tree`, never asking; empty where it fails."""
+    """The output of git with the user's settings in `tree`, never prompting; empty on failure."""
     silent = {
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ASKPASS": "true",
         "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
     }
-    kept = {name: value for name, value in os.environ.items() if name not in SURROUNDINGS}
+    kept = {name: value for name, value in os.environ.items() if name not in REPOSITORY_VARIABLES}
     try:
         result = subprocess.run(
             ["git", "-c", f"safe.directory={tree.resolve()}", *arguments],
@@ -159,26 +149,20 @@ def as_user(*arguments: str, tree: Path, timeout: float | None = None) -> str:
 
 
 def fetching() -> dict[str, str]:
-    """Variables for a program that fetches with the user's git, whose proxies and rewrites count:
-    what it fetches arrives as it is in the repository."""
+    """Variables for a program that fetches with the user's git: proxies and rewrites count, and
+    files arrive unchanged."""
     first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)
-    found = {"GIT_CONFIG_COUNT": str(first + len(SETTINGS)), "GIT_ATTR_NOSYSTEM": "1"}
+    variables = {"GIT_CONFIG_COUNT": str(first + len(SETTINGS)), "GIT_ATTR_NOSYSTEM": "1"}
     for number, setting in enumerate(SETTINGS, first):
         name, value = setting.split("=", 1)
-        found |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
-    return found
+        variables |= {f"GIT_CONFIG_KEY_{number}": name, f"GIT_CONFIG_VALUE_{number}": value}
+    return variables
 
 
 def committer(tree: Path) -> dict[str, str]:
-    """Variables that make the user the committer, as their own git would; a stand-in where they
-    gave git no name."""
+    """Variables that make the user the committer, or a stand-in where git knows no name."""
     # Without useConfigOnly git makes a name up from the machine's.
     known = as_user("-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT", tree=tree)
     found = re.fullmatch(r"(.*) <(.*)> \d+ [-+]\d+\n", known, re.DOTALL)
     name, email = found.groups() if found else ("vllm-kernels", "rebase@invalid")
     return {"GIT_COMMITTER_NAME": name, "GIT_COMMITTER_EMAIL": email}
-
-
-def version() -> str:
-    """git's own line about itself."""
-    return subprocess.run(["git", "--version"], capture_output=True, text=True, check=False).stdout

@@ -7,14 +7,14 @@
 
     read(Kernels, os.environ).arch
 
-A variable that is unset or empty counts as not given, because make passes both on alike.
+An empty variable counts as unset, because make cannot tell them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from workspace.host.errors import WorkspaceError
 
@@ -28,15 +28,15 @@ class Option:
     Args:
         variable: its name.
         help: what it means.
-        kind: "text", "number" (a whole number from 1 up), "flag" (1 or 0), or "choice".
+        kind: how it is parsed; a number is whole and at least 1.
         values: of a choice.
         example: a value as a user could type it.
-        default: what holds without it, in words.
+        default: text that describes the default.
     """
 
     variable: str
     help: str
-    kind: str = "text"
+    kind: Literal["text", "number", "flag", "choice"] = "text"
     values: tuple[str, ...] = ()
     example: str = ""
     default: str = ""
@@ -48,10 +48,10 @@ class Option:
         return f"{self.variable}={value}" if value else self.variable
 
     def parse(self, given: str) -> str | int | bool | None:
-        """The value for its field; None (of a flag False) where none is given.
+        """The value for its field; without a value None, for a flag False.
 
         Raises:
-            WorkspaceError: a value that this variable cannot have; says which it can.
+            WorkspaceError: the value is not valid; the message names valid ones.
         """
         value = given if self.kind == "text" else given.strip()
         if self.kind == "flag":
@@ -99,16 +99,14 @@ def choice(variable: str, help: str, *values: str, default: str = "") -> Any:
 
 def declared(kind: type) -> Iterator[tuple[str, Option]]:
     """The fields of such a dataclass with their variables."""
-    for one in fields(kind):
-        yield one.name, one.metadata["option"]
+    for entry in fields(kind):
+        yield entry.name, entry.metadata["option"]
 
 
 def read(kind: type[Options], variables: Mapping[str, str]) -> Options:
-    """The object with what these variables say.
+    """An object with the values of these variables.
 
     Raises:
-        WorkspaceError: the first value that its variable cannot have.
+        WorkspaceError: the first value that is not valid.
     """
-    return kind(
-        **{name: one.parse(variables.get(one.variable, "")) for name, one in declared(kind)}
-    )
+    return kind(**{name: it.parse(variables.get(it.variable, "")) for name, it in declared(kind)})

@@ -15,48 +15,46 @@ PATCHES = FORK / "patches"
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
 STATE = ROOT / ".workspace"
-"""What the workspace makes for this checkout: locks, logs, models, runs, compiled kernels."""
+"""Generated files of this checkout: locks, logs, models, runs, compiled kernels."""
 
 
 def _home() -> Path:
-    """WORKSPACE_HOME, where this is the checkout that it is for: a second one in the same
-    container must not install its own vLLM there."""
+    """WORKSPACE_HOME, if it is meant for this checkout: a second checkout in the same container
+    must not install its vLLM there."""
     if os.environ.get("WORKSPACE_HOME_FOR", str(ROOT)) == str(ROOT):
         return Path(os.environ.get("WORKSPACE_HOME") or ROOT)
     return ROOT
 
 
 HOME = _home()
-"""Where environments are: in the checkout; in a container in its image, so that neither the host
-nor a container whose checkout it shares takes the other's."""
+"""Where environments are: in the checkout, for a container in its image, because its checkout is
+shared with the host."""
 MACHINE = HOME / ".workspace"
-"""What the workspace makes for this machine or container: tools, links to its libraries."""
+"""Files for this machine or container: tools, links to its libraries."""
 
 TOOLS = MACHINE / "tools"
 """uv, and what a bare system lacks."""
 HEADERS = STATE / "headers"
-"""Headers that a bundle brought, for a host without the package that holds them."""
+"""Headers from a bundle, for a host without the package that holds them."""
 
 
 def cache_root() -> Path:
-    """What all checkouts of this user share: $WORKSPACE_CACHE, else vllm-kernels in the user's
-    cache folder."""
-    given = os.environ.get("WORKSPACE_CACHE")
+    """The cache that all checkouts of this user share."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else home / "vllm-kernels"
+    return Path(os.environ.get("WORKSPACE_CACHE") or home / "vllm-kernels")
 
 
 def cache_folder(sha256: str) -> Path:
-    """Where a fetched file with this sha256 is kept."""
+    """The folder in the cache for a fetched file with this sha256."""
     return cache_root() / sha256[:16]
 
 
 def lock_path(version: str, *, gpu: bool = False) -> Path:
-    """The lock of a vLLM release; `gpu`: what only a GPU engine needs beside it."""
+    """The lock of a vLLM release; `gpu`: the additional packages of a GPU engine."""
     return LOCKS / f"vllm-{version}{'-gpu' if gpu else ''}.txt"
 
 
 def lock_files(version: str, device: str) -> list[Path]:
-    """The locks of a vLLM release that an environment for `device` is made from."""
+    """The locks of an environment for a vLLM release on `device`."""
     files = [lock_path(version)]
     return [*files, lock_path(version, gpu=True)] if device == "cuda" else files

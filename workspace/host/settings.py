@@ -1,31 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which environment a verb uses: what makes it, for which device, Python and vLLM release.
+"""Which environment a verb uses: ENV, DEVICE, PYTHON and VLLM_VERSION.
 
-Bootstrap reads the make variables and hands them on under names of the workspace's own: vLLM warns
-of a VLLM_VERSION, and a shell would run the file that ENV names.
+Bootstrap reads these make variables and passes them on as WORKSPACE_ variables: vLLM warns of a
+VLLM_VERSION, and a shell would run the file that ENV names.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from workspace.host.options import choice, declared, read, text
 
 Device = Literal["cuda", "cpu"]
-HANDED_ON = {
+EXPORTED = {
     "ENV": "WORKSPACE_ENV",
     "DEVICE": "WORKSPACE_DEVICE",
     "PYTHON": "WORKSPACE_PYTHON",
     "VLLM_VERSION": "WORKSPACE_RELEASE",
 }
-"""Make variable → the workspace's own, which reaches every process that a verb starts."""
+"""Make variable → the variable that every process of a verb inherits."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose; None leaves it to the machine or to what is set up already."""
+    """What the user chose; None: by the machine or by what is set up already."""
 
     env: str | None = choice(
         "ENV",
@@ -55,27 +56,34 @@ class Settings:
 
     @property
     def mode(self) -> str:
-        """What makes the environment."""
+        """What makes the environment: uv, conda or system."""
         return self.env or "uv"
 
 
 def current() -> Settings:
-    """What was chosen: by make variables in bootstrap, by the workspace's own after it.
+    """The settings of this process: from make variables in bootstrap, then from WORKSPACE_ ones.
 
     Raises:
-        WorkspaceError: a value that is not known.
+        WorkspaceError: a value is not valid.
     """
-    return read(
-        Settings,
-        {name: os.environ.get(name) or os.environ.get(own, "") for name, own in HANDED_ON.items()},
-    )
+    get = os.environ.get
+    return read(Settings, {name: get(name) or get(ours, "") for name, ours in EXPORTED.items()})
 
 
-def hand_on(chosen: Settings) -> None:
-    """Let this process and those that it starts see the choice; the make variables end here."""
+def export(chosen: Settings) -> None:
+    """Pass the settings on to this process and its children; remove the make variables."""
     for name, option in declared(Settings):
-        value, own = getattr(chosen, name), HANDED_ON[option.variable]
-        for variable in (option.variable, own):
+        value, exported = getattr(chosen, name), EXPORTED[option.variable]
+        for variable in (option.variable, exported):
             os.environ.pop(variable, None)
         if value is not None:
-            os.environ[own] = value
+            os.environ[exported] = value
+
+
+def device() -> Device:
+    """DEVICE= if given, else cuda where the NVIDIA driver (or WSL's) made a GPU device."""
+    if chosen := current().device:
+        return chosen
+    # Device files, because calling nvidia-smi can take seconds.
+    gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return "cuda" if gpu else "cpu"

@@ -13,10 +13,9 @@ VARIABLE = "WORKSPACE_LOCK_FD"
 
 
 def take(verb: str) -> None:
-    """Acquire the checkout's set-up lock; the verb releases it when its set-up is done.
+    """Acquire the set-up lock of the checkout; the verb releases it when its set-up is done.
 
-    The lock belongs to the open file, so it ends with the last process that holds it, however
-    that process ends.
+    The lock belongs to the open file, so it ends with the last process that has it open.
     """
     STATE.mkdir(exist_ok=True)
     descriptor = os.open(STATE / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -26,7 +25,7 @@ def take(verb: str) -> None:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         say(f"waiting: another make holds this checkout ({holder or 'unknown'})")
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    if os.geteuid() == 0:  # under sudo it stays the owner's, who takes it next
+    if os.geteuid() == 0:  # under sudo: the owner of the checkout must be able to take it next
         os.fchown(descriptor, ROOT.stat().st_uid, ROOT.stat().st_gid)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"make {verb}, process {os.getpid()}".encode(), 0)
@@ -35,14 +34,14 @@ def take(verb: str) -> None:
 
 
 def held() -> tuple[int, ...]:
-    """What a program that changes files is started with (`pass_fds`): where this process is killed
-    and that program lives on, the next run waits for it."""
+    """`pass_fds` for a program that changes files: if this process is killed and that program
+    continues, the next run waits for it."""
     descriptor = os.environ.get(VARIABLE)
     return (int(descriptor),) if descriptor else ()
 
 
 def release() -> None:
-    """Set-up is done: another make may start its own."""
+    """Set-up is done: another make may start."""
     for descriptor in held():
         os.close(descriptor)
     os.environ.pop(VARIABLE, None)

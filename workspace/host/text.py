@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What messages are made of: a line of progress, numbers of things, commands to copy."""
+"""Parts of messages: a line of progress, counts, commands to copy."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def last_line(output: str) -> str:
+    """The last line of a program's error output: usually the reason of the failure."""
+    return (output.strip().splitlines() or ["no message"])[-1]
+
+
 def duration(seconds: float) -> str:
-    """ "45 s", "4 min", for reading: as exact as an estimate is."""
+    """ "45 s", "4 min": rounded as an estimate is."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def make_command(verb: str, **variables: object) -> str:
-    """`make VERB NAME=value …` as it is typed into a shell; a variable that is None is left out."""
+    """`make VERB NAME=value …` for a shell, without the variables that are None."""
     words = [
         # make expands what a shell hands it: a $ is written twice.
         f"{name}={shlex.quote(str(value).replace('$', '$$'))}"

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pins.toml as a checked model: every version and every hash, read from one place."""
+"""pins.toml as a checked model: every version and every hash, read only here."""
 
 from __future__ import annotations
 
 import platform
 import sys
-import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import PINS
-from workspace.pins.release import selected
+from workspace.host.settings import Device
+from workspace.pins.release import parse, selected
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Device = Literal["cuda", "cpu"]
 
 
 class _Model(BaseModel):
@@ -29,7 +28,7 @@ class Python(_Model):
 
 
 class Artifact(_Model):
-    """One file of a package index: the project it belongs to, its name and its sha256."""
+    """A file of a package index."""
 
     project: str
     filename: str
@@ -66,7 +65,7 @@ class Cuda(_Model):
 
     @property
     def packages_hold_nvcc(self) -> bool:
-        """NVIDIA's packages do since CUDA 13; those of CUDA 12 have headers and libraries only."""
+        """True from CUDA 13; NVIDIA's packages of CUDA 12 have headers and libraries only."""
         return self.major >= 13
 
 
@@ -83,10 +82,10 @@ class Release(_Model):
     cupy: str
     sdist: Artifact
     binaries: dict[Device, dict[str, Artifact | dict[str, Artifact]]]
-    """By device and machine; where a wheel serves one Python only, by Python, too."""
+    """By device and machine; if a wheel is for one Python version, also by Python version."""
     cuda: Cuda
     packages: dict[str, str] = Field(default_factory=dict)
-    """What this release needs instead of, or beside, the packages of all releases."""
+    """Packages of this release, instead of or in addition to those of all releases."""
 
     @property
     def cupy_package(self) -> str:
@@ -95,25 +94,27 @@ class Release(_Model):
     def binary(
         self, device: Device, machine: str | None = None, python: str | None = None
     ) -> Artifact:
-        """The wheel whose compiled parts run on `device`, with this Python on this machine, or with
-        those given."""
+        """The wheel with the compiled parts for `device`; machine and Python default to these.
+
+        Raises:
+            WorkspaceError: none is pinned.
+        """
         machine, python = machine or platform.machine(), python or python_version()
         wheels = self.binaries.get(device, {})
-        found = wheels.get(machine)
-        if found is None:
-            known = ", ".join(sorted(wheels)) or "none"
+        wheel = wheels.get(machine)
+        if wheel is None:
             raise WorkspaceError(
-                f"no pinned vLLM binaries for {device} on {machine} (there are: {known}); "
-                "add the wheel to pins.toml"
+                f"no pinned vLLM binaries for {device} on {machine} (pinned: "
+                f"{', '.join(sorted(wheels)) or 'none'}); add the wheel to pins.toml"
             )
-        if isinstance(found, Artifact):
-            return found
-        if python not in found:
+        if isinstance(wheel, Artifact):
+            return wheel
+        if python not in wheel:
             raise WorkspaceError(
-                f"no vLLM binaries for {device} on {machine} with Python {python}; give PYTHON= "
-                f"one of {', '.join(sorted(found))}"
+                f"no vLLM binaries for {device} on {machine} with Python {python}; set PYTHON= to "
+                f"one of {', '.join(sorted(wheel))}"
             )
-        return found[python]
+        return wheel[python]
 
 
 class Vllm(_Model):
@@ -131,7 +132,7 @@ class Pins(_Model):
     uv: Uv
     container: Container
     conda: dict[str, str]
-    """Packages of every environment that conda makes, beside a release's CUDA tool chain."""
+    """Packages of every conda environment, in addition to the CUDA tool chain of the release."""
     cuda: Architectures
     vllm: Vllm
     packages: Packages
@@ -139,21 +140,16 @@ class Pins(_Model):
     def release(self, version: str | None = None) -> Release:
         """The pins of a release; without `version`, of the selected one."""
         version = version or selected()
-        try:
-            return self.vllm.release[version]
-        except KeyError:
+        if version not in self.vllm.release:
             known = ", ".join(self.vllm.release)
-            raise WorkspaceError(f"vLLM {version} is not pinned; pins.toml has {known}") from None
+            raise WorkspaceError(f"vLLM {version} is not pinned; pins.toml has {known}")
+        return self.vllm.release[version]
 
 
 def read(path: Path) -> Pins:
     """Read and check a pins file; raises WorkspaceError naming the first wrong entry."""
     try:
-        return Pins.model_validate(tomllib.loads(path.read_text()))
-    except FileNotFoundError:
-        raise WorkspaceError(f"{path} is missing; run: git checkout pins.toml") from None
-    except tomllib.TOMLDecodeError as error:
-        raise WorkspaceError(f"{path} is not valid TOML: {error}") from None
+        return Pins.model_validate(parse(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -162,5 +158,5 @@ def read(path: Path) -> Pins:
 
 @cache
 def load() -> Pins:
-    """The workspace's own pins."""
+    """The pins of this checkout."""
     return read(PINS)

@@ -24,8 +24,8 @@ from custom_kernels.operation import Backend
 from rich.console import Console
 
 from workspace import verbs
-from workspace.environment.device import device
 from workspace.host.errors import WorkspaceError
+from workspace.host.settings import device
 from workspace.host.text import say
 from workspace.watch.fork_client import ForkServer
 from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect

@@ -33,7 +33,7 @@ GPU = {"name": "a GPU", "driver": "580", "capability": "9.0"}
 
 @pytest.fixture(scope="module")
 def here() -> dict[str, Any]:
-    return inventory.take()
+    return inventory.collect()
 
 
 def a_host(here: dict[str, Any], **changes: Any) -> Host:

@@ -86,7 +86,7 @@ def offline() -> list[str]:
 
 def host_python(folder: Path) -> Path:
     """An environment whose packages are this one's, without some: links, so it takes no time."""
-    binary = uv.obtain(sys.executable, load().model_dump())
+    binary = uv.obtain(sys.executable)
     python = folder / "bin" / "python"
     # A bare Debian's venv cannot bring pip, and uv's --seed would bring setuptools, too.
     environment = os.environ | index.uv_environment()

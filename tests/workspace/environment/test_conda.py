@@ -59,7 +59,7 @@ def test_conda_reads_every_entry_as_one_exact_version(version: str) -> None:
 
 @EACH_RELEASE
 def test_the_file_says_what_ENV_conda_asks_for(version: str) -> None:
-    assert specs(version) == conda.specs(load().model_dump(), version)
+    assert specs(version) == conda.specs(version)
     assert described(version)["channels"] == [conda.CHANNEL, "nodefaults"]
 
 
@@ -97,7 +97,7 @@ def test_the_environments_pip_takes_the_lock_with_its_extras(tmp_path: Path) -> 
     """pip 23.2 does not: in a file with hashes it wants `pydantic[email]` for itself."""
     if selected() != load().vllm.default:
         pytest.skip("the packages to try it with are those of the default release")
-    binary = uv.obtain(sys.executable, load().model_dump())
+    binary = uv.obtain(sys.executable)
     place = tmp_path / "environment"
     subprocess.run([binary, "venv", "-q", "--python", sys.executable, place], check=True)
     pip = f"pip=={load().conda['pip']}"

@@ -37,7 +37,7 @@ def tool(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder for PATH with the command (where there is a small checkout to use it on)."""
     folder = tmp_path_factory.mktemp("conda")
     records = conda_channel.describe(folder / "records")
-    chosen = conda_channel.solve(conda.specs(load().model_dump(), RELEASE), records)
+    chosen = conda_channel.solve(conda.specs(RELEASE), records)
     channel = conda_channel.pack(folder / "channel", {*chosen.items(), ("ccache", "4.3")})
     return conda_channel.command(folder / "bin", channel)
 
@@ -96,7 +96,7 @@ def test_the_doctor_names_what_is_not_as_pinned_or_comes_in_front_of_torch(made:
     try:
         nccl.write_text('{"name": "nccl", "version": "2.28.9"}')
         row = doctor(made)["conda"]
-        assert row["detail"] == "nccl beside the same library of pip's torch"
+        assert row["detail"] == "nccl: duplicates of libraries of pip's torch"
         assert row["remedy"] == shlex.join(["conda", "remove", "-p", str(prefix), "nccl"])
         ccache.write_text(text.replace(f'"{load().conda["ccache"]}"', '"4.9"'))
         assert doctor(made)["conda"]["detail"] == "differ from pins.toml: ccache 4.9"
@@ -215,7 +215,9 @@ def test_cut_off_half_way_the_next_run_makes_it_whole(small_checkout: Checkout, 
     result = checkout.make("kernels", STOP_HALF_WAY="1")
     assert result.returncode != 0
     assert "critical libmamba the network went away" in result.stdout
-    assert result.stdout.count("error: micromamba could not make .conda (its output is above)") == 1
+    assert (
+        result.stdout.count("error: micromamba could not create .conda (its output is above)") == 1
+    )
     assert "Traceback" not in result.stdout
     assert (checkout.root / ".conda" / "bin" / "python").exists()
     assert not (checkout.root / ".conda" / "bin" / "nvcc").exists()
@@ -261,7 +263,7 @@ def test_a_conda_environment_of_the_users_own_is_never_touched(
     own.parent.mkdir(parents=True)
     own.write_text("mine")
     result = with_conda(small_checkout, tool).make("dev")
-    assert "/.conda is there, but this workspace did not make it; move it away" in result.stdout
+    assert "/.conda exists, but this workspace did not make it; move it away" in result.stdout
     assert result.returncode != 0
     assert own.read_text() == "mine"
 

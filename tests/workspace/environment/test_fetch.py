@@ -258,11 +258,11 @@ def test_another_host_is_not_told_the_indexs_password(
 @pytest.mark.parametrize(
     ("fault", "login", "says"),
     [
-        ("no index", f"{USER}:{quote(PASSWORD, safe='')}", "does not answer as one"),
+        ("no index", f"{USER}:{quote(PASSWORD, safe='')}", "is not one"),
         ("absent", f"{USER}:{quote(PASSWORD, safe='')}", "no thing-1.0.tar.gz"),
         ("", f"{USER}:wrong-one", "answered 401"),
-        ("", f"{USER}:wrong/one", "cannot be read; .* written as %2F"),
-        ("", f"{USER}:wrong[one", "cannot be read"),
+        ("", f"{USER}:wrong/one", "is not valid; .* written as %2F"),
+        ("", f"{USER}:wrong[one", "is not valid"),
     ],
 )
 def test_no_message_shows_the_indexs_password(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in front of the fork and the locked packages is named, with what brings it."""
+"""Files that shadow the fork or a locked package are named, with their origin."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def write(*paths: Path) -> None:
 
 @needs_dev
 def test_an_engine_would_import_the_fork_and_the_locked_packages() -> None:
-    found = imports.look(tree())
-    assert found.hidden == []
-    assert Path(found.files["vllm"]).resolve() == tree().resolve() / "vllm/__init__.py"
-    assert Path(found.files["custom_kernels"]).is_relative_to(KERNELS)
+    found = imports.probe(tree())
+    assert found.shadowed == []
     assert found.versions["torch"] == metadata.version("torch")
+    for name, folder in (("vllm", tree().resolve()), ("custom_kernels", KERNELS)):
+        assert imports._locate(name)[0].resolve() == folder / name
 
 
 @needs_dev
-def test_all_that_hides_ours_is_named_with_what_brings_it(tmp_path: Path) -> None:
-    """And a plugin of the user's own that comes the same way hides nothing."""
+def test_every_module_that_is_shadowed_is_named_with_the_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a plugin of the user in the same folder shadows nothing."""
     mine, other, added = tmp_path / "mine", tmp_path / "other", tmp_path / "added"
     write(mine / "my_plugin/__init__.py", other / "vllm/__init__.py", other / "json/__init__.py")
     write(other / "nvidia/mine/__init__.py")  # a part of a namespace that nobody else has
@@ -47,13 +49,13 @@ def test_all_that_hides_ours_is_named_with_what_brings_it(tmp_path: Path) -> Non
     )
     write(other / "nvidia" / taken.name / "lib.py", added / "typer.py")
     (mine / "sitecustomize.py").write_text(f"import sys; sys.path.insert(0, {str(added)!r})\n")
-    env = os.environ | {"PYTHONPATH": f"{mine}{os.pathsep}{other}"}
-    found = {one.module: one for one in imports.look(tree(), env).hidden}
+    monkeypatch.setenv("PYTHONPATH", f"{mine}{os.pathsep}{other}")
+    found = {module.module: module for module in imports.probe(tree()).shadowed}
     assert set(found) == {"vllm", "json", f"nvidia.{taken.name}", "typer"}
     assert found["vllm"].file == str(other / "vllm/__init__.py")
-    assert found["vllm"].brought_by == "PYTHONPATH"
+    assert found["vllm"].origin == "PYTHONPATH"
     assert found["vllm"].remedy == f"take {other} out of PYTHONPATH"
-    assert str(mine / "sitecustomize.py") in found["typer"].brought_by
+    assert str(mine / "sitecustomize.py") in found["typer"].origin
 
 
 @needs_dev
@@ -63,7 +65,7 @@ def test_a_version_that_is_not_the_locked_one_is_seen_where_the_engine_sees_it(
     write(tmp_path / "torch-1.0.dist-info/METADATA")
     (tmp_path / "torch-1.0.dist-info/METADATA").write_text("Name: torch\nVersion: 1.0\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    seen = imports.look(tree())
+    seen = imports.probe(tree())
     assert doctor.packages("uv", seen).detail.endswith("differ from the lock: torch 1.0")
 
 
@@ -74,12 +76,12 @@ def test_packages_of_the_users_own_are_named(
     monkeypatch.setattr(imports.site, "getusersitepackages", lambda: str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
-    (one,) = imports.hidden(tree())
-    assert (one.module, one.file) == ("vllm", str(tmp_path / "vllm.py"))
-    assert (one.brought_by, one.remedy) == (imports.USER_SITE, "export PYTHONNOUSERSITE=1")
+    (module,) = imports.shadowed(tree())
+    assert (module.module, module.file) == ("vllm", str(tmp_path / "vllm.py"))
+    assert (module.origin, module.remedy) == (imports.USER_SITE, "export PYTHONNOUSERSITE=1")
 
 
-def test_verbs_refuse_what_hides_ours_and_the_doctor_says_so(
+def test_verbs_refuse_shadowed_modules_and_the_doctor_names_them(
     ready_checkout: Checkout, tmp_path: Path
 ) -> None:
     checkout = ready_checkout

@@ -61,9 +61,9 @@ def test_what_a_tool_says_is_shown_without_passwords(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("UV_INDEX", "more=http://token-of-mine@127.0.0.1:9/simple?a=b")
     monkeypatch.setenv("UV_INDEX_MORE_PASSWORD", "elsewhere")
     for secret in ("me:un/encoded", "un/encoded", "token-of-mine", "elsewhere"):
-        told = index.hide(f"error: http://{secret}@127.0.0.1:8/simple does not answer")
-        assert secret not in told
-        assert "127.0.0.1:8/simple does not answer" in told
+        shown = index.redact(f"error: http://{secret}@127.0.0.1:8/simple does not answer")
+        assert secret not in shown
+        assert "127.0.0.1:8/simple does not answer" in shown
 
 
 def test_an_address_may_hold_an_equals_sign(monkeypatch: pytest.MonkeyPatch) -> None:

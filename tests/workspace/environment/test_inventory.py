@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.conftest import BASE_PYTHON, Checkout
-from workspace.bundle import target, unbundle
+from workspace.bundle import target
 from workspace.environment import create, inventory
 from workspace.host.errors import WorkspaceError
 
@@ -23,19 +22,6 @@ def pythons() -> list[Path]:
     versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
     found = [*versions.glob("3.[89].*/bin/python3"), *versions.glob("3.1?.*/bin/python3")]
     return sorted(path.resolve() for path in found) or [Path(sys.executable)]
-
-
-@pytest.mark.parametrize(
-    "file", [inventory.__file__, unbundle.__file__], ids=["inventory", "unbundle"]
-)
-def test_a_file_that_travels_alone_needs_only_the_standard_library(file: str) -> None:
-    names = set()
-    for node in ast.walk(ast.parse(Path(file).read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
-    assert names <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("python", pythons(), ids=lambda path: path.parts[-3])
@@ -125,7 +111,7 @@ def test_what_the_inventory_counts_is_what_set_up_sees(
     installed = Path(user_site) / "torch-2.11.0.dist-info"
     installed.mkdir(parents=True)
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
-    create._system_environment(tmp_path / "overlay", BASE_PYTHON, {}, [])
+    create._system_environment(tmp_path / "overlay", BASE_PYTHON, [])
     counted = packages(BASE_PYTHON)[1]
     assert counted["torch"]["version"] == "2.11.0"
     assert packages(str(tmp_path / "overlay/bin/python"))[1] == counted

@@ -25,11 +25,9 @@ import pytest
 
 from tests.workspace.conftest import BINARIES, KILLS, UNREACHABLE, Checkout, still_running
 from tests.workspace.test_dev import mounted
-from workspace import verbs
 from workspace.fork import build, build_log, upstream_sources
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
-from workspace.host.options import read
 from workspace.host.paths import ROOT
 from workspace.pins.model import Device, load
 from workspace.pins.release import selected, tree
@@ -156,7 +154,7 @@ def test_one_extension_of_a_precompiled_tree_is_built_and_the_wheels_comes_back(
 
     unknown = checkout.make("fork-build", "TARGET=_moe", given)
     assert unknown.returncode != 0
-    assert "TARGET=_moe is not an extension; there are _C, _moe_C" in unknown.stdout
+    assert "TARGET=_moe is not an extension; use one of _C, _moe_C" in unknown.stdout
 
     result = checkout.make("fork-build", "TARGET=_C", given)
     assert result.returncode == 0, result.stdout
@@ -441,12 +439,6 @@ def test_jobs_are_limited_by_memory_as_well_as_cores(
     assert build.jobs(3, device, cores, gib) == 3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("asked", ["0", "-1", "many", "1.5"])
-def test_jobs_that_are_no_number_are_refused(asked: str) -> None:
-    with pytest.raises(WorkspaceError, match=f"JOBS={re.escape(asked)} is not a number"):
-        read(verbs.ForkBuild, {"JOBS": asked})
-
-
 @pytest.mark.parametrize(
     ("asked", "taken"), [("9.0a", "9.0a"), ("8.0,9.0a", "8.0;9.0a"), ("10.0f 12.0", "10.0f;12.0")]
 )
@@ -461,7 +453,7 @@ def test_an_architecture_that_is_none_is_refused() -> None:
 
 @pytest.mark.skipif(any(Path("/dev").glob("nvidia[0-9]*")), reason="there is a GPU here")
 def test_without_a_gpu_the_architecture_has_to_be_named() -> None:
-    with pytest.raises(WorkspaceError, match=r"name it, e\.g\. CUDA_ARCHS=9\.0a"):
+    with pytest.raises(WorkspaceError, match=r"name the architecture: CUDA_ARCHS=9\.0a"):
         build.architectures(None, "cuda")
 
 
@@ -474,13 +466,13 @@ def test_the_architecture_is_that_of_the_gpu() -> None:
 
 
 def test_a_full_disk_and_too_little_memory_are_said_in_words(tmp_path: Path) -> None:
-    assert "a disk is full" in build_log.why(
+    assert "a disk is full" in build_log.remedy(
         "fatal error: when writing: No space left on device", tmp_path
     )
-    assert "JOBS=1" in build_log.why(
+    assert "JOBS=1" in build_log.remedy(
         "g++: fatal error: Killed signal terminated program cc1plus", tmp_path
     )
-    assert build_log.why("error: expected ';'", tmp_path) == ""
+    assert build_log.remedy("error: expected ';'", tmp_path) == ""
 
 
 def test_without_a_compiler_the_error_says_what_to_install(

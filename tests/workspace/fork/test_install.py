@@ -14,6 +14,7 @@ import pytest
 from tests.workspace.conftest import wheel_bytes
 from workspace.environment import system_packages
 from workspace.fork import install
+from workspace.fork.built_from import manifest_path, read_manifest
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT
@@ -48,18 +49,18 @@ def test_the_version_names_the_device(device: str, label: str) -> None:
     assert install.version_label("0.25.1", device, "13.0") == label  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not install.manifest().exists(), reason="run make dev first")
+@pytest.mark.skipif(not manifest_path().exists(), reason="run make dev first")
 def test_the_binaries_of_this_checkout_are_those_of_the_wheel() -> None:
-    manifest = install.read_manifest()
-    assert manifest["files"]
-    for name, crc in manifest["files"].items():
+    manifest = read_manifest()
+    assert manifest.files
+    for name, crc in manifest.files.items():
         assert install.checksum(tree() / name) == crc, name
 
 
-@pytest.mark.skipif(not install.manifest().exists(), reason="run make dev first")
+@pytest.mark.skipif(not manifest_path().exists(), reason="run make dev first")
 def test_git_in_the_fork_does_not_see_the_binaries() -> None:
     untracked = git("ls-files", "--others", "--exclude-standard", tree=tree()).splitlines()
-    assert set(untracked).isdisjoint(install.read_manifest()["files"])
+    assert set(untracked).isdisjoint(read_manifest().files)
 
 
 def test_a_bare_system_gets_what_it_lacks_from_the_distribution(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_what_is_brought_along_is_there_in_every_later_python(tmp_path: Path) ->
     line = "import os; added = '/a:/b'; os.environ.update(CPATH=added)"
     code = (
         f"import sys; sys.path += {host!r}; sys.path.insert(0, {str(ROOT)!r}); "
-        f"from workspace.fork import install; install._at_every_start('test', {line!r}); "
+        f"from workspace.fork import install; install._at_startup('test', {line!r}); "
         "import os; print(os.environ['CPATH'])"
     )
     here = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)

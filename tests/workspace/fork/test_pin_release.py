@@ -76,7 +76,9 @@ def test_adding_twice_adds_once_and_keeps_the_rest_of_the_file(
 
 
 def test_a_release_that_the_index_does_not_have_lists_the_newest(text: str) -> None:
-    with pytest.raises(WorkspaceError, match=r"no vLLM 0\.0\.99; the newest are .*\d+\.\d+"):
+    with pytest.raises(
+        WorkspaceError, match=r"no sdist of vLLM 0\.0\.99; the newest are .*\d+\.\d+"
+    ):
         pin_release.look_up("0.0.99", like=OLD)
 
 

@@ -157,7 +157,7 @@ def test_export_then_apply_gives_the_same_tree(fork: Checkout, tmp_path: Path) -
     succeed(fork, "fork-export", **nasty)
     files = sorted(path.name for path in (fork.root / "vllm-fork/patches" / OLD).iterdir())
     assert files == ["0001-add-a-line.patch", "0002-first.patch", "0003-second.patch"]
-    assert "already" in succeed(fork, "fork-export")  # byte for byte what it is without them
+    assert "up to date" in succeed(fork, "fork-export")  # byte for byte what it is without them
     (fork.src / "vllm/fresh.py").write_text("ignored = 'by the user only'\n")
     found = json.loads(succeed(fork, "fork-status", "JSON=1", **nasty))
     assert (found["own_commits"], found["uncommitted"]) == ([], ["?? vllm/fresh.py"])
@@ -172,7 +172,7 @@ def test_a_second_export_writes_nothing(fork: Checkout) -> None:
     succeed(fork, "fork-export")
     folder = fork.root / "vllm-fork/patches" / OLD
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert "holds all 2 commits already" in succeed(fork, "fork-export")
+    assert "is up to date: 2 commits" in succeed(fork, "fork-export")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
@@ -183,7 +183,7 @@ def test_export_says_what_is_not_in_it(fork: Checkout) -> None:
     (fork.src / "vllm/kept.py").write_text("edited = True\n")
     said = succeed(fork, "fork-export")
     assert "1 uncommitted edit" in said
-    assert "1 commit of other branches or stashes" in said
+    assert "1 commit on other branches or stashes" in said
     assert (fork.src / "vllm/kept.py").read_text() == "edited = True\n"
 
 
@@ -307,7 +307,7 @@ def test_a_release_that_is_not_pinned_is_one_clear_error(fork: Checkout) -> None
 
 def test_a_tree_that_is_not_there_costs_no_environment(fork: Checkout) -> None:
     shutil.rmtree(fork.root / f".venv-{NEW}", ignore_errors=True)
-    assert "is not there; run: make dev" in fail(fork, "fork-export", f"VLLM_VERSION={NEW}")
+    assert "does not exist; run: make dev" in fail(fork, "fork-export", f"VLLM_VERSION={NEW}")
     assert not (fork.root / f".venv-{NEW}").exists()
 
 
@@ -319,7 +319,7 @@ def test_rebase_carries_the_commits_and_keeps_the_old_release(
 ) -> None:
     mine = commit(fork, "vllm/mine.py", "mine = 1\r\n", "Mine\n\nBödy.")
     said = succeed(fork, "fork-rebase", f"VERSION={NEW}", **nasty_settings(tmp_path))
-    assert f"vllm-fork/src shows vLLM {NEW} now, with 2 commits" in said
+    assert f"vllm-fork/src points at vLLM {NEW}, with 2 commits" in said
     assert envs(fork) == "zeroth = 0\nfirst = 1\nadded = True\nsecond = 2\nthird = 3\nfourth = 4\n"
     # Of the user's settings only who they are.
     assert fork.git("log", "-1", "--format=%an, %cn %B") == "U, Jo Doe Mine\n\nBödy."
@@ -352,7 +352,7 @@ def test_a_conflict_leaves_the_user_in_it_with_the_files_and_the_next_command(
     assert "<<<<<<<" in (fork.src / "vllm/kept.py").read_text()
     assert "at commit 3 of 4, conflicts in vllm/kept.py" in status(fork)["rebase"]
     for verb in ("dev", "bench", "test"):
-        assert "a rebase is under way" in fail(fork, verb)
+        assert "a rebase is in progress" in fail(fork, verb)
     assert "conflicts in vllm/kept.py" in fail(fork, "fork-rebase")
     (fork.src / "vllm/kept.py").write_text("both = True\n")
     fork.git("add", "vllm/kept.py")
@@ -380,7 +380,7 @@ def test_abort_returns_to_exactly_where_the_user_was(fork: Checkout) -> None:
              (fork.root / "pins.toml").read_text(), status(fork))  # fmt: skip
     assert after == before
     assert not fork.tree(NEW).exists()
-    assert "no rebase is under way" in fail(fork, "fork-rebase", "ABORT=1")
+    assert "no rebase is in progress" in fail(fork, "fork-rebase", "ABORT=1")
     assert succeed(fork, "dev").strip() == "· ready"
 
 
@@ -403,7 +403,7 @@ def test_what_the_new_releases_queue_has_is_not_carried_twice(fork: Checkout) ->
     succeed(fork, "fork-export")
     succeed(fork, "dev", f"VLLM_VERSION={OLD}")
     commit(fork, "vllm/mine.py", "mine = 1\n", "Mine")
-    assert "carrying 1 commit from" in succeed(fork, "fork-rebase", f"VERSION={NEW}")
+    assert "rebasing 1 commit from" in succeed(fork, "fork-rebase", f"VERSION={NEW}")
     assert fork.git("log", "--format=%s").splitlines()[:2] == ["Mine", "Add a line"]
     assert [line.split(" ", 1)[1] for line in status(fork)["own_commits"]] == ["Mine"]
 

@@ -40,6 +40,9 @@ def test_a_flag_can_be_said_to_be_off() -> None:
     [
         ("FORCE", "yes", "FORCE=yes is not known; use FORCE=1 or leave it out"),
         ("JOBS", "0", "JOBS=0 is not a number from 1 up; use e.g. JOBS=3"),
+        ("JOBS", "-1", "JOBS=-1 is not a number from 1 up; use e.g. JOBS=3"),
+        ("JOBS", "many", "JOBS=many is not a number from 1 up; use e.g. JOBS=3"),
+        ("JOBS", "1.5", "JOBS=1.5 is not a number from 1 up; use e.g. JOBS=3"),
         ("JOBS", "²", "JOBS=² is not a number from 1 up; use e.g. JOBS=3"),
         ("BUILD", "ful", "BUILD=ful is not known; use BUILD=full, BUILD=precompiled or BUILD=none"),
     ],
@@ -55,7 +58,7 @@ def test_a_value_that_cannot_be_is_one_line_with_those_that_can(
 def test_settings_are_handed_on_by_the_workspaces_own_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for names in settings.HANDED_ON.items():
+    for names in settings.EXPORTED.items():
         for variable in names:
             monkeypatch.setenv(variable, "")
     monkeypatch.setenv("ENV", "conda")
@@ -63,7 +66,7 @@ def test_settings_are_handed_on_by_the_workspaces_own_names(
     monkeypatch.setenv("WORKSPACE_DEVICE", "cpu")
     chosen = settings.current()
     assert chosen == settings.Settings("conda", "cpu", None, None)
-    settings.hand_on(chosen)
+    settings.export(chosen)
     assert os.environ["WORKSPACE_ENV"] == "conda"
     assert {"ENV", "DEVICE", "WORKSPACE_PYTHON", "WORKSPACE_RELEASE"}.isdisjoint(os.environ)
     assert settings.current() == chosen

@@ -44,7 +44,7 @@ def test_a_python_without_a_wheel_is_told_which_ones_have_one(
     monkeypatch.setattr(model.platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(model, "python_version", lambda: "3.13")
     with pytest.raises(
-        WorkspaceError, match=r"with Python 3\.13; give PYTHON= one of 3\.11, 3\.12"
+        WorkspaceError, match=r"with Python 3\.13; set PYTHON= to one of 3\.11, 3\.12"
     ):
         model.load().release("0.13.0").binary("cpu")
 
