@@ -16,23 +16,30 @@ import io
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
 
 from custom_kernels import registry
-from custom_kernels.bench import plan as bench
-from custom_kernels.bench.plan import UsageError
-from custom_kernels.bench.records import results_folder
+from custom_kernels.bench.plan import backend_names, choose, known
+from custom_kernels.bench.record import results_folder
+from custom_kernels.bench.report import label_text
+from custom_kernels.check.case import Case, contender_of
+from custom_kernels.command import UsageError, command, console, exit_with
 from custom_kernels.compile.toolchain import BuildError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 NCU = "NCU"
 """Environment variable that names the program."""
-PLACES = (
+INSTALLED = (
     "/usr/local/cuda/bin/ncu",
     "/opt/nvidia/nsight-compute/*/ncu",
     "/usr/local/cuda*/bin/ncu",
@@ -59,23 +66,19 @@ class Profile:
     occupancy: float | None
     """Achieved, percent of the warps an SM can hold."""
     occupancy_limit: float | None
-    registers: int | None
-    shared_bytes: int | None
-    grid: str
-    block: str
+    registers: float | None
+    shared_bytes: float | None
     stalls: tuple[tuple[str, float], ...]
     """The reasons for which warps waited most, and their share of the time between two
     instructions of a warp, percent."""
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Profile, or be the process that is profiled. Returns the exit status."""
     options = _parser().parse_args(arguments)
-    try:
-        return _call(options) if options.child else _profile(options)
-    except (UsageError, registry.BackendError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    (_call if options.child else _profile)(options)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,38 +98,29 @@ def _parser() -> argparse.ArgumentParser:
 # --- the process that is profiled -----------------------------------------------------------------
 
 
-def case_of(options: argparse.Namespace, definition: Any) -> Any:
-    """The one case that is asked for. Raises UsageError if there is none."""
-    model = options.model or definition.DEFAULT_MODELS[-1]
-    if model not in definition.MODELS:
-        raise UsageError(f"no model {model}; there are: {', '.join(definition.MODELS)}")
-    dtype = options.dtype or definition.DTYPES[0]
-    if dtype not in definition.DTYPES:
-        raise UsageError(f"no dtype {dtype}; there are: {', '.join(definition.DTYPES)}")
-    cases = list(definition.cases([model], [options.tokens], dtype))
-    for name in ("layer", "pattern"):
-        wanted = getattr(options, name)
-        there = list(dict.fromkeys(str(case.labels.get(name, "none")) for case in cases))
-        if wanted and wanted not in there:
-            raise UsageError(f"no {name} {wanted}; there are: {', '.join(there)}")
-        cases = [case for case in cases if not wanted or str(case.labels.get(name)) == wanted]
+def case_of(options: argparse.Namespace, definition: ModuleType) -> Case:
+    """The one case of these options.
+
+    Raises:
+        UsageError: there is none; names the values that exist.
+    """
+    models = known("model", [options.model or definition.DEFAULT_MODELS[-1]], definition.MODELS)
+    (dtype,) = known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)
+    cases = definition.cases(models, [options.tokens], dtype)
+    for label in ("layer", "pattern"):
+        cases = choose(cases, label, filter(None, [getattr(options, label)]))
     return cases[0]
 
 
-def _call(options: argparse.Namespace) -> int:
+def _call(options: argparse.Namespace) -> None:
     """Warm up, then one call between cudaProfilerStart and cudaProfilerStop."""
-    import torch
-
-    from custom_kernels.check.case import contender_of
-
-    definition = registry.operation(options.operation).cases
+    operation = registry.operation(options.operation)
     device = torch.device("cuda", torch.cuda.current_device())
-    case = case_of(options, definition)
-    dtype = options.dtype or definition.DTYPES[0]
+    case = case_of(options, operation.cases)
+    dtype = options.dtype or operation.cases.DTYPES[0]
     try:
-        backend = registry.operation(options.operation).backend(options.backend)
-        contender = contender_of(backend, device, dtype)
-    except (registry.BackendError, BuildError) as error:
+        contender = contender_of(operation.backend(options.backend), device, dtype)
+    except BuildError as error:
         raise UsageError(str(error)) from error
     inputs = case.empty_inputs(device)
     case.fill(inputs)
@@ -134,51 +128,44 @@ def _call(options: argparse.Namespace) -> int:
     for _ in range(3):  # compiles, searches, loads modules
         contender.run(*arguments)
     torch.cuda.synchronize(device)
-    runtime: Any = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()
     runtime.cudaProfilerStart()
     contender.run(*arguments)
     torch.cuda.synchronize(device)
     runtime.cudaProfilerStop()
-    return 0
 
 
 # --- the process that profiles --------------------------------------------------------------------
 
 
-def _profile(options: argparse.Namespace) -> int:
-    import torch
-
+def _profile(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise UsageError(
             "profiling needs a GPU and torch sees none; without one, "
             f"`make inspect K={options.operation}` shows registers, occupancy and instructions"
         )
     ncu = find_ncu()
-    definition = registry.operation(options.operation).cases
-    case = case_of(options, definition)
+    operation = registry.operation(options.operation)
+    case = case_of(options, operation.cases)
     device = torch.device("cuda", torch.cuda.current_device())
     if options.backend is None:
         first = next(iter(case.empty_inputs(torch.device("meta"))))
-        options.backend = registry.operation(options.operation).best(device, first.dtype).name
-    elif options.backend not in (known := bench.backend_names(options.operation)):
-        there = ", ".join(known)
-        raise UsageError(f"no backend {options.backend}; there are: {there}")
-    print(f"profiling {options.operation}.{options.backend} at {bench.label_text(case.labels)}")
+        options.backend = operation.best(device, first.dtype).name
+    known("backend", [options.backend], backend_names(options.operation))
+    name, labels = f"{operation}-{options.backend}", label_text(case.labels)
+    print(f"profiling {operation}.{options.backend} at {labels}")
     folder = options.output or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
-    place = re.sub(r"[^\w.-]+", "-", bench.label_text(case.labels))
-    report = folder / f"profile-{options.operation}-{options.backend}-{place}-{stamp}.ncu-rep"
+    slug = re.sub(r"[^\w.-]+", "-", labels)
+    report = folder / f"profile-{name}-{slug}-{stamp}.ncu-rep"
     run_ncu(ncu, report, [sys.executable, "-m", "custom_kernels.profile", *_child(options)])
     profiles = parse(_raw(ncu, report))
     if not profiles:
         raise UsageError(f"no kernel ran in the profiled call; ncu's report is {report}")
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(table(profiles))
-    console.print(f"wrote {report}; open it with ncu-ui", soft_wrap=True, markup=False)
-    return 0
+    screen = console(140)
+    screen.print(table(profiles))
+    screen.print(f"wrote {report}; open it with ncu-ui", soft_wrap=True, markup=False)
 
 
 def _child(options: argparse.Namespace) -> list[str]:
@@ -192,15 +179,12 @@ def _child(options: argparse.Namespace) -> list[str]:
 def find_ncu() -> str:
     """The program: $NCU, from PATH, or where CUDA's installer puts it. Raises UsageError."""
     if given := os.environ.get(NCU):
-        found = shutil.which(given)
-        if found is None:
-            raise UsageError(f"{NCU}={given} is not a program")
+        if found := shutil.which(given):
+            return found
+        raise UsageError(f"{NCU}={given} is not a program")
+    installed = (path for pattern in INSTALLED for path in sorted(glob.glob(pattern))[::-1])
+    if found := shutil.which("ncu") or next(installed, None):
         return found
-    if found := shutil.which("ncu"):
-        return found
-    places = [path for pattern in PLACES for path in sorted(glob.glob(pattern), reverse=True)]
-    if places:
-        return places[0]
     raise UsageError(
         "Nsight Compute (ncu) is not on PATH: install NVIDIA's package nsight-compute, or name "
         f"the program with {NCU}="
@@ -267,8 +251,8 @@ def _reason(output: str) -> str:
 
 
 def _raw(ncu: str, report: Path) -> str:
-    command = [ncu, "--import", str(report), "--page=raw", "--csv", "--print-units=base"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = [ncu, "--import", str(report), "--page=raw", "--csv", "--print-units=base"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UsageError(f"ncu cannot read its own report: {_reason(done.stdout + done.stderr)}")
     return done.stdout
@@ -286,46 +270,28 @@ def parse(raw: str) -> list[Profile]:
 
 
 def _figures(row: dict[str, str]) -> Profile:
-    def number(*names: str) -> float | None:
-        return next(
-            (value for name in names if (value := _number(row.get(name))) is not None), None
-        )
-
-    def whole(name: str) -> int | None:
-        value = number(name)
-        return None if value is None else round(value)
-
-    nanoseconds = number("gpu__time_duration.sum")
-    tensor = [
-        value
-        for name in row
-        if name and _TENSOR.search(name) and (value := _number(row[name])) is not None
-    ]
+    figures = {name: value for name, text in row.items() if (value := _number(text)) is not None}
+    nanoseconds = figures.get("gpu__time_duration.sum")
+    of_peak = "avg.pct_of_peak_sustained_elapsed"
+    tensor = [value for name, value in figures.items() if _TENSOR.search(name)]
     return Profile(
         kernel=row["Kernel Name"],
         microseconds=None if nanoseconds is None else nanoseconds / 1e3,
-        dram_percent=number(
-            "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-            "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        dram_percent=figures.get(
+            f"gpu__dram_throughput.{of_peak}", figures.get(f"dram__throughput.{of_peak}")
         ),
-        sm_percent=number("sm__throughput.avg.pct_of_peak_sustained_elapsed"),
+        sm_percent=figures.get(f"sm__throughput.{of_peak}"),
         tensor_percent=max(tensor, default=None),
-        occupancy=number("sm__warps_active.avg.pct_of_peak_sustained_active"),
-        occupancy_limit=number("sm__maximum_warps_per_active_cycle_pct"),
-        registers=whole("launch__registers_per_thread"),
-        shared_bytes=whole("launch__shared_mem_per_block"),
-        grid=row.get("Grid Size", ""),
-        block=row.get("Block Size", ""),
-        stalls=_stalls(row),
+        occupancy=figures.get("sm__warps_active.avg.pct_of_peak_sustained_active"),
+        occupancy_limit=figures.get("sm__maximum_warps_per_active_cycle_pct"),
+        registers=figures.get("launch__registers_per_thread"),
+        shared_bytes=figures.get("launch__shared_mem_per_block"),
+        stalls=_stalls(figures),
     )
 
 
-def _stalls(row: dict[str, str]) -> tuple[tuple[str, float], ...]:
-    cycles = {
-        found[1]: value
-        for name, text in row.items()
-        if name and (found := _STALL.match(name)) and (value := _number(text)) is not None
-    }
+def _stalls(figures: dict[str, float]) -> tuple[tuple[str, float], ...]:
+    cycles = {match[1]: value for name, value in figures.items() if (match := _STALL.match(name))}
     total = sum(cycles.values())
     cycles.pop("selected", None)  # the warp that issues does not wait
     worst = sorted(cycles.items(), key=lambda item: -item[1])[:TOP_STALLS]
@@ -339,8 +305,8 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def table(profiles: Sequence[Profile]) -> Any:
-    """A rich table: a line per kernel that the call launched."""
+def table(profiles: Sequence[Profile]) -> "Table":
+    """A line per kernel that the call launched."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -370,5 +336,4 @@ def _text(value: float | None, places: int = 1) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
-    sys.exit(main())
+    exit_with(main)

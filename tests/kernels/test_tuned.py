@@ -4,17 +4,16 @@ they should be."""
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import timeit
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from custom_kernels import paths, registry, tuned
+from custom_kernels.bench.record import Ceilings, ClockState, Provenance, Record, Row, Timed
 from custom_kernels.tuning import __main__ as command
 from custom_kernels.tuning import adopt
 
@@ -23,35 +22,57 @@ QKV = {"N": 1152, "K": 896, "bias": True}
 OUTPUT = {"N": 896, "K": 896, "bias": False}
 
 
-def contender(us: float, torch_us: float) -> dict[str, Any]:
+def timed(us: float, torch_us: float | None = 10.0) -> Timed:
     """As in a record: the ratio is to torch, and its interval one per cent to either side."""
+    times = {"us": us, "p20": us, "p80": us, "error": 0.0, "blocks": 9}
+    rates = {"tflops": 1.0, "gbytes_per_second": 1.0}
+    if torch_us is None:
+        return Timed(**times, **rates)
     ratio = torch_us / us
-    return {"us": us, "ratio": ratio, "low": 0.99 * ratio, "high": 1.01 * ratio}
+    return Timed(**times, **rates, ratio=ratio, low=0.99 * ratio, high=1.01 * ratio)
 
 
-def row(layer: str, m: int, **us: float) -> dict[str, Any]:
-    contenders: dict[str, Any] = {"torch": {"us": 10.0, "ratio": None, "low": None, "high": None}}
-    contenders |= {name: contender(time, 10.0) for name, time in us.items()}
-    labels = {"model": "qwen2.5-0.5b", "layer": layer, "M": m}
-    return {"labels": labels, "contenders": contenders}
+def row(layer: str, m: int, **us: float) -> Row:
+    return Row(
+        labels={"model": "qwen2.5-0.5b", "layer": layer, "M": m},
+        flops=1,
+        bytes=1,
+        peak="bfloat16",
+        input_sets=2,
+        rounds=1,
+        cold=True,
+        clocks=ClockState(),
+        contenders={"torch": timed(10.0, None), **{name: timed(t) for name, t in us.items()}},
+    )
+
+
+def with_rows(record: Record, *rows: Row, **provenance: str) -> Record:
+    changed = record.provenance.model_copy(update=provenance)
+    return record.model_copy(update={"rows": list(rows), "provenance": changed})
 
 
 @pytest.fixture
-def record() -> dict[str, Any]:
-    return {
-        "schema": 2,
-        "operation": "gemm",
-        "dtype": "bfloat16",
-        "backends": ["cublaslt", "skinny", "triton"],
-        "provenance": {"device": GPU, "torch": "2.11.0", "driver": "580", "unknown": 1},
-        "rows": [
+def record() -> Record:
+    return Record(
+        operation="gemm",
+        dtype="bfloat16",
+        baseline="torch",
+        backends=["cublaslt", "skinny", "triton"],
+        baselines=["torch"],
+        skipped={},
+        ceilings=Ceilings(bytes_per_second=1, flops_per_second={}),
+        summary={},
+        failures=[],
+        warnings=[],
+        provenance=Provenance(time="now", command="none", device=GPU, torch="2.11.0", python="3"),
+        rows=[
             row("qkv", 1, cublaslt=9, skinny=7, triton=8),
             row("qkv", 4, cublaslt=9, skinny=7, triton=8),
             row("qkv", 16, cublaslt=9, skinny=8.8, triton=9.5),
             row("qkv", 64, cublaslt=9, skinny=30, triton=8),
             row("o", 8, cublaslt=9, skinny=9, triton=9),
         ],
-    }
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +83,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned.forget()
 
 
-def test_what_was_adopted_is_found_and_nothing_is_extrapolated(record: dict[str, Any]) -> None:
+def test_what_was_adopted_is_found_and_nothing_is_extrapolated(record: Record) -> None:
     lines = adopt.adopt(record)
     assert lines[1:] == [
         "bfloat16 N=1152 K=896 bias=True: M 1-4: skinny, M 16: cublaslt, M 64: triton",
@@ -84,36 +105,32 @@ def test_what_was_adopted_is_found_and_nothing_is_extrapolated(record: dict[str,
 
 
 def test_a_lead_that_may_be_noise_is_not_taken() -> None:
-    incumbent = contender(9.0, 10.0)
-    assert adopt.surely_faster(contender(8.6, 10.0), incumbent)
-    assert not adopt.surely_faster(contender(8.8, 10.0), incumbent)
-    assert not adopt.surely_faster(contender(9.5, 10.0), incumbent)
-    assert not adopt.surely_faster({"failure": "wrong"}, incumbent)
+    incumbent = timed(9.0)
+    assert adopt.surely_faster(timed(8.6), incumbent)
+    assert not adopt.surely_faster(timed(8.8), incumbent)
+    assert not adopt.surely_faster(timed(9.5), incumbent)
+    assert not adopt.surely_faster(timed(1.0, None), incumbent)
 
 
-def test_a_file_names_where_it_was_measured_and_keeps_other_layers(record: dict[str, Any]) -> None:
+def test_a_file_names_where_it_was_measured_and_keeps_other_layers(record: Record) -> None:
     adopt.adopt(record)
-    again = copy.deepcopy(record)
-    again["rows"] = [row("o", 8, cublaslt=9, skinny=5)]
-    again["provenance"]["torch"] = "2.12.0"
-    adopt.adopt(again)
+    adopt.adopt(with_rows(record, row("o", 8, cublaslt=9, skinny=5), torch="2.12.0"))
     file = json.loads(tuned.files("gemm", GPU)[0].read_text())
     assert [entry["torch"] for entry in file["provenance"]] == ["2.11.0", "2.12.0"]
     assert [entry["provenance"] for entry in file["choices"]] == [0, 1]
-    assert "unknown" not in file["provenance"][0]
+    assert "python" not in file["provenance"][0]
     assert tuned.measured("gemm", GPU, "bfloat16", 8, OUTPUT) == "skinny"
     assert tuned.measured("gemm", GPU, "bfloat16", 1, QKV) == "skinny"
 
 
 def test_the_users_file_goes_first(
-    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs, ours = tmp_path / "theirs.json", tmp_path / "ours.json"
     monkeypatch.setattr(tuned, "files", lambda *_: [theirs, ours])
     adopt.adopt(record, ours)
     assert tuned.measured("gemm", GPU, "bfloat16", 1, QKV) == "skinny"
-    record["rows"] = [row("qkv", 1, cublaslt=9, skinny=9)]
-    adopt.adopt(record, theirs)
+    adopt.adopt(with_rows(record, row("qkv", 1, cublaslt=9, skinny=9)), theirs)
     assert tuned.measured("gemm", GPU, "bfloat16", 1, QKV) == "cublaslt"
     assert tuned.measured("gemm", GPU, "bfloat16", 8, OUTPUT) == "cublaslt"
 
@@ -149,12 +166,10 @@ def test_a_file_that_is_none_is_ignored_with_one_warning(
 
 
 def test_a_record_without_the_preferred_backend_teaches_nothing(
-    record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for item in record["rows"]:
-        del item["contenders"]["cublaslt"]
     with pytest.raises(tuned.TuningError, match="no row of the record has a time of cublaslt"):
-        adopt.adopt(record)
+        adopt.adopt(with_rows(record, row("qkv", 1, skinny=7)))
     path = tmp_path / "record.json"
     path.write_text("{}")
     assert command.main([str(path)]) == 1

@@ -182,6 +182,7 @@ def check(question: messages.Check) -> messages.Checked | messages.NotChecked | 
 def _times(backend: Backend, device: torch.device) -> dict[str, messages.Timing]:
     """One call with few tokens and one with many, and the ratio to the baseline."""
     from custom_kernels.bench import timing
+    from custom_kernels.bench.record import Timed
     from custom_kernels.check.case import contender_of
     from custom_kernels.check.check import dtypes
 
@@ -197,13 +198,13 @@ def _times(backend: Backend, device: torch.device) -> dict[str, messages.Timing]
     times = {}
     for tokens in TIMED_TOKENS:
         case = next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
-        results = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1).results
-        result = results[contender.name]
+        row = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1)
+        own, timed = row.contenders[contender.name], row.timed(contender.name)
         times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = messages.Timing(
-            microseconds=result.times.median if result.times else None,
-            ratio=result.ratio,
+            microseconds=timed.us if timed else None,
+            ratio=timed.ratio if timed else None,
             baseline=contenders[0].name if len(contenders) > 1 else None,
-            failure=result.failure,
+            failure=None if isinstance(own, Timed) else own.failure,
         )
     return times
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m custom_kernels.bench.compare A.json B.json``: is B faster than A, slower, the same,
-or can the records not tell?
+or ambiguous?
 
-Two runs on different days meet different clocks, so no time of the one is compared with a time of
-the other. Each run has measured its own baseline, block by block, and what is compared is how far
-each is ahead of it: change = ratio in B / ratio in A, above 1 if B is faster. Its 95 % interval
-joins those of the two ratios, which are independent: the logarithms' deviations add in quadrature.
+Two runs on different days meet different clocks, so times of different runs are not compared. Each
+run has measured its own baseline, block by block, and how far each is ahead of it is compared:
+change = ratio in B / ratio in A, above 1 if B is faster.
 
 Works for records of kernel benchmarks, row by row, and for records of the engine bench, whose one
 ratio is custom / stock. Needs neither torch nor a GPU. Exits with 1 if a file cannot be used.
@@ -13,42 +12,64 @@ ratio is custom / stock. Needs neither torch nor a GPU. Exits with 1 if a file c
 
 import argparse
 import math
-import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple, get_args
 
-from custom_kernels.bench import records
-from custom_kernels.bench.records import COLOURS, VERDICTS, RecordError
+from pydantic import BaseModel, ValidationError
+
+from custom_kernels.bench import intervals, record
+from custom_kernels.bench.intervals import Verdict, coloured
+from custom_kernels.bench.record import RecordError
+from custom_kernels.bench.report import label_text
+from custom_kernels.command import command, console, exit_with
 
 DIFFERENT_FROM = 0.02
 """Twice what one run calls different: what a run cannot see of itself (where the allocator put
 things, which chip of its kind it was) differs between two."""
 SAME_WITHIN = 0.03
+SETTINGS = (
+    *("backend", "layers", "quantization", "input_len", "output_len", "num_prompts", "eager"),
+    "tensor_parallel",
+)
+"""Of an engine run: what should be equal in both."""
 
-Key = tuple[str, ...]
+Key = tuple[str, str]
+"""The labels of a case, and the contender."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One ratio of a record: how far ahead of its own baseline, above 1 is faster."""
+class Ratio(NamedTuple):
+    """A ratio with its 95 % interval, above 1 for faster."""
 
-    ratio: float
+    value: float
     low: float
     high: float
+
+    @property
+    def below(self) -> float:
+        """The lower end, as the logarithm's distance from the value."""
+        return math.log(self.value / self.low)
+
+    @property
+    def above(self) -> float:
+        """The upper end, likewise."""
+        return math.log(self.high / self.value)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of a change: faster or slower if the interval is more than 2 % off, same within 3 %."""
+        return intervals.verdict(self.low, self.high, DIFFERENT_FROM, SAME_WITHIN)
 
 
 @dataclass(frozen=True)
 class Side:
     """What of a record is compared."""
 
-    kind: str
-    """``kernels`` or ``engine``."""
-    entries: dict[tuple[Key, str], Entry]
-    """By labels and contender."""
-    facts: dict[str, str]
+    kind: Literal["kernels", "engine"]
+    ratios: dict[Key, Ratio]
+    """How far each contender is ahead of its own baseline."""
+    facts: Mapping[str, str | None]
     """What should be equal in both: device, dtype, baseline, versions."""
     warnings: list[str]
 
@@ -57,18 +78,18 @@ class Side:
 class Change:
     """One row: B against A."""
 
-    labels: Key
+    labels: str
     contender: str
-    before: Entry
-    after: Entry
-    ratio: float
-    low: float
-    high: float
+    before: Ratio
+    after: Ratio
 
     @property
-    def verdict(self) -> str:
-        """FASTER or SLOWER: the 95 % CI is more than 2 % off. SAME: it is within 3 %."""
-        return verdict(self.low, self.high)
+    def ratio(self) -> Ratio:
+        """after / before: independent, so the deviations of the logarithms add in quadrature."""
+        value = self.after.value / self.before.value
+        down = math.hypot(self.after.below, self.before.above)
+        up = math.hypot(self.after.above, self.before.below)
+        return Ratio(value, value * math.exp(-down), value * math.exp(up))
 
 
 @dataclass(frozen=True)
@@ -76,175 +97,150 @@ class Comparison:
     """B against A."""
 
     changes: list[Change]
-    ratio: float
+    ratio: Ratio
     """Geometric mean of the changes."""
-    low: float
-    high: float
     notes: list[str]
     """What differs between the records beside the kernels, and what was left out."""
 
-    @property
-    def verdict(self) -> str:
-        return verdict(self.low, self.high)
-
-
-def verdict(low: float, high: float) -> str:
-    """FASTER, SLOWER, SAME or AMBIGUOUS for an interval of a change."""
-    if low > 1 + DIFFERENT_FROM:
-        return "FASTER"
-    if high < 1 - DIFFERENT_FROM:
-        return "SLOWER"
-    return "SAME" if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN else "AMBIGUOUS"
-
 
 def compare(a: Side, b: Side) -> Comparison:
-    """Compare what both have. Raises RecordError if that is nothing."""
+    """Compare what both have.
+
+    Raises:
+        RecordError: they have nothing in common.
+    """
     if a.kind != b.kind:
         raise RecordError(f"A is a record of the {a.kind} bench and B of the {b.kind} bench")
     notes = [
-        f"{name} differs: {a.facts.get(name, '?')} in A, {b.facts.get(name, '?')} in B"
+        f"{name} differs: {a.facts.get(name) or '?'} in A, {b.facts.get(name) or '?'} in B"
         for name in dict.fromkeys([*a.facts, *b.facts])
         if a.facts.get(name) != b.facts.get(name)
     ]
     notes += [f"{name}: {text}" for name, side in (("A", a), ("B", b)) for text in side.warnings]
-    before, after = a.entries, b.entries
-    ours_a, ours_b = ({contender for _, contender in side} for side in (before, after))
-    if not ours_a & ours_b and len(ours_a) == len(ours_b) == 1:
-        (old,), (new,) = ours_a, ours_b
+    before, after = a.ratios, b.ratios
+    names_a, names_b = ({contender for _, contender in ratios} for ratios in (before, after))
+    if not names_a & names_b and len(names_a) == len(names_b) == 1:
+        (old,), (new,) = names_a, names_b
         notes.append(f"the contenders differ: {old} in A, {new} in B")
-        name = f"{old} -> {new}"
-        before = {(labels, name): entry for (labels, _), entry in before.items()}
-        after = {(labels, name): entry for (labels, _), entry in after.items()}
+        before, after = (
+            {(labels, f"{old} -> {new}"): ratio for (labels, _), ratio in ratios.items()}
+            for ratios in (before, after)
+        )
     common = [key for key in before if key in after]
     if not common:
         raise RecordError(
             "the records have no shape and contender in common: A has "
             f"{_some(before)}, B has {_some(after)}"
         )
-    for name, here, there in (("A", before, after), ("B", after, before)):
-        if only := len(here.keys() - there.keys()):
-            notes.append(f"{only} of {len(here)} rows are in {name} only and left out")
-    changes = [_change(*key, before[key], after[key]) for key in common]
-    return Comparison(changes, *_mean(changes), notes=notes)
+    for name, ratios in (("A", before), ("B", after)):
+        if only := len(ratios) - len(common):
+            notes.append(f"{only} of {len(ratios)} rows are in {name} only and left out")
+    changes = [Change(*key, before[key], after[key]) for key in common]
+    return Comparison(changes, _mean([change.ratio for change in changes]), notes)
 
 
-def _change(labels: Key, contender: str, before: Entry, after: Entry) -> Change:
-    ratio = after.ratio / before.ratio
-    down = math.hypot(_log(after.ratio, after.low), _log(before.high, before.ratio))
-    up = math.hypot(_log(after.high, after.ratio), _log(before.ratio, before.low))
-    return Change(
-        labels, contender, before, after, ratio, ratio * math.exp(-down), ratio * math.exp(up)
-    )
-
-
-def _mean(changes: Sequence[Change]) -> tuple[float, float, float]:
+def _mean(ratios: Sequence[Ratio]) -> Ratio:
     """Geometric mean and its interval; the rows' deviations are independent."""
-    count = len(changes)
-    mean = math.exp(sum(math.log(change.ratio) for change in changes) / count)
-    down = math.hypot(*(_log(change.ratio, change.low) for change in changes)) / count
-    up = math.hypot(*(_log(change.high, change.ratio) for change in changes)) / count
-    return mean, mean * math.exp(-down), mean * math.exp(up)
+    count = len(ratios)
+    mean = math.exp(sum(math.log(ratio.value) for ratio in ratios) / count)
+    down = math.hypot(*(ratio.below for ratio in ratios)) / count
+    up = math.hypot(*(ratio.above for ratio in ratios)) / count
+    return Ratio(mean, mean * math.exp(-down), mean * math.exp(up))
 
 
-def _log(upper: float, lower: float) -> float:
-    return math.log(upper / lower)
-
-
-def _some(entries: dict[tuple[Key, str], Entry]) -> str:
-    if not entries:
+def _some(ratios: dict[Key, Ratio]) -> str:
+    if not ratios:
         return "no ratio at all"
-    labels, contender = next(iter(entries))
-    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-    return f"{contender} at {' '.join(labels)}{more}"
+    labels, contender = next(iter(ratios))
+    more = f" and {len(ratios) - 1} more" if len(ratios) > 1 else ""
+    return f"{contender} at {labels}{more}"
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
+class EngineVariant(BaseModel):
+    name: str
+
+
+class EngineComparison(BaseModel):
+    ratio: float
+    interval: tuple[float, float]
+    verdict: Verdict
+    because: str
+
+
+class EngineRecord(BaseModel):
+    """What is read of a record of ``make bench``."""
+
+    settings: dict[str, str | int | None]
+    model: dict[str, str | int | None]
+    device: str
+    unit: str
+    variants: tuple[EngineVariant, EngineVariant]
+    comparison: EngineComparison
+
+
 def read(path: Path) -> Side:
-    """A record of either bench. Raises RecordError."""
-    content = records.read_json(path)
-    try:
-        side = _engine(content) if "comparison" in content else _kernels(records.read(path))
-    except RecordError as error:
-        raise RecordError(
-            f"{path}: {error}" if str(path) not in str(error) else str(error)
-        ) from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RecordError(f"{path} is not a whole record: {error!r}") from error
-    if not side.entries:
+    """A record of either bench.
+
+    Raises:
+        RecordError: it is none, or has no ratio.
+    """
+    content = record.read_json(path)
+    if "comparison" not in content:
+        side = _kernels(record.read(path))
+    elif not content.get("valid"):
+        raise RecordError(f"{path}: the run is not valid: {'; '.join(content.get('failures', []))}")
+    else:
+        try:
+            side = _engine(EngineRecord.model_validate(content))
+        except ValidationError as error:
+            raise record.damaged(path, error) from error
+    if not side.ratios:
         raise RecordError(f"{path} holds no ratio: nothing was measured against its baseline")
-    if bad := [
-        key
-        for key, entry in side.entries.items()
-        if not 0 < entry.low <= entry.ratio <= entry.high < math.inf
-    ]:
-        raise RecordError(f"{path}: the ratio of {bad[0][1]} is not a number with an interval")
+    for (_, name), ratio in side.ratios.items():
+        if not 0 < ratio.low <= ratio.value <= ratio.high < math.inf:
+            raise RecordError(f"{path}: the ratio of {name} is not a number with an interval")
     return side
 
 
-def _kernels(record: records.Record) -> Side:
-    provenance = record["provenance"]
-    entries = {
-        (records.label_words(row["labels"]), name): Entry(
-            float(one["ratio"]), float(one["low"]), float(one["high"])
+def _kernels(run: record.Record) -> Side:
+    ratios = {
+        (label_text(row.labels), name): Ratio(
+            timed.ratio, timed.low or math.nan, timed.high or math.nan
         )
-        for row in record["rows"]
-        for name, one in row["contenders"].items()
-        if one.get("ratio") is not None
+        for row in run.rows
+        for name in row.contenders
+        if (timed := row.timed(name)) and timed.ratio is not None
     }
-    warnings = [f"{len(record['failures'])} failures"] if record["failures"] else []
-    if record.get("warnings"):
-        warnings.append(f"{len(record['warnings'])} warnings, the first: {record['warnings'][0]}")
-    return Side(
-        kind="kernels",
-        entries=entries,
-        facts={
-            "operation": record["operation"],
-            "device": str(provenance.get("device")),
-            "dtype": record["dtype"],
-            "baseline": record["baseline"],
-            "torch": str(provenance.get("torch")),
-            "driver": str(provenance.get("driver")),
-        },
-        warnings=warnings,
-    )
+    warnings = [f"{len(run.failures)} failures"] if run.failures else []
+    if run.warnings:
+        warnings.append(f"{len(run.warnings)} warnings, the first: {run.warnings[0]}")
+    facts = {name: getattr(run, name) for name in ("operation", "dtype", "baseline")}
+    facts |= {name: getattr(run.provenance, name) for name in ("device", "torch", "driver")}
+    return Side("kernels", ratios, facts, warnings)
 
 
-def _engine(record: dict[str, Any]) -> Side:
-    if not record["valid"]:
-        raise RecordError(f"the run is not valid: {'; '.join(record['failures'])}")
-    settings, found = record["settings"], record["comparison"]
-    stock, custom = (variant["name"] for variant in record["variants"])
-    low, high = found["interval"]
-    entry = Entry(float(found["ratio"]), float(low), float(high))
-    if record["unit"] == "s":  # seconds: less is faster
-        entry = Entry(1 / entry.ratio, 1 / high, 1 / low)
-    model = record["model"]
-    return Side(
-        kind="engine",
-        entries={((str(settings["metric"]), str(model["name"])), custom): entry},
-        facts={
-            "device": record["device"],
-            "baseline": stock,
-            "dtype": model["dtype"],
-            "weights": model["weights"],
-            **{
-                name: str(settings[name])
-                for name in ("backend", "input_len", "output_len", "num_prompts", "eager")
-            },
-            "tensor_parallel": str(settings["tensor_parallel"]),
-            **{name: str(settings.get(name)) for name in ("layers", "quantization")},
-        },
-        warnings=[f"{found['verdict']}: {found['because']}"]
-        if found["verdict"] == "ambiguous"
-        else [],
-    )
+def _engine(run: EngineRecord) -> Side:
+    stock, custom = run.variants
+    found, (low, high) = run.comparison, run.comparison.interval
+    ratio = Ratio(found.ratio, low, high)
+    if run.unit == "s":  # seconds: less is faster
+        ratio = Ratio(1 / found.ratio, 1 / high, 1 / low)
+    facts = {"device": run.device, "baseline": stock.name}
+    facts |= {name: str(run.model[name]) for name in ("dtype", "weights")}
+    facts |= {name: str(run.settings.get(name)) for name in SETTINGS}
+    labels = f"{run.settings['metric']} {run.model['name']}"
+    ambiguous = found.verdict == "ambiguous"
+    warnings = [f"{found.verdict}: {found.because}"] if ambiguous else []
+    return Side("engine", {(labels, custom.name): ratio}, facts, warnings)
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare two files and print what changed. Returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -253,24 +249,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("a", type=Path, metavar="A", help="the record before")
     parser.add_argument("b", type=Path, metavar="B", help="the record after")
     options = parser.parse_args(arguments)
-    try:
-        result = compare(read(options.a), read(options.b))
-    except RecordError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    report(result)
+    show(compare(read(options.a), read(options.b)))
     return 0
 
 
-def report(result: Comparison) -> None:
+def show(result: Comparison) -> None:
     """Print a comparison: what differs, a line per row, the verdict."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    screen = console(140)
     for note in result.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
+        screen.print(f"note: {note}", style="yellow", markup=False)
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("row")
     table.add_column("contender")
@@ -279,28 +269,23 @@ def report(result: Comparison) -> None:
     table.add_column("verdict")
     for change in result.changes:
         table.add_row(
-            " ".join(change.labels),
+            change.labels,
             change.contender,
-            f"{change.before.ratio:.3f}",
-            f"{change.after.ratio:.3f}",
-            f"{change.ratio:.3f}",
-            f"{change.low:.3f}-{change.high:.3f}",
-            _coloured(change.verdict),
+            f"{change.before.value:.3f}",
+            f"{change.after.value:.3f}",
+            f"{change.ratio.value:.3f}",
+            f"{change.ratio.low:.3f}-{change.ratio.high:.3f}",
+            coloured(change.ratio.verdict),
         )
-    console.print(table)
-    counts = [change.verdict for change in result.changes]
-    words = ", ".join(f"{counts.count(name)} {name.lower()}" for name in VERDICTS if name in counts)
-    console.print(
-        f"B against A: {_coloured(result.verdict)}, geometric mean {result.ratio:.3f} "
-        f"({result.low:.3f}-{result.high:.3f}) over {len(counts)} rows: {words}"
+    screen.print(table)
+    verdicts = [change.ratio.verdict for change in result.changes]
+    counts = (f"{verdicts.count(name)} {name}" for name in get_args(Verdict) if name in verdicts)
+    value, low, high = result.ratio
+    screen.print(
+        f"B against A: {coloured(result.ratio.verdict)}, geometric mean {value:.3f} "
+        f"({low:.3f}-{high:.3f}) over {len(verdicts)} rows: {', '.join(counts)}"
     )
 
 
-def _coloured(word: str) -> str:
-    colour = COLOURS.get(word)
-    return f"[{colour}]{word}[/]" if colour else word
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
-    sys.exit(main())
+    exit_with(main)

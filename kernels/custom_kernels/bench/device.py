@@ -1,26 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU reaches at best, and what its clocks do while something is measured."""
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from custom_kernels.bench.record import Ceilings, ClockState
 from custom_kernels.check.outputs import one_line
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device reaches at best, measured now."""
-
-    bytes_per_second: float
-    """A large device-to-device copy, bytes read plus bytes written."""
-    flops_per_second: dict[str, float]
-    """An 8192-cubed dense product of random numbers through torch, per dtype: the best of some. A
-    kernel can be above it, where torch's is not as fast as the chip or the chip was warmer."""
-    missing: dict[str, str] = field(default_factory=dict)
-    """Dtypes whose product this device or torch cannot do, and why."""
 
 
 def ceilings(device: torch.device, dtypes: Iterable[str] = ("bfloat16",)) -> Ceilings:
@@ -37,7 +26,9 @@ def ceilings(device: torch.device, dtypes: Iterable[str] = ("bfloat16",)) -> Cei
             rates[name] = 2 * size**3 / _best_seconds(_product(name, size, device))
         except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
             missing[name] = one_line(error)
-    return Ceilings(2 * source.numel() / copy, rates, missing)
+    return Ceilings(
+        bytes_per_second=2 * source.numel() / copy, flops_per_second=rates, missing=missing
+    )
 
 
 def _product(dtype: str, size: int, device: torch.device) -> Callable[[], Any]:
@@ -105,16 +96,13 @@ class Clocks:
         except self._nvml.NVMLError as error:
             self._nvml, self._problem = None, f"NVML: {error}"
 
-    def summary(self) -> dict[str, Any]:
-        """``sm_mhz``: lowest and highest; ``reasons``: why they were held down; ``unknown``: why
-        nothing is known."""
+    def summary(self) -> ClockState:
+        """Over all samples."""
         if not self._samples:
-            return {"unknown": self._problem or "not sampled"}
+            return ClockState(unknown=self._problem or "not sampled")
         clocks = [clock for clock, _ in self._samples]
-        reasons = 0
-        for _, bits in self._samples:
-            reasons |= bits
-        return {"sm_mhz": [min(clocks), max(clocks)], "reasons": self._names(reasons)}
+        reasons = functools.reduce(operator.or_, (bits for _, bits in self._samples))
+        return ClockState(sm_mhz=(min(clocks), max(clocks)), reasons=self._names(reasons))
 
     def _names(self, bits: int) -> list[str]:
         held = []
@@ -125,26 +113,23 @@ class Clocks:
         return held
 
 
-def clock_warnings(clocks: Sequence[dict[str, Any]]) -> list[str]:
-    """What in the clocks summaries of a run makes its times doubtful: heat, the hardware's own
-    brakes, and clocks that moved within a case. The power limit alone is where a large product
-    runs, so it is recorded but no reason to doubt."""
+def clock_warnings(clocks: Sequence[ClockState]) -> list[str]:
+    """What makes the times of a run doubtful: heat, the hardware's own brakes, and clocks that
+    moved within a case. At its power limit is where a large product runs, so that is recorded and
+    no reason to doubt."""
     warnings = []
-    for reason in dict.fromkeys(words for _, words in Clocks.SLOWDOWNS[:-1]):
-        if count := sum(reason in one.get("reasons", ()) for one in clocks):
+    for reason in dict.fromkeys(text for _, text in Clocks.SLOWDOWNS[:-1]):
+        if count := sum(reason in one.reasons for one in clocks):
             warnings.append(f"the GPU was {reason} in {count} of {len(clocks)} cases")
-    moved = [
-        one["sm_mhz"]
-        for one in clocks
-        if "sm_mhz" in one and one["sm_mhz"][0] < (1 - Clocks.UNSTEADY) * one["sm_mhz"][1]
-    ]
+    ranges = [one.sm_mhz for one in clocks if one.sm_mhz]
+    moved = [(low, high) for low, high in ranges if low < (1 - Clocks.UNSTEADY) * high]
     if moved:
         warnings.append(
             f"the SM clock moved by more than {Clocks.UNSTEADY:.0%} in {len(moved)} of "
             f"{len(clocks)} cases ({min(low for low, _ in moved)} to "
-            f"{max(high for _, high in moved)} MHz): ratios bear that, times do not"
+            f"{max(high for _, high in moved)} MHz): ratios are still meaningful, times are not"
         )
-    unknown = dict.fromkeys(one["unknown"] for one in clocks if "unknown" in one)
+    unknown = dict.fromkeys(one.unknown for one in clocks if one.unknown)
     return warnings + [f"the clocks were not watched: {reason}" for reason in unknown]
 
 

@@ -1,29 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command line asks a benchmark for: cases, backends and baselines."""
+"""The cases, backends and baselines that a command line selects."""
 
 import argparse
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+
+import torch
 
 from custom_kernels import registry
-from custom_kernels.bench.records import label_words
+from custom_kernels.check.case import Case, Contender, contender_of
+from custom_kernels.command import UsageError
 from custom_kernels.compile.toolchain import BuildError
 
 REFERENCE = "reference"
-"""A backend that says what is right. It is timed only where it is named: what a user would call
-instead is among the baselines."""
-
-
-class UsageError(RuntimeError):
-    """The command cannot be carried out. The message is one line with the remedy."""
+"""The backend that defines the right result. It is timed only where it is named: what a user would
+call instead is among the baselines."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for, with every default filled in."""
+    """The command line with every default filled in."""
 
     operation: str
     dtype: str
@@ -36,7 +34,7 @@ class Plan:
     repetitions: int
 
     def command(self) -> str:
-        """What repeats the run; where the record goes is not part of it."""
+        """The command that repeats the run, without the folder of the record."""
         words = ["python", "-m", "custom_kernels.bench", self.operation]
         words += [word for model in self.models for word in ("--model", model)]
         words += ["--tokens", *map(str, self.tokens)]
@@ -47,18 +45,22 @@ class Plan:
 
 
 def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
-    """The command line with every default filled in. Raises UsageError for what is not there."""
-    dtype = _known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)[0]
+    """The plan of a command line.
+
+    Raises:
+        UsageError: a name that does not exist, or a number that is not positive.
+    """
+    dtype = known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)[0]
     backends = None
     if options.backend and options.backend != "all":
         wanted = [name for name in options.backend.split(",") if name]
-        backends = _known("backend", wanted, backend_names(options.operation))
+        backends = known("backend", wanted, backend_names(options.operation))
     if options.seconds <= 0 or options.repetitions < 1 or min(options.tokens or [1]) < 1:
         raise UsageError("--seconds, --repetitions and --tokens must be positive")
     return Plan(
         operation=options.operation,
         dtype=dtype,
-        models=_known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS),
+        models=known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS),
         tokens=list(options.tokens or definition.TOKENS),
         patterns=options.pattern,
         backends=backends,
@@ -72,35 +74,52 @@ def backend_names(operation: str) -> list[str]:
     return [backend.name for backend in registry.operation(operation).backends]
 
 
-def _known(what: str, wanted: Iterable[str], there: Iterable[str]) -> list[str]:
-    wanted, there = list(dict.fromkeys(wanted)), list(there)
-    unknown = sorted(set(wanted) - set(there))
+def known(what: str, wanted: Iterable[str], existing: Iterable[str]) -> list[str]:
+    """``wanted`` without repetitions.
+
+    Raises:
+        UsageError: one does not exist, or none is wanted; names those that exist.
+    """
+    wanted, existing = list(dict.fromkeys(wanted)), list(dict.fromkeys(existing))
+    unknown = sorted(set(wanted) - set(existing))
     if unknown or not wanted:
-        raise UsageError(f"no {what} {', '.join(unknown)}; there are: {', '.join(there)}")
+        raise UsageError(f"no {what} {', '.join(unknown)}; known: {', '.join(existing)}")
     return wanted
 
 
-def cases_of(plan: Plan, definition: ModuleType) -> list[Any]:
-    """The plan's cases. Raises UsageError if a pattern has none."""
-    cases = list(definition.cases(plan.models, plan.tokens, plan.dtype))
-    if not plan.patterns:
+def choose(cases: Iterable[Case], label: str, wanted: Iterable[str]) -> list[Case]:
+    """The cases with one of these values of a label; all if none is wanted.
+
+    Raises:
+        UsageError: a value without a case.
+    """
+    cases, wanted = list(cases), list(wanted)
+    values = [str(case.labels.get(label, "none")) for case in cases]
+    if not wanted:
         return cases
-    there = dict.fromkeys(str(case.labels.get("pattern", "none")) for case in cases)
-    patterns = _known("pattern", plan.patterns, there)
-    return [case for case in cases if str(case.labels.get("pattern", "none")) in patterns]
+    known(label, wanted, values)
+    return [case for case, value in zip(cases, values, strict=True) if value in wanted]
+
+
+def cases_of(plan: Plan, definition: ModuleType) -> list[Case]:
+    """The plan's cases.
+
+    Raises:
+        UsageError: a pattern has none.
+    """
+    cases = definition.cases(plan.models, plan.tokens, plan.dtype)
+    return choose(cases, "pattern", plan.patterns)
 
 
 def contenders_of(
-    plan: Plan, definition: ModuleType, device: Any
-) -> tuple[list[Any], list[str], dict[str, str]]:
-    """All that is timed, the named baseline first; which of them are ours; what is not timed, and
-    why.
+    plan: Plan, definition: ModuleType, device: torch.device
+) -> tuple[list[Contender], list[str], dict[str, str]]:
+    """All that is timed, the named baseline first; the names of those that are backends of this
+    package; and what is not timed, with the reason.
 
-    Raises UsageError if the named baseline, a backend that was asked for, or every backend cannot
-    run here.
+    Raises:
+        UsageError: the named baseline, a requested backend, or every backend cannot run here.
     """
-    from custom_kernels.check.case import contender_of
-
     skipped: dict[str, str] = {}
     baselines = []
     for contender in definition.baselines(plan.dtype):
@@ -126,11 +145,6 @@ def contenders_of(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise UsageError(f"no backend of {plan.operation} can run on {device} ({reasons})")
     taken = {contender.name for contender in baselines}
-    # A backend may be called like a baseline; then both are shown, and ours says that it is ours.
+    # A backend may have the name of a baseline: then both are shown, and told apart.
     named = [replace(one, name=f"{one.name} (ours)") if one.name in taken else one for one in ours]
     return [*baselines, *named], [one.name for one in named], skipped
-
-
-def label_text(labels: dict[str, Any]) -> str:
-    """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
-    return " ".join(label_words(labels))

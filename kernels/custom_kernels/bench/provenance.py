@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record says of the machine and the sources that it was measured with."""
+"""The machine and the sources of a run."""
 
 import datetime
 import hashlib
@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from typing import Any
+
+import torch
 
 from custom_kernels import paths, registry
 from custom_kernels.bench.plan import Plan
+from custom_kernels.bench.record import Library, Provenance
 from custom_kernels.compile import build, sources, toolchain
 from custom_kernels.compile.toolchain import BuildError
 from custom_kernels.source_hash import source_hash
@@ -19,34 +21,33 @@ PACKAGES = ("triton", "cupy-cuda13x", "vllm", "flashinfer-python", "nvidia-cubla
 """Whose version a time may depend on, beside torch's."""
 
 
-def provenance(device: Any, plan: Plan) -> dict[str, Any]:
-    import torch
-
+def provenance(device: torch.device, plan: Plan) -> Provenance:
+    """Of a run of the plan on this GPU, now."""
     commit = _git("rev-parse", "HEAD")
     properties = torch.cuda.get_device_properties(device)
-    return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": plan.command(),
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "l2_bytes": properties.L2_cache_size,
-        "driver": _driver(device),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "git_commit": commit,
-        "git_dirty": None if commit is None else _dirty(),
-        "locks": _locks(),
-        "kernel_source_hash": source_hash(),
-        "compiled": _compiled(plan, device),
-        "tool_chain": _tool_chain(),
-    }
+    return Provenance(
+        time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=plan.command(),
+        device=properties.name,
+        sms=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        l2_bytes=properties.L2_cache_size,
+        driver=_driver(device),
+        torch=str(torch.__version__),
+        cuda=torch.version.cuda,
+        python=platform.python_version(),
+        packages={name: version for name in PACKAGES if (version := _version(name))},
+        git_commit=commit,
+        git_dirty=None if commit is None else _dirty(),
+        locks=_locks(),
+        kernel_source_hash=source_hash(),
+        compiled=_compiled(plan, device),
+        tool_chain=_tool_chain(),
+    )
 
 
-def _compiled(plan: Plan, device: Any) -> dict[str, Any]:
-    """The libraries of the backends that were timed; they exist, so nothing is compiled here."""
+def _compiled(plan: Plan, device: torch.device) -> dict[str, Library]:
+    """The libraries of the timed backends; they exist, so nothing is compiled here."""
     architecture = sources.architecture(device)
     found = {}
     for backend in registry.compiled():
@@ -57,7 +58,9 @@ def _compiled(plan: Plan, device: Any) -> dict[str, Any]:
             built = build.build(backend, (architecture,))
         except BuildError:
             continue  # it was not timed either, and is among the skipped
-        found[str(backend)] = {"library": built.path.name, "architectures": built.architectures}
+        found[str(backend)] = Library(
+            library=built.path.name, architectures=list(built.architectures)
+        )
     return found
 
 
@@ -81,7 +84,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver(device: Any) -> str | None:
+def _driver(device: torch.device) -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return _output([*query, "-i", str(device.index)])
 
@@ -92,8 +95,8 @@ def _dirty() -> bool | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of this checkout: no setting of the user's changes it, nor does a hook around
-    us that names another repository. None where the package is installed without its checkout."""
+    """The output of git in this checkout, whatever the user's settings, and whatever repository a
+    surrounding hook names. None where the package is installed without its checkout."""
     root = paths.checkout()
     if root is None:
         return None
@@ -108,7 +111,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _output(command: list[str], environment: dict[str, str] | None = None) -> str | None:
-    """What a command prints, None where it cannot be had."""
+    """The output of a command; None if it fails."""
     try:
         result = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=20

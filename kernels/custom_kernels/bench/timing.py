@@ -21,13 +21,14 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from custom_kernels.bench import intervals
 from custom_kernels.bench.device import Clocks
-from custom_kernels.bench.intervals import CONFIDENCE, coverage, median_interval
+from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval
+from custom_kernels.bench.record import Ceilings, Failed, Row, Timed, rates
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.check.outputs import one_line
 from custom_kernels.check.replay import SIDES, Side
@@ -48,61 +49,6 @@ replays, a microsecond or two, should not count."""
 MAX_ROUNDS = 16
 
 
-@dataclass(frozen=True)
-class Times:
-    """Microseconds per call, over all blocks."""
-
-    median: float
-    p20: float
-    p80: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """One contender at one case."""
-
-    name: str
-    times: Times | None = None
-    """None if it failed."""
-    error: float | None = None
-    """The largest seen in the checks."""
-    ratio: float | None = None
-    """Median over blocks of baseline time / own time: above 1 it is faster. None for a contender
-    without times, and for all if the baseline has none."""
-    low: float | None = None
-    high: float | None = None
-    """95 % confidence interval of the ratio."""
-    repetitions: tuple[float, ...] = ()
-    """The ratio in each repetition alone."""
-    blocks: int = 0
-    failure: str | None = None
-
-    @property
-    def verdict(self) -> str | None:
-        """FASTER, SLOWER, SAME, or AMBIGUOUS when the interval does not settle it; None without a
-        ratio."""
-        if self.ratio is None or self.low is None or self.high is None:
-            return None
-        return verdict(self.low, self.high, self.blocks, self.repetitions)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One case, all contenders."""
-
-    case: Case
-    baseline: str
-    results: dict[str, Result]
-    sets: int
-    """Sets of rotating buffers that a replay goes through."""
-    rounds: int
-    """How often it goes through them."""
-    cold: bool
-    """Whether the sets are together large enough that every call finds a cold L2."""
-    clocks: dict[str, Any] = field(default_factory=dict)
-    """What the driver said of the clocks meanwhile, see Clocks.summary."""
-
-
 class DeviceLostError(RuntimeError):
     """A contender left the device in an error, after which nothing in this process can run on
     it."""
@@ -118,16 +64,25 @@ def measure(
     device: torch.device,
     seconds: float = 0.25,
     repetitions: int = 3,
-) -> Measurement:
-    """Measure all contenders at ``case``, for about ``seconds`` of device time in all. The first is
-    the baseline of the ratios.
+    ceilings: Ceilings | None = None,
+) -> Row:
+    """Measure all contenders at ``case``.
 
-    Raises ValueError without contenders or with a name twice, and DeviceLostError if a contender
-    broke the device; anything else that goes wrong with a contender is in its result.
+    Args:
+        contenders: the first is the baseline of the ratios.
+        exact: computes the exact result from the case's inputs.
+        seconds: device time in all, about.
+        repetitions: of the whole, each with fresh inputs.
+        ceilings: what the rates are set against.
+
+    Raises:
+        ValueError: no contenders, or a name twice.
+        DeviceLostError: a contender broke the device; anything else that goes wrong with a
+            contender is in its result.
     """
     names = [contender.name for contender in contenders]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"contenders must have names of their own, got {names}")
+        raise ValueError(f"contenders must have distinct names, got {names}")
     failures: dict[str, str] = {}
     errors = dict.fromkeys(names, 0.0)
     sets = _rotating_buffers(case, device)
@@ -188,14 +143,24 @@ def measure(
     for name in list(sides):
         attempt(name, functools.partial(check, name))
 
-    return Measurement(
-        case=case,
-        baseline=names[0],
-        results=_results(names, names[0], times, errors, failures),
-        sets=len(sets),
+    baseline = None if names[0] in failures else times[names[0]]
+    results: dict[str, Timed | Failed] = {}
+    for name in names:
+        if name in failures:
+            results[name] = Failed(failure=failures[name])
+        else:
+            base = None if name == names[0] else baseline
+            results[name] = compare(times[name], base, errors[name], case, ceilings)
+    return Row(
+        labels=case.labels,
+        flops=case.flops,
+        bytes=case.bytes,
+        peak=case.peak,
+        input_sets=len(sets),
         rounds=rounds,
         cold=len(sets) * case.bytes >= COLD_FACTOR * _l2_bytes(device),
         clocks=clocks.summary(),
+        contenders=results,
     )
 
 
@@ -227,64 +192,46 @@ def rounds_for(seconds: Collection[float]) -> int:
     return max(1, min(MAX_ROUNDS, math.ceil(REPLAY_SECONDS / max(fastest, 1e-9))))
 
 
-def _results(
-    names: Sequence[str],
-    baseline: str,
-    times: dict[str, list[list[float]]],
-    errors: dict[str, float],
-    failures: dict[str, str],
-) -> dict[str, Result]:
-    right = {name: repetitions for name, repetitions in times.items() if name not in failures}
-    return {
-        name: Result(name, failure=failures[name])
-        if name in failures
-        else result(name, right[name], right.get(baseline), errors[name], name == baseline)
-        for name in names
-    }
-
-
-def result(
-    name: str,
+def compare(
     own: Sequence[Sequence[float]],
     base: Sequence[Sequence[float]] | None,
     error: float,
-    is_baseline: bool = False,
-) -> Result:
+    case: Case,
+    ceilings: Ceilings | None = None,
+) -> Timed:
     """A contender's result from its times and the baseline's, [repetitions][blocks] in
-    microseconds."""
+    microseconds; without a ratio if ``base`` is None."""
     flat = [value for repetition in own for value in repetition]
-    times = Times(statistics.median(flat), *_spread(flat))
-    if is_baseline or base is None:
-        return Result(name, times, error, blocks=len(flat))
+    us, (p20, p80) = statistics.median(flat), _spread(flat)
+    reached = rates(us, case.flops, case.bytes, case.peak, ceilings)
+    timed = Timed(us=us, p20=p20, p80=p80, error=error, blocks=len(flat), **reached.model_dump())
+    if base is None:
+        return timed
     ratios = [
         [theirs / ours for theirs, ours in zip(base_blocks, own_blocks, strict=True)]
         for base_blocks, own_blocks in zip(base, own, strict=True)
     ]
     every = [ratio for repetition in ratios for ratio in repetition]
     low, high, _ = median_interval(every)
-    return Result(
-        name,
-        times,
-        error,
-        ratio=statistics.median(every),
-        low=low,
-        high=high,
-        repetitions=tuple(map(statistics.median, ratios)),
-        blocks=len(every),
-    )
+    repetitions = [statistics.median(repetition) for repetition in ratios]
+    comparison = {
+        "ratio": statistics.median(every),
+        "low": low,
+        "high": high,
+        "repetitions": repetitions,
+        "verdict": verdict(low, high, len(every), repetitions),
+    }
+    return timed.model_copy(update=comparison)
 
 
-def verdict(low: float, high: float, blocks: int, repetitions: Sequence[float] = ()) -> str:
-    """FASTER or SLOWER: the whole interval is more than 1 % off 1, and every repetition agrees.
-    SAME: the interval is within 2 %. AMBIGUOUS: anything else, and too few blocks for an
+def verdict(low: float, high: float, blocks: int, repetitions: Sequence[float] = ()) -> Verdict:
+    """Faster or slower: the whole interval is more than 1 % off 1, and every repetition agrees.
+    Same: the interval is within 2 %. Ambiguous: anything else, and too few blocks for an
     interval."""
-    if coverage(blocks, 1) < CONFIDENCE:
-        return "AMBIGUOUS"
-    if low > 1 + DIFFERENT_FROM:
-        return "FASTER" if all(ratio > 1 for ratio in repetitions) else "AMBIGUOUS"
-    if high < 1 - DIFFERENT_FROM:
-        return "SLOWER" if all(ratio < 1 for ratio in repetitions) else "AMBIGUOUS"
-    return "SAME" if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN else "AMBIGUOUS"
+    found = intervals.verdict(low, high, DIFFERENT_FROM, SAME_WITHIN)
+    agreed = {"faster": min(repetitions, default=2) > 1, "slower": max(repetitions, default=0) < 1}
+    enough = intervals.coverage(blocks, 1) >= CONFIDENCE
+    return found if enough and agreed.get(found, True) else "ambiguous"
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -3,23 +3,20 @@
 
 import argparse
 import os
-import signal
-import sys
 from collections.abc import Sequence
 
 from custom_kernels import registry
 from custom_kernels.check.check import check
+from custom_kernels.command import command, exit_with
 from custom_kernels.compile.toolchain import BuildError
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, check, print. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m custom_kernels.check",
-        description="Check backends against the exact result.",
-    )
+    parser = argparse.ArgumentParser(prog="python -m custom_kernels.check", description=__doc__)
     parser.add_argument("kernel", nargs="+", help="an operation, or operation.backend")
-    parser.add_argument("--dtype", help="default: all that the backend takes")
+    parser.add_argument("--dtype", help="default: all that the backend supports")
     parser.add_argument("--quick", action="store_true", help="one dtype, one set of numbers")
     options = parser.parse_args(arguments)
 
@@ -29,12 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
     failures = 0
-    try:
-        backends = registry.select(options.kernel)
-    except registry.BackendError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for backend in backends:
+    for backend in registry.select(options.kernel):
         try:
             found = check(backend, device, options.dtype, options.quick)
         except (registry.BackendError, BuildError) as error:
@@ -54,5 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
-    sys.exit(main())
+    exit_with(main)

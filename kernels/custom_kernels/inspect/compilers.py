@@ -15,7 +15,7 @@ import re
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,25 +43,27 @@ def compile_here(backend: Backend, names: Sequence[str], most: int | None = None
 
 
 def read_library(backend: Backend, names: Sequence[str]) -> list[Report]:
+    """Of a backend in CUDA C++, compiled first if need be."""
     pinned = sources.pinned_architectures()
-    # One library holds all pinned architectures; what is compiled already is not compiled again.
+    # One library has all pinned architectures; what is compiled already is not compiled again.
     whole = set(names) <= set(pinned) and build.library_path(backend, pinned).is_file()
     built = build.build(backend, pinned if whole else names)
     reports = []
     for name in names:
-        said = {kernel.name: kernel for kernel in built.kernels if kernel.architecture == name}
-        if not said:
+        compiled = {kernel.name: kernel for kernel in built.kernels if kernel.architecture == name}
+        if not compiled:
             continue
         codes = assembly.read(built.path, name)
         for kernel, code in zip(ptx.demangle([code.name for code in codes]), codes, strict=True):
-            if kernel in said:
-                known = said[kernel]
+            if known := compiled.get(kernel):
                 spills = known.spill_stores + known.spill_loads
                 reports.append(
-                    _report(backend, kernel, name, code, spills, known.shared)
-                    | {"ptx": known.ptx, "threads": known.threads, "dynamic": known.dynamic}
-                )
-    return [Report(**report) for report in reports]
+                    _report(
+                        backend, kernel, name, code, spills=spills, shared=known.shared,
+                        ptx=known.ptx, threads=known.threads, dynamic=known.dynamic,
+                    )
+                )  # fmt: skip
+    return reports
 
 
 @dataclass(frozen=True)
@@ -134,17 +136,13 @@ _shared_jobs: list[_Job] = []
 
 def _run_shared(index: int) -> list[Report] | str:
     try:
-        return _run_job(_shared_jobs[index])
+        job = _shared_jobs[index]
+        return [_triton(job) if isinstance(job.item, Specialization) else _cupy(job)]
     except (InspectionError, BuildError) as error:
         return str(error)
 
 
-def _run_job(job: _Job) -> list[Report]:
-    run = _triton if isinstance(job.item, Specialization) else _cupy
-    return [Report(**report) for report in run(job)]
-
-
-def _triton(job: _Job) -> list[dict[str, Any]]:
+def _triton(job: _Job) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -157,12 +155,13 @@ def _triton(job: _Job) -> list[dict[str, Any]]:
         name: "constexpr" if name in item.constexprs else item.signature.get(name)
         for name in kernel.arg_names
     }
-    unknown = ", ".join(sorted({*item.signature, *item.constexprs} - set(types))) or "nothing"
-    missing = ", ".join(name for name, kind in types.items() if kind is None) or "nothing"
-    if (unknown, missing) != ("nothing", "nothing"):
+    unknown = sorted({*item.signature, *item.constexprs} - set(types))
+    missing = [name for name, kind in types.items() if kind is None]
+    if unknown or missing:
         raise InspectionError(
-            f"{_place(kernel)}: the specialization {item.label!r} of {kernel.__name__} lacks "
-            f"{missing}, and names {unknown} that is no argument"
+            f"{_path_of(kernel)}:{_line_of_def(kernel)}: the specialization {item.label!r} of "
+            f"{kernel.__name__} lacks {', '.join(missing) or 'nothing'}, and names "
+            f"{', '.join(unknown) or 'nothing'} that is no argument"
         )
     attributes = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in item.aligned
@@ -175,36 +174,40 @@ def _triton(job: _Job) -> list[dict[str, Any]]:
         )
     except Exception as error:
         raise InspectionError(explain(error, kernel)) from error
-    (code,) = (
-        code for code in _disassembled(compiled.asm["cubin"]) if code.name == compiled.metadata.name
-    )
-    (entry,) = (
-        entry for entry in ptx.entries(compiled.asm["ptx"]) if entry.name == compiled.metadata.name
-    )
-    name = f"{kernel.__name__}" + (f" ({item.label})" if item.label else "")
-    # Triton's kernels have no arrays of their own in local memory: what is there was spilled.
-    shared = compiled.metadata.shared
-    report = _report(job.backend, name, job.architecture, code, code.local, shared)
-    return [report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": False}]
+    metadata = compiled.metadata
+    (code,) = (one for one in _disassembled(compiled.asm["cubin"]) if one.name == metadata.name)
+    (entry,) = (one for one in ptx.entries(compiled.asm["ptx"]) if one.name == metadata.name)
+    name = kernel.__name__ + (f" ({item.label})" if item.label else "")
+    # Triton's kernels have no arrays of their own in local memory: what is in it was spilled.
+    return _report(
+        job.backend, name, job.architecture, code, spills=code.local, shared=metadata.shared,
+        ptx=entry.instructions, threads=entry.threads, dynamic=False,
+    )  # fmt: skip
 
 
-def raw_kernel(kernel: Any, architecture: str, label: str = "", path: Path | None = None) -> Report:
-    """What CuPy's compiler makes of one ``cupy.RawKernel``; needs no GPU.
-
-    ``path`` is the file in which its source stands, for the compiler's messages. Raises
-    InspectionError if it does not compile.
-    """
-    return Report(**_raw_kernel(kernel, architecture, label or kernel.name, path))
-
-
-def _cupy(job: _Job) -> list[dict[str, Any]]:
+def _cupy(job: _Job) -> Report:
     label, kernel = job.item
     path = job.backend.operation.folder / f"{job.backend.name}.py"
-    report = _raw_kernel(kernel, job.architecture, label, path)
-    return [report | _names(job.backend)]
+    return raw_kernel(kernel, job.architecture, label, path, job.backend)
 
 
-def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -> dict[str, Any]:
+def raw_kernel(
+    kernel: Any,
+    architecture: str,
+    label: str = "",
+    path: Path | None = None,
+    backend: Backend | None = None,
+) -> Report:
+    """What CuPy's compiler makes of one ``cupy.RawKernel``; needs no GPU.
+
+    Args:
+        path: the file of its source, for the compiler's messages.
+        backend: whose kernel it is, for the report.
+
+    Raises:
+        InspectionError: it does not compile.
+    """
+    label = label or kernel.name
     # So that the compiler's messages name the line of the Python file in which it stands.
     line = _line_of(path, kernel.code) if path is not None else None
     source = f'#line {line} "{path}"\n{kernel.code}' if line else kernel.code
@@ -214,18 +217,20 @@ def _raw_kernel(kernel: Any, architecture: str, label: str, path: Path | None) -
     except Exception as error:
         message = str(error).strip("\0\n ")
         raise InspectionError(f"CuPy cannot compile {file} ({label}):\n{message}") from None
-    said = {entry.name: entry for entry in ptx.entries(text)}
-    if kernel.name not in said:
-        names = ", ".join(said) or "none"
+    entries = {entry.name: entry for entry in ptx.entries(text)}
+    if kernel.name not in entries:
+        names = ", ".join(entries) or "none"
         raise InspectionError(
-            f"{file}: its source has no kernel {kernel.name!r}; there is {names} "
+            f"{file}: its source has no kernel {kernel.name!r} but {names} "
             '(is it `extern "C" __global__`?)'
         )
     (code,) = (code for code in _disassembled(cubin) if code.name == kernel.name)
     spilled = {one.name: one.spill_stores + one.spill_loads for one in ptx.parse_ptxas(log)}
-    entry = said[kernel.name]
-    report = _report(None, label, architecture, code, spilled[kernel.name], code.shared)
-    return report | {"ptx": entry.instructions, "threads": entry.threads, "dynamic": entry.dynamic}
+    entry = entries[kernel.name]
+    return _report(
+        backend, label, architecture, code, spills=spilled[kernel.name], shared=code.shared,
+        ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic,
+    )  # fmt: skip
 
 
 def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple[bytes, str, str]:
@@ -287,30 +292,36 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
         return loaded[0], written.read_text(), log.getvalue()
 
 
-def _names(backend: Backend | None) -> dict[str, str]:
-    if backend is None:
-        return {"operation": "", "backend": ""}
-    return {"operation": backend.operation.name, "backend": backend.name}
-
-
 def _report(
     backend: Backend | None,
     kernel: str,
     architecture: str,
     code: assembly.Code,
+    *,
     spills: int,
     shared: int,
-) -> dict[str, Any]:
-    found = asdict(code)
-    del found["name"]
-    found["sass"] = found.pop("bytes")
-    return found | {
-        **_names(backend),
-        "kernel": kernel,
-        "architecture": architecture,
-        "spills": spills,
-        "shared": shared,
-    }
+    ptx: int | None,
+    threads: int | None,
+    dynamic: bool,
+) -> Report:
+    return Report(
+        operation=backend.operation.name if backend else "",
+        backend=backend.name if backend else "",
+        kernel=kernel,
+        architecture=architecture,
+        registers=code.registers,
+        stack=code.stack,
+        spills=spills,
+        local=code.local,
+        shared=shared,
+        dynamic=dynamic,
+        threads=threads,
+        ptx=ptx,
+        sass=code.bytes,
+        tensor=code.tensor,
+        load=code.load,
+        store=code.store,
+    )
 
 
 def _raw_kernels(module: ModuleType) -> list[tuple[str, Any]]:
@@ -358,8 +369,8 @@ def _number(architecture: str) -> str:
     return re.sub(r"\D", "", architecture)
 
 
-def _place(kernel: Any) -> str:
-    return f"{kernel.fn.__code__.co_filename}:{_line_of_def(kernel)}"
+def _path_of(kernel: Any) -> str:
+    return str(kernel.fn.__code__.co_filename)
 
 
 def _line_of_def(kernel: Any) -> int:
@@ -394,9 +405,8 @@ def explain(error: BaseException, kernel: Any = None) -> str:
         if source is not None and hasattr(node, "lineno"):
             for function in _functions_like(kernel):
                 if function.src == source:
-                    path = function.fn.__code__.co_filename
                     line = _line_of_def(function) + node.lineno - 1
-                    return f"{path}:{line}: {inner}"
+                    return f"{_path_of(function)}:{line}: {inner}"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).parent.parent == paths.PACKAGE]
     where = f"{ours[-1].filename}:{ours[-1].lineno}: " if ours else ""
@@ -407,11 +417,5 @@ def _functions_like(kernel: Any) -> list[Any]:
     """The kernel, and every Triton function that its module knows by name."""
     if kernel is None:
         return []
-    return [
-        kernel,
-        *(
-            value
-            for value in kernel.fn.__globals__.values()
-            if hasattr(value, "starting_line_number")
-        ),
-    ]
+    others = kernel.fn.__globals__.values()
+    return [kernel, *(one for one in others if hasattr(one, "starting_line_number"))]

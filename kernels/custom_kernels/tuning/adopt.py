@@ -7,35 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from custom_kernels import registry, tuned
-from custom_kernels.bench import records
+from custom_kernels.bench.record import Record, Timed, write_whole
 from custom_kernels.tuned import Range, Tuning, TuningError, layer_key
 
 MARGIN = 0.01
 """By how much a backend must be faster than the preferred one (95 % CI) to replace it."""
 
-PROVENANCE = (
-    "device",
-    "driver",
-    "torch",
-    "cuda",
-    "git_commit",
-    "git_dirty",
-    "kernel_source_hash",
-    "time",
-    "command",
-)
-"""What of a record's provenance is kept."""
+PROVENANCE = {
+    *("device", "driver", "torch", "cuda", "git_commit", "git_dirty", "kernel_source_hash"),
+    *("time", "command"),
+}
+"""What is kept of a record's provenance."""
 
 
-def adopt(record: records.Record | Path, path: Path | None = None) -> list[str]:
+def adopt(record: Record, path: Path | None = None) -> list[str]:
     """Keep what a record of a benchmark shows, in the user's own file for that GPU (or in
-    ``path``), beside what is there of other layers. Returns what was kept, a line per layer.
+    ``path``), beside the entries of other layers. Returns what was kept, a line per layer.
 
-    Raises TuningError if the record has nothing to choose from, records.RecordError if it is none.
+    Raises:
+        TuningError: the record has nothing to choose from, or ``path`` is not a tuning file.
     """
-    if isinstance(record, Path):
-        record = records.read(record)
-    operation, gpu = record["operation"], str(record["provenance"]["device"])
+    operation, gpu = record.operation, record.provenance.device
     path = path or tuned.files(operation, gpu)[0]
     new = choices(record)
     try:
@@ -43,9 +35,9 @@ def adopt(record: records.Record | Path, path: Path | None = None) -> list[str]:
     except FileNotFoundError:
         file = {"choices": [], "settings": {}, "provenance": []}
     except TuningError as error:
-        raise TuningError(f"{path} is in the way: {error}; move it away") from None
+        raise TuningError(f"{path} cannot be extended: {error}; move it away") from None
 
-    source = {name: record["provenance"].get(name) for name in PROVENANCE}
+    source = record.provenance.model_dump(include=PROVENANCE)
     replaced = {_entry_key(entry) for entry in new}
     kept = [entry for entry in file["choices"] if _entry_key(entry) not in replaced]
     index = len(file["provenance"])
@@ -57,40 +49,38 @@ def adopt(record: records.Record | Path, path: Path | None = None) -> list[str]:
         "choices": [*kept, *({**entry, "provenance": index} for entry in new)],
         "settings": file["settings"],
     }
-    records.write_whole(path, lambda beside: _write(beside, merged))
+    write_whole(path, lambda partial: _write(partial, merged))
     tuned.forget()
     return [f"{path}: {len(new)} layers", *map(_line, new)]
 
 
-def choices(record: records.Record) -> list[dict[str, Any]]:
+def choices(record: Record) -> list[dict[str, Any]]:
     """Per layer of a record the ranges of M and the backend for each, see ``tuned``'s schema."""
-    operation = record["operation"]
-    layer_of = getattr(registry.operation(operation).cases, "layer_of", None)
+    operation = registry.operation(record.operation)
+    layer_of = getattr(operation.cases, "layer_of", None)
     if layer_of is None:
         raise TuningError(f"{operation} has no choice that is tuned: its cases have no layer_of")
-    preference = registry.operation(operation).priority("cuda")[0]
-    ours = [name for name in record["backends"] if name != preference]
+    preferred = operation.priority("cuda")[0]
+    ours = [name for name in record.backends if name != preferred]
 
     layers: dict[tuple[Any, ...], dict[int, str]] = {}
     described: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in record["rows"]:
-        layer = layer_of(row["labels"])
-        incumbent = row["contenders"].get(preference, {})
-        if layer is None or incumbent.get("ratio") is None:
+    for row in record.rows:
+        layer, incumbent = layer_of(row.labels), row.timed(preferred)
+        if layer is None or incumbent is None or incumbent.ratio is None:
             continue
         faster = [
-            (row["contenders"][name]["us"], name)
+            (timed.us, name)
             for name in ours
-            if surely_faster(row["contenders"].get(name, {}), incumbent)
+            if (timed := row.timed(name)) and surely_faster(timed, incumbent)
         ]
-        key = layer_key(record["dtype"], layer)
-        described[key] = {"dtype": record["dtype"], **layer}
-        layers.setdefault(key, {})[int(row["labels"]["M"])] = (
-            min(faster)[1] if faster else preference
-        )
+        key = layer_key(record.dtype, layer)
+        described[key] = {"dtype": record.dtype, **layer}
+        best = min(faster)[1] if faster else preferred
+        layers.setdefault(key, {})[int(row.labels["M"])] = best
     if not layers:
         raise TuningError(
-            f"no row of the record has a time of {preference}, with which others are compared"
+            f"no row of the record has a time of {preferred}, with which others are compared"
         )
     return [
         {**described[key], "ranges": [list(item) for item in ranges(found)]}
@@ -98,12 +88,12 @@ def choices(record: records.Record) -> list[dict[str, Any]]:
     ]
 
 
-def surely_faster(one: Mapping[str, Any], incumbent: Mapping[str, Any]) -> bool:
+def surely_faster(one: Timed, incumbent: Timed) -> bool:
     """Whether the whole confidence interval of one ratio to the baseline lies above the other's, by
     ``MARGIN``."""
-    if one.get("low") is None or incumbent.get("high") is None:
+    if one.low is None or incumbent.high is None:
         return False
-    return bool(one["low"] > (1 + MARGIN) * incumbent["high"])
+    return one.low > (1 + MARGIN) * incumbent.high
 
 
 def ranges(chosen: Mapping[int, str]) -> list[Range]:

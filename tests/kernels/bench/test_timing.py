@@ -12,6 +12,7 @@ import pytest
 import torch
 from custom_kernels.bench import device as bench_device
 from custom_kernels.bench import timing
+from custom_kernels.bench.record import ClockState, Failed, Timed
 from custom_kernels.bench.timing import measure
 from custom_kernels.check import outputs
 from custom_kernels.check.case import Case, Contender
@@ -84,10 +85,10 @@ def broken(x: torch.Tensor) -> torch.Tensor:
     raise ValueError("no such tile\nand more about it")
 
 
-def run_one(run: Callable[..., Any], device: torch.device = CPU, **changes: Any) -> timing.Result:
+def run_one(run: Callable[..., Any], device: torch.device = CPU, **changes: Any) -> Timed | Failed:
     case = doubled(**changes)
     contenders = [Contender("right", right), Contender("other", run)]
-    return measure(case, contenders, exact, device, seconds=0.01).results["other"]
+    return measure(case, contenders, exact, device, seconds=0.01).contenders["other"]
 
 
 # --- bookkeeping ----------------------------------------------------------------------------------
@@ -124,15 +125,15 @@ def test_times_that_are_not_whole_blocks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "blocks", "repetitions", "verdict"),
     [
-        (1.011, 1.2, 9, (1.1, 1.1), "FASTER"),
-        (0.8, 0.989, 9, (0.9, 0.9), "SLOWER"),
-        (0.981, 1.019, 9, (), "SAME"),
-        (1.005, 1.015, 9, (), "SAME"),
-        (0.99, 1.03, 9, (), "AMBIGUOUS"),
-        (1.005, 1.3, 9, (), "AMBIGUOUS"),
-        (1.011, 1.2, 5, (1.1,), "AMBIGUOUS"),  # too few for an interval
-        (1.011, 1.2, 9, (1.1, 0.99), "AMBIGUOUS"),  # a repetition disagrees
-        (0.8, 0.98, 9, (0.9, 1.01), "AMBIGUOUS"),
+        (1.011, 1.2, 9, (1.1, 1.1), "faster"),
+        (0.8, 0.989, 9, (0.9, 0.9), "slower"),
+        (0.981, 1.019, 9, (), "same"),
+        (1.005, 1.015, 9, (), "same"),
+        (0.99, 1.03, 9, (), "ambiguous"),
+        (1.005, 1.3, 9, (), "ambiguous"),
+        (1.011, 1.2, 5, (1.1,), "ambiguous"),  # too few for an interval
+        (1.011, 1.2, 9, (1.1, 0.99), "ambiguous"),  # a repetition disagrees
+        (0.8, 0.98, 9, (0.9, 1.01), "ambiguous"),
     ],
 )
 def test_verdicts(
@@ -144,13 +145,12 @@ def test_verdicts(
 def test_ratios_are_taken_block_by_block() -> None:
     base = [[10.0, 20.0, 40.0], [80.0, 160.0, 320.0]]  # the machine slows down all the time
     own = [[time / 1.25 for time in repetition] for repetition in base]
-    result = timing.result("ours", own, base, error=0.0)
+    result = timing.compare(own, base, 0.0, doubled())
     assert result.ratio == result.low == result.high == 1.25
-    assert result.repetitions == (1.25, 1.25)
-    assert result.verdict == "FASTER"
-    assert result.times is not None
-    assert result.times.p20 < result.times.median < result.times.p80
-    assert timing.result("base", base, base, 0.0, is_baseline=True).ratio is None
+    assert result.repetitions == [1.25, 1.25]
+    assert result.verdict == "faster"
+    assert result.p20 < result.us < result.p80
+    assert timing.compare(base, None, 0.0, doubled()).ratio is None
 
 
 def test_a_replay_is_made_long_enough_but_not_endless() -> None:
@@ -225,9 +225,8 @@ def test_a_kernel_that_is_not_right_gets_no_time(
     device: torch.device, run: Callable[..., Any], failure: str
 ) -> None:
     result = run_one(run, device)
-    assert result.failure is not None
+    assert isinstance(result, Failed)
     assert failure in result.failure
-    assert result.times is result.ratio is result.verdict is None
 
 
 @pytest.mark.parametrize("device", ON, ids=str)
@@ -236,7 +235,7 @@ def test_a_remembered_result_is_found_since_inputs_change(
     device: torch.device, copies: bool
 ) -> None:
     result = run_one(Remembering(copies), device)
-    assert result.failure is not None
+    assert isinstance(result, Failed)
     assert "error" in result.failure or "not written" in result.failure
 
 
@@ -249,8 +248,8 @@ def test_a_kernel_that_goes_wrong_while_it_is_timed_gets_no_time() -> None:
         return right(x) if calls < 40 else wrong(x)
 
     result = run_one(tiring)
-    assert result.times is None
-    assert "error 5.0e-04" in str(result.failure)
+    assert isinstance(result, Failed)
+    assert "error 5.0e-04" in result.failure
 
 
 @pytest.mark.parametrize("device", ON, ids=str)
@@ -269,30 +268,29 @@ def test_one_failure_does_not_stop_the_others(device: torch.device) -> None:
         Contender("packed", lambda x: x, prepare=lambda inputs: [broken(*inputs)]),
         Contender("also right", lambda x: x + x),
     ]
-    results = measure(doubled(), contenders, exact, device, seconds=0.01).results
-    assert list(results) == [contender.name for contender in contenders]
-    assert results["elsewhere"].failure == "it needs a machine of its own"
+    row = measure(doubled(), contenders, exact, device, seconds=0.01)
+    assert list(row.contenders) == [contender.name for contender in contenders]
+    assert row.contenders["elsewhere"] == Failed(failure="it needs a machine of its own")
     for name in ("broken", "packed"):
-        assert results[name].failure == "ValueError: no such tile"
-    assert results["too large"].failure
-    for name in ("right", "also right"):
-        assert results[name].times is not None
-        assert results[name].error == 0
-    assert results["also right"].ratio is not None
+        assert row.contenders[name] == Failed(failure="ValueError: no such tile")
+    assert isinstance(row.contenders["too large"], Failed)
+    baseline, other = row.timed("right"), row.timed("also right")
+    assert baseline is not None
+    assert other is not None
+    assert baseline.error == other.error == 0
+    assert other.ratio is not None
 
 
 def test_without_its_baseline_a_contender_has_times_but_no_ratio() -> None:
     contenders = [Contender("base", broken), Contender("ours", right)]
-    measurement = measure(doubled(), contenders, exact, CPU, seconds=0.01)
-    ours = measurement.results["ours"]
-    assert measurement.baseline == "base"
-    assert ours.times is not None
+    ours = measure(doubled(), contenders, exact, CPU, seconds=0.01).timed("ours")
+    assert ours is not None
     assert ours.ratio is ours.verdict is None
 
 
 def test_contenders_have_names_of_their_own() -> None:
     for contenders in ([], [Contender("a", right), Contender("a", wrong)]):
-        with pytest.raises(ValueError, match="names of their own"):
+        with pytest.raises(ValueError, match="distinct names"):
             measure(doubled(), contenders, exact, CPU)
 
 
@@ -306,10 +304,10 @@ def test_what_prepare_makes_follows_the_inputs(device: torch.device) -> None:
         return [made[-1]]
 
     contenders = [Contender("right", right), Contender("packed", torch.clone, prepare)]
-    measurement = measure(doubled(), contenders, exact, device, seconds=0.01)
-    assert measurement.results["packed"].failure is None
+    row = measure(doubled(), contenders, exact, device, seconds=0.01)
+    assert row.timed("packed")
     # Once per set, then for the two checks of the first and the last set.
-    assert len(made) == measurement.sets + 2 * 2
+    assert len(made) == row.input_sets + 2 * 2
 
 
 def test_a_case_can_bring_its_own_error_for_outputs_of_any_kind() -> None:
@@ -333,15 +331,17 @@ def test_a_case_can_bring_its_own_error_for_outputs_of_any_kind() -> None:
 
     case = doubled(error=error, tolerance=0)
     contenders = [Contender(run.__name__, run) for run in (rounded, off, forgotten)]
-    results = measure(case, contenders, exact, CPU, seconds=0.01).results
-    assert results["rounded"].failure is None
-    assert results["off"].failure == "error 1.0e+00, 0.0e+00 is allowed"
-    assert results["forgotten"].failure == "64 elements of the output were not written"
+    row = measure(case, contenders, exact, CPU, seconds=0.01)
+    assert row.timed("rounded")
+    assert row.contenders["off"] == Failed(failure="error 1.0e+00, 0.0e+00 is allowed")
+    unwritten = "64 elements of the output were not written"
+    assert row.contenders["forgotten"] == Failed(failure=unwritten)
 
 
 def test_an_error_that_is_no_number_never_passes() -> None:
     result = run_one(right, error=lambda inputs, outputs: math.nan, tolerance=math.inf)
-    assert "error nan" in str(result.failure)
+    assert isinstance(result, Failed)
+    assert "error nan" in result.failure
 
 
 def test_a_tuple_is_compared_with_a_tuple() -> None:
@@ -355,9 +355,9 @@ def test_a_tuple_is_compared_with_a_tuple() -> None:
         return 2 * x.double(), 3 * x.double()
 
     contenders = [Contender("both", both), Contender("second wrong", second_wrong)]
-    results = measure(doubled(), contenders, exactly, CPU, seconds=0.01).results
-    assert results["both"].failure is None
-    assert "error 3.3e-02" in str(results["second wrong"].failure)
+    row = measure(doubled(), contenders, exactly, CPU, seconds=0.01)
+    assert row.timed("both")
+    assert "error 3.3e-02" in str(row.contenders["second wrong"])
 
 
 @settings(max_examples=20, deadline=None)
@@ -384,7 +384,7 @@ def test_any_number_of_rows_is_checked(rows: int) -> None:
             [{"sm_mhz": [1200, 1980], "reasons": []}, {"sm_mhz": [1980, 1980], "reasons": []}],
             [
                 "the SM clock moved by more than 5% in 1 of 2 cases (1200 to 1980 MHz): ratios "
-                "bear that, times do not"
+                "are still meaningful, times are not"
             ],
         ),
         (
@@ -398,13 +398,16 @@ def test_any_number_of_rows_is_checked(rows: int) -> None:
 def test_clocks_that_make_times_doubtful_are_warned_of(
     clocks: list[dict[str, Any]], warnings: list[str]
 ) -> None:
-    assert bench_device.clock_warnings(clocks) == warnings
+    states = [ClockState.model_validate(one) for one in clocks]
+    assert bench_device.clock_warnings(states) == warnings
 
 
 def test_on_a_cpu_nothing_is_known_of_the_clocks() -> None:
-    measurement = measure(doubled(), [Contender("right", right)], exact, CPU, seconds=0.01)
-    assert measurement.clocks == {"unknown": "not a GPU"}
-    assert measurement.results["right"].verdict is None
+    row = measure(doubled(), [Contender("right", right)], exact, CPU, seconds=0.01)
+    assert row.clocks == ClockState(unknown="not a GPU")
+    baseline = row.timed("right")
+    assert baseline is not None
+    assert baseline.verdict is None
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -431,11 +434,13 @@ def test_slower_same_and_faster_are_told_apart(gpu: torch.device) -> None:
         Contender("slower", work(5)),
         Contender("faster", work(3)),
     ]
-    measurement = measure(doubled(2048, 4096), contenders, exact, gpu, seconds=0.1)
-    verdicts = {name: result.verdict for name, result in measurement.results.items()}
-    assert verdicts == {"base": None, "same": "SAME", "slower": "SLOWER", "faster": "FASTER"}
-    assert measurement.cold
-    assert measurement.results["slower"].ratio == pytest.approx(4 / 5, abs=0.06)
+    row = measure(doubled(2048, 4096), contenders, exact, gpu, seconds=0.1)
+    timed = {name: row.timed(name) for name in row.contenders}
+    verdicts = {name: result and result.verdict for name, result in timed.items()}
+    assert verdicts == {"base": None, "same": "same", "slower": "slower", "faster": "faster"}
+    assert row.cold
+    assert timed["slower"] is not None
+    assert timed["slower"].ratio == pytest.approx(4 / 5, abs=0.06)
 
 
 @pytest.mark.gpu
@@ -443,9 +448,9 @@ def test_every_call_finds_a_cold_l2(gpu: torch.device) -> None:
     """A copy of what fits in L2 many times over cannot be faster than HBM allows."""
     case = doubled(1024, 2048)  # 8 MB read, 8 MB written
     limits = bench_device.ceilings(gpu, [])
-    times = measure(case, [Contender("right", right)], exact, gpu, 0.05).results["right"].times
-    assert times is not None
-    assert case.bytes / (times.median * 1e-6) < 1.1 * limits.bytes_per_second
+    timed = measure(case, [Contender("right", right)], exact, gpu, 0.05).timed("right")
+    assert timed is not None
+    assert case.bytes / (timed.us * 1e-6) < 1.1 * limits.bytes_per_second
 
 
 @pytest.mark.gpu
@@ -462,8 +467,9 @@ def test_ceilings_are_what_such_a_gpu_can_do(gpu: torch.device) -> None:
 @pytest.mark.gpu
 def test_clocks_are_watched_where_nvml_is_installed(gpu: torch.device) -> None:
     pytest.importorskip("pynvml")
-    measurement = measure(doubled(2048, 4096), [Contender("right", right)], exact, gpu, 0.05)
-    low, high = measurement.clocks["sm_mhz"]
+    row = measure(doubled(2048, 4096), [Contender("right", right)], exact, gpu, 0.05)
+    assert row.clocks.sm_mhz is not None
+    low, high = row.clocks.sm_mhz
     assert 0 < low <= high < 5000
 
 

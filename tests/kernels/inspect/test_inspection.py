@@ -251,7 +251,7 @@ def test_triton_is_compiled_as_a_launch_would(toy: PackageCopy) -> None:
         (TRITON.replace("def spec", "def _spec"), "has no specializations()"),
         (CUPY.replace("threadIdx.x]\n", "threadIdx.x\n").replace("= FACTOR", "= NO + FACTOR"),
          'fast.py(6): error: identifier "NO" is undefined'),
-        (CUPY.replace('"scale", op', '"scele", op'), "has no kernel 'scele'; there is scale"),
+        (CUPY.replace('"scale", op', '"scele", op'), "has no kernel 'scele' but scale"),
         ("import triton\n\nnonsense = 1 +\n", "line 3"),
         ("import cupy\n\nraise ValueError('no')\n", "fast.py:3: ValueError: no"),
     ],
@@ -288,7 +288,7 @@ def test_what_does_not_exist_is_one_line(toy: PackageCopy) -> None:
         result = toy.python("-m", "custom_kernels.inspect", name)
         assert (result.returncode, result.stderr) == (1, f"error: {message}\n")
     result = toy.python("-m", "custom_kernels.inspect", "toy", "--arch", "sm_90")
-    assert "'sm_90' is not an architecture; write 9.0a" in result.stderr
+    assert "'sm_90' is not an architecture; use e.g. 9.0a" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines of the tools share."""
+
+import functools
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from custom_kernels.operation import BackendError
+from custom_kernels.tuned import TuningError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+class UsageError(RuntimeError):
+    """The command cannot be carried out. The message is one line with the remedy."""
+
+
+def command(main: Main) -> Main:
+    """A ``main`` that turns an error which the user can fix into one line and exit status 1."""
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except (UsageError, BackendError, TuningError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return run
+
+
+def exit_with(main: Main) -> NoReturn:
+    """Run ``main`` on the command line and end with its status."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
+    sys.exit(main(None))
+
+
+def console(width: int) -> "Console":
+    """The terminal; ``width`` columns where the output goes elsewhere."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
