@@ -132,13 +132,11 @@ def notebook(_: verbs.NoOptions) -> None:
 
 
 def bench(options: verbs.Bench) -> None:
-    from workspace.bench import options as checked
-    from workspace.bench import run
+    from workspace.bench.runner import run
 
-    valid = checked({name: value for name, value in vars(options).items() if value is not None})
     operation = None if options.quantization else "gemm"
     set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, operation))
-    run(valid)
+    run(options)
 
 
 def bench_kernels(options: verbs.BenchKernels) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from workspace.host.errors import WorkspaceError
 from workspace.host.options import choice, declared, flag, number, read, text
@@ -143,7 +143,7 @@ class Bench:
         "3B) with dummy weights",
         "GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
     )
-    metric: str | None = choice(
+    metric: Literal["throughput", "latency"] | None = choice(
         "METRIC", "what is measured", "throughput", "latency", default="`throughput`"
     )
     backend: str | None = text(
@@ -179,15 +179,24 @@ class Bench:
         "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
         "variant, compared with the unquantized model",
     )
-    eager: str | None = choice(
+    eager: Literal["0", "1"] | None = choice(
         "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
     )
-    baseline: str | None = choice(
+    baseline: Literal["stock", "pristine"] | None = choice(
         "BASELINE",
         "`pristine`: compare the fork with the switch off with the unpatched release",
         "stock", "pristine",
         default="`stock`",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        others = {"BACKEND": self.backend, "LAYERS": self.layers, "BASELINE": self.baseline}
+        given = [name for name, value in others.items() if value]
+        if self.quantization and given:
+            raise WorkspaceError(
+                f"QUANTIZATION={self.quantization} selects its own kernels and is compared with "
+                f"stock; leave out {' and '.join(given)}"
+            )
 
 
 @dataclass(frozen=True)

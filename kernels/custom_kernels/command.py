@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of the tools share."""
+"""What the tools share: their command lines, the screen, whole files."""
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from custom_kernels.operation import BackendError
@@ -45,3 +47,14 @@ def console(width: int) -> "Console":
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def write_whole(path: Path, save: Callable[[Path], object]) -> None:
+    """Let ``save`` write a file beside ``path``, and rename it into place when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 """``python -m custom_kernels.profile OPERATION --backend NAME``: Nsight Compute on one call of
 one backend.
 
-A process of its own sets the case up and warms the backend up; only the one call after that is
+A child process sets up the case and warms up the backend; only the one call after that is
 profiled, with flushed caches and with the clocks as they are. The report, for ``ncu-ui``, goes to
 benchmarks/results; its key figures are printed. Exits with 1 if there is no GPU, no ``ncu``, or
 nothing to profile.

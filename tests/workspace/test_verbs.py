@@ -9,9 +9,7 @@ import subprocess
 import pytest
 
 from workspace import cli, reference, verbs
-from workspace.bench.plan import BenchOptions
 from workspace.host.errors import WorkspaceError
-from workspace.host.options import declared
 from workspace.host.paths import ROOT
 from workspace.verbs import VERBS, Verb
 
@@ -61,10 +59,6 @@ def test_the_reference_is_made_from_the_table() -> None:
     assert reference.render(page) == page, f"run: {reference.COMMAND}"
     for table in (reference.verbs, reference.settings, reference.options):
         assert "\n".join(table()) in page
-
-
-def test_bench_takes_the_options_that_its_plan_knows() -> None:
-    assert {field for field, _ in declared(verbs.Bench)} == set(BenchOptions.model_fields)
 
 
 def test_a_verb_that_does_not_exist_is_one_line() -> None:

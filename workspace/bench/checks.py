@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result has to prove before it counts: tokens, launches, outputs.
+"""What a result has to prove: tokens, launches, outputs.
 
 Each check returns its failures as lines of text; an empty list is a pass.
 """
@@ -27,7 +27,7 @@ number of tokens may change. With the synthetic tokenizer it does not.
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds on |difference of log-probabilities|, in nats: for each token, and on average."""
+    """Largest differences of log-probabilities in nats: of each token, and on average."""
 
     largest: float
     mean: float
@@ -52,10 +52,10 @@ def agreement(
     """Compare greedy outputs step by step.
 
     At each step up to and including the first different token, every token that is among the
-    likeliest of either side is compared. One that the other side does not list is at most as
-    likely there as the least likely one listed, which bounds the difference from below. Two
-    kernels that round differently may choose different tokens only where both sides agree,
-    within the tolerance, that these are about equally likely.
+    likeliest of either side is compared. A token that the other side does not list is at most as
+    likely there as the last token listed, which bounds the difference from below. Two kernels that
+    round differently may choose different tokens only where both sides agree, within the
+    tolerance, that these are about equally likely.
     """
     failures = []
     differences: list[float] = []
@@ -103,14 +103,14 @@ def distance(
 ) -> Agreement:
     """How far greedy outputs of a lossy variant are from those of stock. Any finite distance
     passes."""
-    found = agreement(baseline, candidate, Tolerance(math.inf, math.inf), vocab_size)
-    failures = [] if math.isfinite(found.mean) else ["outputs: a log-probability is not finite"]
-    return found.model_copy(update={"failures": failures, "lossy": True})
+    result = agreement(baseline, candidate, Tolerance(math.inf, math.inf), vocab_size)
+    failures = [] if math.isfinite(result.mean) else ["outputs: a log-probability is not finite"]
+    return result.model_copy(update={"failures": failures, "lossy": True})
 
 
 def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
     """Every round processed the planned tokens, by vLLM's report and by the request outputs."""
-    asked_in, asked_out = plan.tokens
+    asked_in, asked_out = plan.input_tokens_per_round, plan.output_tokens_per_round
     slack = REAL_TOKENIZER_SLACK * asked_in if plan.model.weights == "real" else 0
     failures = []
     if len(result.rounds) != plan.rounds:
@@ -129,8 +129,8 @@ def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
 
 def same_prompts(baseline: Result, candidate: Result) -> list[str]:
     """Round by round, both variants got the same number of prompt tokens."""
-    counts = [[r.prompt_tokens for r in one.rounds] for one in (baseline, candidate)]
-    return [] if counts[0] == counts[1] else ["the variants processed different prompt tokens"]
+    old, new = ([r.prompt_tokens for r in result.rounds] for result in (baseline, candidate))
+    return [] if old == new else ["the variants processed different prompt tokens"]
 
 
 def unchanged(results: Sequence[Result], launching: Sequence[Result]) -> list[str]:
@@ -159,19 +159,22 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
     if not expected:
         if not counted:
             return []
-        return [f"{variant}: launched custom kernels ({result.total_launches()}), it must not"]
+        return [
+            f"{variant}: launched custom kernels ({dict(result.total_launches())}), it must not"
+        ]
     named = f"gemm.{plan.backend}" if plan.backend else "gemm."
     if plan.quantization:
         named = ""  # any kernels that the method uses
     running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
     failures = []
-    if len(running) != plan.tp:
+    if len(running) != plan.tensor_parallel:
         what = named.rstrip(".") or "a custom kernel"
         remedy = "is the fork patched? run make doctor"
         if plan.quantization:
             remedy = f"does {plan.quantization} count its launches? see kernels/README.md"
         failures.append(
-            f"{variant}: {what} ran in {len(running)} of {plan.tp} worker processes; {remedy}"
+            f"{variant}: {what} ran in {len(running)} of {plan.tensor_parallel} worker processes; "
+            f"{remedy}"
         )
     others = {k for counts in counted.values() for k in counts if not k.startswith(named)}
     if plan.backend and others:
@@ -210,14 +213,14 @@ def imports(variant: str, result: Result, tree: Path, expected: Expected) -> lis
     """The process ran vLLM from `tree`, this checkout's kernels, and the locked packages."""
     failures = []
     for name, folder in (("vllm", tree), ("custom_kernels", expected.kernels)):
-        found = Path(result.modules.get(name, "nowhere")).resolve()
-        if not found.is_relative_to(folder.resolve() / name):
-            failures.append(f"{variant}: ran {name} from {found.parent}, not from {folder}")
+        file = Path(result.modules.get(name, "nowhere")).resolve()
+        if not file.is_relative_to(folder.resolve() / name):
+            failures.append(f"{variant}: ran {name} from {file.parent}, not from {folder}")
     others = [
         f"{name} from {file}"
         for name, file in sorted(result.modules.items())
         if name in expected.modules - {"vllm", "custom_kernels"}
-        # The folder it was found in counts, not a link's target: Debian's sitecustomize is a link.
+        # The folder on the module path counts: Debian's sitecustomize is a link to elsewhere.
         and not any(Path(file).parent.resolve().is_relative_to(p) for p in expected.paths)
     ]
     if others:

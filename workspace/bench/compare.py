@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from statistics import median, quantiles
 
-from custom_kernels.bench.intervals import CONFIDENCE, median_interval
+from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval
 
-from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison, Verdict
+from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison
 
 SAME_WITHIN = 0.02
 """A ratio whose whole interval lies within 2 % of 1 counts as "same"."""

@@ -10,10 +10,10 @@ equally likely: comparing outputs would prove nothing. Here, for a matrix with K
 
 A draw depends only on the parameter's name, shape and dtype, so both variants get the same.
 Quantization that vLLM does while it loads (`--quantization fp8`) has no memory for such a layer's
-weights before they come: they are drawn layer by layer, each is quantized before the next.
+weights beforehand: they are drawn layer by layer, each is quantized before the next.
 
-The module is handed to vLLM as `--worker-extension-cls`, which is how every worker process comes
-to import it and to know the format. It is imported in engine processes only.
+vLLM gets the module as `--worker-extension-cls`, so that every worker process imports it and knows
+the format. It is imported in engine processes only.
 """
 
 import zlib

@@ -86,16 +86,16 @@ def explain(text: str, status: int) -> str:
         text: the log of all its processes.
         status: the exit status of the outermost one, negative for a signal.
     """
-    found = _cause(text)
-    if found and _MEMORY.search(found):
-        return f"out of memory ({found}); use a smaller MODEL or a larger TP"
+    cause = _cause(text)
+    if cause and _MEMORY.search(cause):
+        return f"out of memory ({cause}); use a smaller MODEL or a larger TP"
     # A killed process logs nothing, so any error in its log was handled.
-    if status == -signal.SIGKILL or (not found and _KILLED.search(text)):
+    if status == -signal.SIGKILL or (not cause and _KILLED.search(text)):
         return "the engine was killed (signal 9), most likely out of memory; use a smaller MODEL"
-    if found:
-        return found
+    if cause:
+        return cause
     if status < 0:
-        return f"the engine died of signal {-status} ({signal.Signals(-status).name})"
+        return f"the engine was ended by signal {-status} ({signal.Signals(-status).name})"
     vague = [chain.last for chain in _chains(text)]
     return vague[-1] if vague else f"the engine ended with status {status} and no error line"
 
@@ -150,7 +150,7 @@ def _chains(text: str) -> list[_Chain]:
 def _joined(lines: list[str]) -> str:
     """An exception and its message in one line."""
     if match := _PYDANTIC.match(lines[0]):
-        details = [found[1] for line in lines[1:] if (found := _DETAIL.match(line))]
+        details = [detail[1] for line in lines[1:] if (detail := _DETAIL.match(line))]
         if details:
             return _cut(f"{match['type'].rpartition('.')[2]}: {match['what']}: {details[0]}")
     return _cut(" ".join(line.strip() for line in lines))

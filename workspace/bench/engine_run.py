@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One variant in a process of its own: vLLM's `vllm bench`, several rounds in one engine.
+"""The process of one variant: vLLM's `vllm bench`, several rounds in one engine.
 
 Run as `python -m workspace.bench.engine_run JOB.json` (see workspace.bench.messages). Each round
 parses the arguments with vLLM's own parser and calls the entry point of `vllm bench
@@ -8,6 +8,7 @@ Rounds before the engine is warm are not part of the result. At the end the same
 greedily for the comparison of outputs.
 """
 
+import functools
 import importlib
 import json
 import math
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from workspace.bench import loaded
-from workspace.bench.kept_engine import KeptEngine
 from workspace.bench.messages import (
     EVENTS,
     RESULT,
@@ -39,9 +39,60 @@ from workspace.host.files import write_file
 WARM_GAIN = 1.1
 """An engine is warm when a round is not 1.1 times faster than the one before."""
 
-
 Report = Callable[[Event], None]
 """Tells the parent process that a step begins."""
+
+
+class KeptEngine:
+    """Replaces the class `vllm.LLM`: builds one engine, then returns the same.
+
+    Its `generate` counts the tokens of every request. It also folds token ids into the vocabulary,
+    because vLLM's latency benchmark draws ids below 10000 for any model.
+
+    Args:
+        llm_class: `vllm.LLM`.
+        built: called once the engine is built.
+    """
+
+    def __init__(self, llm_class: Any, built: Callable[[], None] = lambda: None) -> None:
+        self._class = llm_class
+        self._built = built
+        self._llm: Any = None
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+
+    def from_engine_args(self, engine_args: Any) -> Any:
+        return self._keep(lambda: self._class.from_engine_args(engine_args))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._keep(lambda: self._class(*args, **kwargs))
+
+    def _keep(self, build: Callable[[], Any]) -> Any:
+        if self._llm is None:
+            self._llm = build()
+            vocab = self._llm.llm_engine.model_config.get_vocab_size()
+            original = self._llm.generate
+
+            def generate(prompts: Any, *args: Any, **kwargs: Any) -> Any:
+                for prompt in prompts:
+                    if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+                        ids = prompt["prompt_token_ids"]
+                        if max(ids) >= vocab:
+                            prompt["prompt_token_ids"] = [i % vocab for i in ids]
+                outputs = original(prompts, *args, **kwargs)
+                self.prompt_tokens += sum(len(o.prompt_token_ids or ()) for o in outputs)
+                self.output_tokens += sum(len(c.token_ids) for o in outputs for c in o.outputs)
+                return outputs
+
+            self._llm.generate = generate
+            self._built()
+        return self._llm
+
+    @property
+    def llm(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("vLLM's benchmark did not build its engine through vllm.LLM")
+        return self._llm
 
 
 def main() -> None:
@@ -69,9 +120,7 @@ def main() -> None:
     first = _bench(job, engine, job.seed)
     start_s = time.perf_counter() - begin
 
-    def bench(seed: int) -> Round:
-        return _bench(job, engine, seed)
-
+    bench = functools.partial(_bench, job, engine)
     warm_up = _warm_up(job, bench, first, report, deadline)
     rounds = _rounds(job, bench, report, deadline)
 
@@ -135,9 +184,9 @@ def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
 def _warm_up(
     job: Job, bench: Callable[[int], Round], first: Round, report: Report, deadline: float
 ) -> list[Round]:
-    """Rounds until they stop getting faster: code is still compiled after the first of them.
+    """Rounds until they stop getting faster: code is still compiled after the first.
 
-    More than the fewest only if the rounds to measure still end before the deadline.
+    More than the fewest only if the measured rounds still end before the deadline.
     """
     done = [first]
     fewest, most = WARM_ROUNDS
@@ -154,7 +203,7 @@ def _warm_up(
 def _rounds(
     job: Job, bench: Callable[[int], Round], report: Report, deadline: float
 ) -> list[Round]:
-    """The measured rounds: as many as asked for, or as end before the deadline.
+    """The measured rounds: all of the job, or as many as end before the deadline.
 
     Their number depends on the clock alone, never on what the rounds measure.
     """

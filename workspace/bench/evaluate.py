@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the processes' results to the record: check every proof, compare, collect provenance."""
+"""Make the record from the results of the processes: check, compare, collect provenance."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from workspace.bench import checks, models, provenance
+from workspace.bench import checks, provenance
 from workspace.bench.compare import compare
 from workspace.bench.measure import ProcessRun
 from workspace.bench.messages import Result
@@ -34,7 +34,7 @@ def evaluate(
     started: datetime,
     load: float,
 ) -> Record:
-    """The record of a run; a failed proof makes it invalid.
+    """The record of a run; a failed check makes it invalid.
 
     Args:
         variants: baseline and candidate.
@@ -44,7 +44,7 @@ def evaluate(
     baseline, candidate = (
         [run.result for run in runs if run.variant is variant] for variant in variants
     )
-    failures = _unproven(plan, runs)
+    failures = _failures(plan, runs)
     for old, new in zip(baseline, candidate, strict=True):
         failures += checks.same_prompts(old, new)
     agreement, baseline_with_itself, candidate_with_itself = _agreements(plan, baseline, candidate)
@@ -53,9 +53,9 @@ def evaluate(
         name = variants[1].name
         failures += [f"{name} against itself: {one}" for one in candidate_with_itself.failures]
     first = runs[0].result
-    sources, unknown = provenance.collect(candidate[0].kernels_source_hash, first.environment, load)
-    failures += unknown
-    on_cpu = plan.device.kind == "cpu"
+    sources, errors = provenance.collect(candidate[0].kernels_source_hash, first.environment, load)
+    failures += errors
+    on_cpu, gpu = plan.device.kind == "cpu", first.environment.get("device")
     return Record(
         run=run_id,
         started=started.isoformat(timespec="seconds"),
@@ -63,16 +63,16 @@ def evaluate(
         valid=not failures,
         failures=failures,
         command=repeat_command(plan),
-        settings=_settings(plan),
+        settings=Settings.model_validate(plan, from_attributes=True),
         model=ModelRecord(
             name=plan.model.name,
             weights=plan.model.weights,
             seed=plan.model.seed,
             source=plan.model.source,
             dtype=first.dtype,
-            parameters=models.parameters(plan.model.config),
+            parameters=plan.model.config.parameters,
         ),
-        device=plan.device.name if on_cpu else f"{plan.tp} x {first.environment.get('device')}",
+        device=plan.device.name if on_cpu else f"{plan.tensor_parallel} x {gpu}",
         device_kind=plan.device.kind,
         note="; ".join(_notes(plan)),
         unit="tokens/s" if plan.metric == "throughput" else "s",
@@ -89,7 +89,7 @@ def evaluate(
     )
 
 
-def _unproven(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
+def _failures(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
     """Failures of all checks but those of the outputs."""
     results = [run.result for run in runs]
     failures = checks.unchanged(results, [run.result for run in runs if run.variant.launches])
@@ -111,25 +111,22 @@ def _agreements(
     """The worst of candidate against baseline; the baseline against itself, and a quantized
     candidate against itself, if they ran twice."""
     tolerance = checks.TOLERANCES.get(baseline[0].dtype, checks.TOLERANCES["bfloat16"])
-    vocab_size = plan.model.vocab_size
+    vocab_size, reference = plan.model.config.vocab_size, baseline[0].generations
 
-    def agreement(one: Result, other: Result) -> Agreement:
-        return checks.agreement(one.generations, other.generations, tolerance, vocab_size)
+    def itself(results: Sequence[Result]) -> Agreement | None:
+        if len(results) < 2:
+            return None
+        first, second = (result.generations for result in results[:2])
+        return checks.agreement(first, second, tolerance, vocab_size)
 
-    reference = baseline[0]
-    if plan.quantization:
-        agreements = [
-            checks.distance(reference.generations, result.generations, vocab_size)
-            for result in candidate
-        ]
-    else:
-        agreements = [agreement(reference, result) for result in candidate]
+    agreements = [
+        checks.distance(reference, result.generations, vocab_size)
+        if plan.quantization
+        else checks.agreement(reference, result.generations, tolerance, vocab_size)
+        for result in candidate
+    ]
     worst = max(agreements, key=lambda a: (len(a.failures), a.largest))
-    baseline_with_itself = agreement(*baseline[:2]) if len(baseline) > 1 else None
-    candidate_with_itself = None
-    if plan.quantization and len(candidate) > 1:
-        candidate_with_itself = agreement(*candidate[:2])
-    return worst, baseline_with_itself, candidate_with_itself
+    return worst, itself(baseline), itself(candidate) if plan.quantization else None
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -139,31 +136,10 @@ def _notes(plan: Plan) -> list[str]:
     return notes
 
 
-def _settings(plan: Plan) -> Settings:
-    tokens_in, tokens_out = plan.tokens
-    return Settings(
-        metric=plan.metric,
-        input_len=plan.input_len,
-        output_len=plan.output_len,
-        num_prompts=plan.num_prompts,
-        backend=plan.backend,
-        layers=plan.layers,
-        quantization=plan.quantization,
-        repeats=plan.repeats,
-        rounds=plan.rounds,
-        tensor_parallel=plan.tp,
-        eager=plan.eager,
-        input_tokens_per_round=tokens_in,
-        output_tokens_per_round=tokens_out,
-    )
-
-
 def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> VariantRecord:
-    """The part of the record on one variant, from its processes among `runs`."""
+    """The part of the record about one variant, from its processes among `runs`."""
     runs = [run for run in runs if run.variant is variant]
-    launches: Counter[str] = Counter()
-    for run in runs:
-        launches.update(run.result.total_launches())
+    launches = sum((run.result.total_launches() for run in runs), Counter[str]())
     processes = [
         ProcessRecord(
             order=run.order,
@@ -187,7 +163,7 @@ def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> 
         median=median(figures),
         lowest=min(figures),
         highest=max(figures),
-        launches=dict(launches),
+        launches=launches,
     )
 
 

@@ -20,7 +20,7 @@ def only_bench(lock: Path) -> Iterator[None]:
     """Hold `lock`; the system releases it however this process ends.
 
     Raises:
-        WorkspaceError: another benchmark holds it; each would disturb the other's figures.
+        WorkspaceError: another benchmark holds it, whose figures this would disturb.
     """
     # Not filelock: a contender has to read who the holder is, which would need a second file.
     lock.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process runs: files, modules, packages and versions, for the checks of a result."""
+"""What this process has imported: files, modules, packages and versions, for the checks."""
 
 import hashlib
 import platform
@@ -20,7 +20,7 @@ def files_hash(folder: Path) -> str:
 def modules() -> dict[str, str]:
     """Imported top-level modules and the file of each.
 
-    They stand for the engine's other processes, which inherit this one's module path.
+    Also for the engine's other processes, which inherit this process's module path.
     """
     files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     return {k: file for k, file in files.items() if file and "." not in k and k != "__main__"}
@@ -39,14 +39,14 @@ def versions() -> dict[str, str]:
     import torch
     from vllm.platforms import current_platform
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    result = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("vllm", "triton", "transformers", "custom-kernels"):
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    found["cuda"] = str(torch.version.cuda or "none")
-    found["platform"] = current_platform.device_type
+            result[package] = "not installed"
+    result["cuda"] = str(torch.version.cuda or "none")
+    result["platform"] = current_platform.device_type
     if current_platform.device_type != "cpu":
-        found["device"] = current_platform.get_device_name()
-    return found
+        result["device"] = current_platform.get_device_name()
+    return result

@@ -101,9 +101,6 @@ class Result(BaseModel):
     dtype: str
     """What the engine computes in; not always the configuration's dtype."""
 
-    def total_launches(self) -> dict[str, int]:
+    def total_launches(self) -> Counter[str]:
         """Launches by operation and backend, over all processes."""
-        total: Counter[str] = Counter()
-        for counts in self.launches.values():
-            total.update(counts)
-        return dict(total)
+        return sum(map(Counter, self.launches.values()), Counter[str]())

@@ -11,7 +11,8 @@ import os
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from workspace.bench import synthetic_tokenizer, tiny_model, weights
 from workspace.bench.record import Weights
@@ -30,21 +31,62 @@ PROBE_SECONDS = 5.0
 """How long the hub may take to answer before it counts as not reachable."""
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 """What is fetched of a model: configuration, tokenizer, safetensors weights."""
-CONFIG = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("attention_bias", "tie_word_embeddings"),
-)
-"""What is read of a configuration. Files may use other names: GPT-2's has n_embd."""
 TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
+JsonObject = dict[str, JsonValue]
+
+
+class Config(BaseModel):
+    """What is read of a configuration, by transformers' names; GPT-2's file has n_embd instead."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model_type: str = ""
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    intermediate_size: int = 0
+    head_dim: int | None = None
+    max_position_embeddings: int = 2**31
+    attention_bias: bool | None = None
+    tie_word_embeddings: bool = False
+    torch_dtype: str = "bfloat16"
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of the keys of one token in one layer."""
+        return (self.num_key_value_heads or self.num_attention_heads) * self.head_width
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of a Qwen2 or Llama model, tied embeddings counted once; None for others.
+
+        Per layer: q and o of H·(heads·d), k and v of H·(kv·d), biases on q, k, v where the
+        configuration has them, three MLP matrices of H·I, two norms of H. Then the embedding V·H,
+        the output head V·H unless tied, and the last norm H.
+        """
+        if self.model_type not in ("qwen2", "llama"):
+            return None
+        hidden, kv, q = self.hidden_size, self.kv_width, self.num_attention_heads * self.head_width
+        biased = self.model_type == "qwen2" if self.attention_bias is None else self.attention_bias
+        attention = 2 * hidden * q + 2 * hidden * kv + (q + 2 * kv if biased else 0)
+        layer = attention + 3 * hidden * self.intermediate_size + 2 * hidden
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + hidden
 
 
 @dataclass(frozen=True)
 class Model:
     """A model folder for vLLM.
 
-    `source` says where it came from; `seed` is set for weights that are drawn; `config` has the
-    values named in CONFIG that the model has.
+    `source` says where it came from; `seed` is set for weights that are drawn.
     """
 
     name: str
@@ -52,9 +94,9 @@ class Model:
     tokenizer: Path
     weights: Weights
     source: str
-    config: dict[str, Any]
+    config: Config
     seed: int | None = None
-    path_asked_for: Path | None = None
+    requested_path: Path | None = None
     """The local folder that MODEL named, if it named one."""
 
     @property
@@ -63,21 +105,9 @@ class Model:
         return f"{self.weights} weights" + (f" (seed {self.seed})" if self.seed is not None else "")
 
     @property
-    def max_length(self) -> int:
-        """Most tokens, input and output together, that the model takes."""
-        return int(self.config.get("max_position_embeddings", 2**31))
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.config["vocab_size"])
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Size of keys and values of one token over all layers, in bytes, at 2 bytes a value."""
-        heads = int(self.config["num_attention_heads"])
-        kv_heads = int(self.config.get("num_key_value_heads") or heads)
-        head_dim = int(self.config.get("head_dim") or int(self.config["hidden_size"]) // heads)
-        return 2 * 2 * int(self.config["num_hidden_layers"]) * kv_heads * head_dim
+        return 2 * 2 * self.config.num_hidden_layers * self.config.kv_width
 
 
 def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
@@ -95,13 +125,13 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
     if name == TINY:
         return _tiny(folder)
     if (path := Path(name).expanduser()).is_dir():
-        return replace(_local(path.resolve(), folder), path_asked_for=path.resolve())
+        return replace(_local(path.resolve(), folder), requested_path=path.resolve())
     cached, broken = _from_cache(name)
     if cached:
         return _real(name, cached, "local hub cache")
     downloaded, why_not = _from_hub(name)
     if downloaded:
-        if not weights.there(downloaded, name):
+        if not weights.complete(downloaded, name):
             raise WorkspaceError(
                 f"MODEL={name}: the hub has no safetensors weights of it, the only format that is "
                 "fetched; download it yourself and pass the folder"
@@ -118,7 +148,7 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
     )
 
 
-def catalogue() -> dict[str, dict[str, Any]]:
+def catalogue() -> dict[str, JsonObject]:
     """Hub id -> config.json values, with "parameters" (the published count) beside them."""
     data = tomllib.loads(CATALOGUE.read_text())
     entries = {}
@@ -129,43 +159,19 @@ def catalogue() -> dict[str, dict[str, Any]]:
     return entries
 
 
-def count_parameters(config: dict[str, Any]) -> int:
-    """Parameters of a Qwen2 or Llama model, tied embeddings counted once.
-
-    Per layer: q and o of H·(heads·d), k and v of H·(kv·d), biases on q, k, v where the
-    configuration has them, three MLP matrices of H·I, two norms of H. Then the embedding V·H,
-    the output head V·H unless tied, and the last norm H.
-    """
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", heads)
-    head_dim = config.get("head_dim") or hidden // heads
-    q, kv = heads * head_dim, kv_heads * head_dim
-    biased = config.get("attention_bias", config["model_type"] == "qwen2")
-    attention = 2 * hidden * q + 2 * hidden * kv + (q + 2 * kv if biased else 0)
-    layer = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
-    embedding = config["vocab_size"] * hidden
-    heads_and_embedding = embedding if config.get("tie_word_embeddings", False) else 2 * embedding
-    return int(config["num_hidden_layers"] * layer + heads_and_embedding + hidden)
-
-
-def parameters(config: dict[str, Any]) -> int | None:
-    """`count_parameters` where it knows the architecture, else None."""
-    return count_parameters(config) if config.get("model_type") in ("qwen2", "llama") else None
-
-
 def _tiny(folder: Path) -> Model:
     # A changed recipe gets a new folder.
     recipe = hashlib.sha256(
         Path(tiny_model.__file__).read_bytes() + Path(synthetic_tokenizer.__file__).read_bytes()
     ).hexdigest()
-    path = tiny_model.ensure(folder / f"{TINY}-{recipe[:12]}")
-    return Model(
-        TINY, path, path / "tokenizer", "random", "bundled", tiny_model.CONFIG, tiny_model.SEED
-    )
+    path = folder / f"{TINY}-{recipe[:12]}"
+    tiny_model.ensure(path)
+    config = Config.model_validate(tiny_model.CONFIG)
+    return Model(TINY, path, path / "tokenizer", "random", "bundled", config, tiny_model.SEED)
 
 
 def _local(path: Path, folder: Path) -> Model:
-    whole = weights.there(path, str(path))
+    whole = weights.complete(path, str(path))
     config = _read_config(path)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     has_tokenizer = _has_tokenizer(tokenizer)
@@ -188,14 +194,15 @@ def _real(name: str, path: Path, source: str) -> Model:
 
 
 def _dummy(
-    name: str, file: dict[str, Any], folder: Path, source: str, config: dict[str, Any] | None = None
+    name: str, file: JsonObject, folder: Path, source: str, config: Config | None = None
 ) -> Model:
     """A folder with the configuration and a synthetic tokenizer; the engine draws the weights.
 
-    `config` has the values of CONFIG if the file has them under other names.
+    Args:
+        config: the values of `file`, if it has them under other names.
     """
     values = {key: value for key, value in file.items() if key != "parameters"}
-    config = config or values
+    config = config or Config.model_validate(values)
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     recipe = hashlib.sha256(
         text.encode() + Path(synthetic_tokenizer.__file__).read_bytes()
@@ -204,11 +211,11 @@ def _dummy(
     if not path.is_dir():
         with new_folder(path) as partial:
             (partial / "config.json").write_text(text)
-            synthetic_tokenizer.write(partial / "tokenizer", config["vocab_size"])
+            synthetic_tokenizer.write(partial / "tokenizer", config.vocab_size)
     return Model(name, path, path / "tokenizer", "dummy", source, config, seed=DUMMY_SEED)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -221,15 +228,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """The values of CONFIG, read by the class that vLLM uses, which knows the names."""
+def _read_config(path: Path) -> Config:
+    """The configuration, read by the class that vLLM uses, which knows the names."""
     from transformers import AutoConfig
 
     named = "model_type" in _read_json(path)
     try:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except ValueError:  # a type that transformers does not know: vLLM has some of its own
+        except ValueError:  # a type that transformers does not know: vLLM may know it
             if not named:
                 raise
             from vllm.transformers_utils.config import get_config
@@ -241,11 +248,14 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from error
     text = config.get_text_config()  # multi-modal models keep the text part apart
-    values = {name: value for name in CONFIG if (value := getattr(text, name, None)) is not None}
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in needed if key not in values]:
-        raise WorkspaceError(f"MODEL={path}: its config.json lacks {', '.join(missing)}")
-    return values
+    names = Config.model_fields.keys() - {"torch_dtype"}  # which vLLM chooses
+    # A list, one value per layer, is not read.
+    values = {k: value for k in names if isinstance(value := getattr(text, k, None), (int, str))}
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        wrong = ", ".join(str(one["loc"][0]) for one in error.errors())
+        raise WorkspaceError(f"MODEL={path}: its config.json lacks {wrong}") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -268,7 +278,7 @@ def _from_cache(name: str) -> tuple[Path | None, str]:
         return None, ""
     # A download that was cut off leaves a snapshot without all of its files.
     try:
-        whole = weights.there(path, name) and _has_tokenizer(path)
+        whole = weights.complete(path, name) and _has_tokenizer(path)
     except WorkspaceError as error:
         return None, str(error)
     if whole and (path / "config.json").is_file():

@@ -1,66 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `make bench` and their defaults."""
+"""The options of `make bench` with every default filled in."""
 
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from workspace.bench.models import Model, parameters
+from workspace.bench.models import Model
 from workspace.bench.provenance import cpu_name
 from workspace.bench.record import DeviceKind, Metric
 from workspace.host.errors import WorkspaceError
-from workspace.host.text import make_command
+from workspace.host.text import make_command, plural
 from workspace.pins.model import load
 from workspace.pins.release import selected
-
-Sizes = dict[str, int]
-"""Defaults: input_len, output_len, num_prompts, rounds."""
+from workspace.verbs import Bench
 
 
-class BenchOptions(BaseModel):
-    """The variables of `make bench`; None (or an empty string) means the default.
+class Sizes(NamedTuple):
+    """Defaults of a workload."""
 
-    Raises:
-        WorkspaceError: an invalid value; names the variable.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str | None = None
-    input_len: int | None = Field(None, ge=1)
-    output_len: int | None = Field(None, ge=1)
-    num_prompts: int | None = Field(None, ge=1)
-    metric: Metric | None = None
-    backend: str | None = None
-    layers: str | None = None
-    quantization: str | None = None
-    repeats: int | None = Field(None, ge=1, le=100)
-    rounds: int | None = Field(None, ge=1, le=1000)
-    tp: int | None = Field(None, ge=1)
-    eager: bool | None = None
-    baseline: Literal["stock", "pristine"] | None = None
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise WorkspaceError(_one_line(error)) from None
-        others = {"BACKEND": self.backend, "LAYERS": self.layers, "BASELINE": self.baseline}
-        given = [name for name, value in others.items() if value]
-        if self.quantization and given:
-            raise WorkspaceError(
-                f"QUANTIZATION={self.quantization} selects its own kernels and is compared with "
-                f"stock; leave out {' and '.join(given)}"
-            )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _empty_is_unset(cls, value: object) -> object:
-        return None if isinstance(value, str) and not value.strip() else value
+    input_len: int
+    output_len: int
+    num_prompts: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -92,27 +56,28 @@ class Plan:
     """The method of the custom variant, which then does not run the custom GEMM."""
     repeats: int
     rounds: int
-    tp: int
+    tensor_parallel: int
     eager: bool
     baseline: Literal["stock", "pristine"]
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        """Input and output tokens of one round."""
-        return self.num_prompts * self.input_len, self.num_prompts * self.output_len
+    def input_tokens_per_round(self) -> int:
+        return self.num_prompts * self.input_len
+
+    @property
+    def output_tokens_per_round(self) -> int:
+        return self.num_prompts * self.output_len
 
 
 # On the CPU for a small model; workspace.bench.workload has smaller ones. On a GPU, rounds of two
 # seconds (512 requests) and of 0.4 s scattered by 20 and 40 % on an H100, so throughput has more
 # requests and latency more rounds.
-DEFAULTS: dict[tuple[str, Metric], Sizes] = {
-    ("cpu", "throughput"): {"input_len": 64, "output_len": 64, "num_prompts": 64, "rounds": 5},
-    ("cpu", "latency"): {"input_len": 32, "output_len": 32, "num_prompts": 1, "rounds": 5},
-    ("cuda", "throughput"): {
-        "input_len": 512, "output_len": 128, "num_prompts": 2048, "rounds": 5
-    },
-    ("cuda", "latency"): {"input_len": 512, "output_len": 128, "num_prompts": 8, "rounds": 30},
-}  # fmt: skip
+DEFAULTS: dict[tuple[DeviceKind, Metric], Sizes] = {
+    ("cpu", "throughput"): Sizes(64, 64, 64, 5),
+    ("cpu", "latency"): Sizes(32, 32, 1, 5),
+    ("cuda", "throughput"): Sizes(512, 128, 2048, 5),
+    ("cuda", "latency"): Sizes(512, 128, 8, 30),
+}
 REPEATS = 2
 """Two processes per variant."""
 
@@ -138,7 +103,7 @@ def detect_device() -> Device:
     return Device("cuda", len(names), names[0])
 
 
-def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | None = None) -> Plan:
+def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None = None) -> Plan:
     """Fill in the defaults, or these `sizes`, and check what depends on device and model.
 
     Raises:
@@ -147,22 +112,22 @@ def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | Non
     """
     metric: Metric = options.metric or "throughput"
     sizes = sizes or DEFAULTS[device.kind, metric]
-    input_len = options.input_len or min(sizes["input_len"], max(1, model.max_length // 2))
-    output_len = options.output_len or min(sizes["output_len"], max(1, model.max_length // 4))
+    longest = model.config.max_position_embeddings
+    input_len = options.input_len or min(sizes.input_len, max(1, longest // 2))
+    output_len = options.output_len or min(sizes.output_len, max(1, longest // 4))
     tp = options.tp or 1
     if tp > device.count:
-        what = "CPU core" if device.kind == "cpu" else "GPU"
-        plural = "" if device.count == 1 else "s"
-        raise WorkspaceError(f"TP={tp}: this machine has {device.count} {what}{plural}; lower TP")
-    heads = int(model.config["num_attention_heads"])
+        devices = plural(device.count, "CPU core" if device.kind == "cpu" else "GPU")
+        raise WorkspaceError(f"TP={tp}: this machine has {devices}; lower TP")
+    heads = model.config.num_attention_heads
     if heads % tp:
         raise WorkspaceError(
             f"TP={tp}: {model.name} has {heads} attention heads; TP must divide it"
         )
-    if input_len + output_len > model.max_length:
+    if input_len + output_len > longest:
         raise WorkspaceError(
             f"INPUT_LEN={input_len} + OUTPUT_LEN={output_len} is more than the "
-            f"{model.max_length} tokens that {model.name} supports; lower one of them"
+            f"{longest} tokens that {model.name} supports; lower one of them"
         )
     return Plan(
         model=model,
@@ -170,14 +135,14 @@ def plan(options: BenchOptions, device: Device, model: Model, sizes: Sizes | Non
         metric=metric,
         input_len=input_len,
         output_len=output_len,
-        num_prompts=options.num_prompts or sizes["num_prompts"],
+        num_prompts=options.num_prompts or sizes.num_prompts,
         backend=options.backend,
         layers=options.layers,
         quantization=options.quantization,
         repeats=options.repeats or REPEATS,
-        rounds=options.rounds or sizes["rounds"],
-        tp=tp,
-        eager=device.kind == "cpu" if options.eager is None else options.eager,
+        rounds=options.rounds or sizes.rounds,
+        tensor_parallel=tp,
+        eager=device.kind == "cpu" if options.eager is None else options.eager == "1",
         baseline=options.baseline or "stock",
     )
 
@@ -231,7 +196,7 @@ def check_memory(plan: Plan) -> None:
     Raises:
         WorkspaceError: not enough memory; how much is needed and how much is free.
     """
-    count = parameters(plan.model.config)
+    count = plan.model.config.parameters
     if plan.device.kind != "cpu" or count is None:
         return
     needed = 2 * 2 * count / 2**30
@@ -248,7 +213,7 @@ def repeat_command(plan: Plan) -> str:
     default = load().vllm.default
     return make_command(
         "bench",
-        MODEL=plan.model.path_asked_for or plan.model.name,
+        MODEL=plan.model.requested_path or plan.model.name,
         METRIC=plan.metric,
         INPUT_LEN=plan.input_len,
         OUTPUT_LEN=plan.output_len,
@@ -258,20 +223,11 @@ def repeat_command(plan: Plan) -> str:
         QUANTIZATION=plan.quantization,
         REPEATS=plan.repeats,
         ROUNDS=plan.rounds,
-        TP=plan.tp,
+        TP=plan.tensor_parallel,
         EAGER=int(plan.eager),
         BASELINE=plan.baseline if plan.baseline != "stock" else None,
         VLLM_VERSION=selected() if selected() != default else None,
     )
-
-
-def _one_line(error: ValidationError) -> str:
-    parts = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]).upper()
-        message = problem["msg"].replace("Input should be ", "should be ")
-        parts.append(f"{name}={problem['input']}: {message}")
-    return "; ".join(parts)
 
 
 def _gpu_names() -> list[str]:

@@ -22,10 +22,10 @@ from workspace.pins.model import load
 
 TREE = STATE / "pristine"
 IGNORED = ("ls-files", "--others", "--ignored", "--exclude-standard", "-z")
-"""Files that git ignores were put there by the installation; a user's new file is not ignored."""
+"""Files that git ignores come from the installation; a user's new file is not ignored."""
 
 
-def sides(plan: Plan) -> tuple[Variant, Variant]:
+def variants(plan: Plan) -> tuple[Variant, Variant]:
     """(pristine, stock): neither launches custom kernels.
 
     Raises:
@@ -48,17 +48,17 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     Raises:
         WorkspaceError: git cannot write the tree, or it is not the pinned one.
     """
-    found = git("rev-parse", "-q", "--verify", f"{tag}^{{tree}}", tree=source, check=False).strip()
-    if not found:
+    tagged = git("rev-parse", "-q", "--verify", f"{tag}^{{tree}}", tree=source, check=False).strip()
+    if not tagged:
         raise WorkspaceError(f"BASELINE=pristine: {source} has no tag {tag}; run make dev")
-    if pinned and found != pinned:
+    if pinned and tagged != pinned:
         raise WorkspaceError(
-            f"BASELINE=pristine: {tag} in {source} is tree {found[:12]}, pinned is {pinned[:12]}, "
+            f"BASELINE=pristine: {tag} in {source} is tree {tagged[:12]}, pinned is {pinned[:12]}, "
             "so it is not the release; restore the tag, or move your work away and run make dev"
         )
     partial = tree.with_name(f"{tree.name}.partial")
-    for left in (tree, partial):
-        shutil.rmtree(left, ignore_errors=True)
+    for folder in (tree, partial):
+        shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
     # An archive, not `git worktree`, which would leave entries in the user's repository.
     archive = run_git("archive", tag, "vllm", tree=source).stdout

@@ -25,10 +25,10 @@ def run(
     on_step: Callable[[Event | None], None],
     name: str,
 ) -> Result:
-    """Run the job of variant `name` in a process of its own and return its result.
+    """Run the job of variant `name` in a new process and return its result.
 
-    The process leads a session of its own and is killed with all its workers before this returns
-    or raises. `on_step` is called for each step that begins and, with None, several times a second
+    The process leads a new session and is killed with all its workers before this returns or
+    raises. `on_step` is called for each step that begins and, with None, several times a second
     in between.
 
     Raises:

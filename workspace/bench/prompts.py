@@ -40,4 +40,4 @@ def prompts(plan: Plan, seed: int) -> list[str] | list[list[int]]:
     ids = np.random.default_rng(seed)
     longest = max(1, max_model_len(plan) - 1)
     lengths = [min(length, longest) for length in PROMPT_LENGTHS]
-    return [ids.integers(0, plan.model.vocab_size, size=n).tolist() for n in lengths]
+    return [ids.integers(0, plan.model.config.vocab_size, size=n).tolist() for n in lengths]

@@ -27,8 +27,8 @@ CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16",
 class Expected:
     """What an engine imports if nothing shadows the environment's packages.
 
-    `paths` is the module path of the environment's Python, `modules` the requested modules that it
-    finds there, `versions` the locked version of each package.
+    `paths` is the module path of the environment's Python, `modules` the requested modules on it,
+    `versions` the locked version of each package.
     """
 
     paths: list[Path]
@@ -73,7 +73,7 @@ def git_state(folder: Path) -> GitState:
     """The state of the git tree at `folder`.
 
     Raises:
-        WorkspaceError: there is none, or git cannot read it.
+        WorkspaceError: git cannot read it.
     """
     commit = git("rev-parse", "HEAD", tree=folder).strip()
     return GitState(commit=commit, dirty=bool(tree_state.uncommitted(folder)))
@@ -83,12 +83,12 @@ def fork_state() -> GitState:
     """The state of the selected release's tree.
 
     Raises:
-        WorkspaceError: there is none, or it is not one that this workspace made.
+        WorkspaceError: it does not exist, or this workspace did not make it.
     """
-    found = tree_state.state()
-    if found is None:
-        raise WorkspaceError(f"{release.tree()} does not exist; run: make dev")
-    return GitState(commit=found.head, dirty=bool(found.uncommitted))
+    state = tree_state.state()
+    if state is None:
+        raise WorkspaceError(f"{release.tree()} does not exist; run make dev")
+    return GitState(commit=state.head, dirty=bool(state.uncommitted))
 
 
 def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
+from custom_kernels.bench.intervals import Verdict
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from workspace.host.files import write_file
@@ -11,7 +12,6 @@ from workspace.host.files import write_file
 Metric = Literal["throughput", "latency"]
 Unit = Literal["tokens/s", "s"]
 Weights = Literal["real", "dummy", "random"]
-Verdict = Literal["same", "faster", "slower", "ambiguous"]
 DeviceKind = Literal["cpu", "cuda"]
 
 CPU_NOTE = "CPU run: only the ratio is meaningful"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from custom_kernels.bench.intervals import COLOURS
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -13,23 +14,22 @@ from rich.table import Table
 
 from workspace.bench import layers
 from workspace.bench.messages import Event
-from workspace.bench.plan import BenchOptions, Plan
+from workspace.bench.plan import Plan
 from workspace.bench.record import Agreement, Record, Unit, VariantRecord
 from workspace.bench.time_left import TimeLeft
 from workspace.environment.progress import LoggedProgress
 from workspace.fork.tree_state import shown
 from workspace.host.text import duration, plural
+from workspace.verbs import Bench
 
 console = Console(highlight=False, soft_wrap=True)
 
-COLOURS = {"faster": "green", "slower": "red", "same": "cyan", "ambiguous": "yellow"}
 
-
-def say(text: str) -> None:
+def line(text: str) -> None:
     console.print(escape(text))
 
 
-def announce(plan: Plan, options: BenchOptions, seconds: float | None) -> None:
+def announce(plan: Plan, options: Bench, seconds: float | None) -> None:
     """Print the workload, how long it takes (None: unknown) and which variables change it."""
     names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
     given = [name.upper() for name in names if getattr(options, name)]
@@ -37,12 +37,12 @@ def announce(plan: Plan, options: BenchOptions, seconds: float | None) -> None:
     origin = "given" if len(given) == len(names) else "chosen for this model and machine"
     if given and len(given) < len(names):
         origin = f"{', '.join(given)} given, the others {origin}"
-    say(f"workload: {values} ({origin}; set any of them to change it)")
+    line(f"workload: {values} ({origin}; set any of them to change it)")
     processes = plural(2 * plan.repeats, "process")
     if seconds is None:
-        say(f"time:     known after the first of {processes}")
+        line(f"time:     known after the first of {processes}")
     else:
-        say(f"time:     about {duration(seconds)} for {processes}")
+        line(f"time:     about {duration(seconds)} for {processes}")
 
 
 class Live:
@@ -106,8 +106,8 @@ def show(record: Record, path: Path, plot: Path) -> None:
     """Print the table, the verdict, the proofs and the paths."""
     console.print(table(record))
     for variant in record.variants:
-        for line in layer_lines(variant):
-            console.print(escape(line))
+        for text in layer_lines(variant):
+            line(text)
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
     low, high = ratio.interval
@@ -123,8 +123,8 @@ def show(record: Record, path: Path, plot: Path) -> None:
     else:
         what = "outputs"
     console.print(f"{what}: {agreement_line(record.agreement)}")
-    itself = (record.baseline_with_itself, record.candidate_with_itself)
-    for name, agreement in zip(names, itself, strict=True):
+    repeated = (record.baseline_with_itself, record.candidate_with_itself)
+    for name, agreement in zip(names, repeated, strict=True):
         if agreement is not None:
             console.print(f"[dim]{name} against itself: {agreement_line(agreement)}[/dim]")
     for failure in record.failures:
@@ -151,10 +151,9 @@ def table(record: Record) -> Table:
     )
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.add_column("variant")
-    result.add_column(f"{settings.metric}, {record.unit}", justify="right")
-    result.add_column("lowest", justify="right")
-    result.add_column("highest", justify="right")
-    result.add_column("custom kernel launches", justify="right")
+    measured = f"{settings.metric}, {record.unit}"
+    for name in (measured, "lowest", "highest", "custom kernel launches"):
+        result.add_column(name, justify="right")
     for variant in record.variants:
         figures = (variant.median, variant.lowest, variant.highest)
         result.add_row(variant.name, *(number(f, record.unit) for f in figures), launched(variant))
@@ -189,15 +188,13 @@ def layer_lines(variant: VariantRecord) -> list[str]:
     ]
     lines = [f"layers of {variant.name}, calls in {plural(len(workers), 'process')}:"]
     for kind in kinds:
-        line = (
+        text = (
             f"  {kind.name:{widths[0]}}  {kind.kernel:{widths[1]}}  {plural(kind.layers, 'layer')}"
         )
         if kind.most:
-            each = " each" if kind.layers > 1 else ""
-            calls = f"{kind.fewest:,}"
-            calls += f" to {kind.most:,}" if kind.most > kind.fewest else ""
-            line += f", {calls} calls{each}"
-        lines.append(line)
+            most = f" to {kind.most:,}" if kind.most > kind.fewest else ""
+            text += f", {kind.fewest:,}{most} calls{' each' if kind.layers > 1 else ''}"
+        lines.append(text)
     return lines
 
 

@@ -16,7 +16,6 @@ from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_
 from workspace.bench.measure import measure
 from workspace.bench.messages import Stage
 from workspace.bench.plan import (
-    BenchOptions,
     Plan,
     check_backend,
     check_memory,
@@ -29,30 +28,32 @@ from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import remove_partial
 from workspace.host.paths import RESULTS, STATE
+from workspace.verbs import Bench
 
 LOCK = STATE / "bench.lock"
 RUNS = STATE / "bench"
 LOGS = STATE / "logs"
 
 BUSY = 0.2
-"""Share of the processors in use by others from which the user is warned."""
+"""The user is warned if other processes use more than this share of the processors."""
 
 
-def run(options: BenchOptions) -> None:
+def run(options: Bench) -> None:
     """Run the benchmark that `options` describe.
 
     Raises:
-        WorkspaceError: it could not be run, or a proof failed; a failed proof leaves a record
-            that says so.
+        WorkspaceError: it could not be run, or a check failed; then the record says so, too.
     """
     with only_bench(LOCK), signals_stop_engine(), disk_errors_in_one_line():
         plan, expected = prepare(options)
         started, load = datetime.now(UTC), os.getloadavg()[0]
         warn_if_busy()
         run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(plan.model.name)}-{plan.metric}"
-        variants = pristine.sides(plan) if plan.baseline == "pristine" else stock_and_custom(plan)
-        for left in RUNS.glob("*"):  # of a run that was killed; this one holds the lock
-            shutil.rmtree(left, ignore_errors=True)
+        variants = (
+            pristine.variants(plan) if plan.baseline == "pristine" else stock_and_custom(plan)
+        )
+        for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
+            shutil.rmtree(folder, ignore_errors=True)
         limited = plan.device.kind == "cpu" and options.rounds is None
         plan, processes = measure(
             plan,
@@ -62,14 +63,14 @@ def run(options: BenchOptions) -> None:
             logs=LOGS / run_id,
             limit=workload.LIMIT_SECONDS if limited else None,
         )
-        made = evaluate(plan, variants, processes, run_id, started, load)
-        path, plot = save(made)
+        result = evaluate(plan, variants, processes, run_id, started, load)
+        path, plot = save(result)
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
-        report.show(made, path, plot)
-        require_valid(made, path)
+        report.show(result, path, plot)
+        require_valid(result, path)
 
 
-def prepare(options: BenchOptions) -> tuple[Plan, Mapping[Stage, float]]:
+def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:
     """Check the options, resolve the model, fit the workload and announce it.
 
     Returns:
@@ -80,9 +81,9 @@ def prepare(options: BenchOptions) -> tuple[Plan, Mapping[Stage, float]]:
     check_quantization(options.quantization)
     check_surroundings()
     remove_partial(models.MODELS)
-    report.say("resolving the model …")
+    report.line("resolving the model …")
     model = models.resolve(options.model, device.kind)
-    report.say(f"{model.name}: {model.weights_label}, from: {model.source}")
+    report.line(f"{model.name}: {model.weights_label}, from: {model.source}")
     plan, expected = workload.fit(options, device, model)
     check_memory(plan)
     report.announce(plan, options, workload.total(plan, expected))
@@ -92,28 +93,28 @@ def prepare(options: BenchOptions) -> tuple[Plan, Mapping[Stage, float]]:
 def warn_if_busy() -> None:
     busy = psutil.cpu_percent(interval=0.5) / 100
     if busy > BUSY:
-        report.say(
+        report.line(
             f"other processes use {busy:.0%} of this machine: figures will scatter and the run "
             "take longer"
         )
 
 
-def save(made: Record) -> tuple[Path, Path]:
+def save(result: Record) -> tuple[Path, Path]:
     """Write the record and its plot; their paths."""
-    path = RESULTS / f"{made.run}.json"
+    path = RESULTS / f"{result.run}.json"
     remove_partial(RESULTS)
-    record.write(made, path)
+    record.write(result, path)
     plot = path.with_suffix(".png")
-    chart.draw(made, plot)
+    chart.draw(result, plot)
     return path, plot
 
 
-def require_valid(made: Record, path: Path) -> None:
-    if not made.valid:
-        more = f" (and {len(made.failures) - 1} more)" if len(made.failures) > 1 else ""
+def require_valid(result: Record, path: Path) -> None:
+    if not result.valid:
+        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
         raise WorkspaceError(
-            f"the run is not valid: {made.failures[0]}{more}; "
-            f"logs: {shown(LOGS / made.run)}, record: {shown(path)}"
+            f"the run is not valid: {result.failures[0]}{more}; "
+            f"logs: {shown(LOGS / result.run)}, record: {shown(path)}"
         )
 
 

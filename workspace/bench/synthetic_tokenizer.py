@@ -5,7 +5,7 @@ Words are separated by blanks, so that decoding any token ids and encoding the t
 the same ids. vLLM's random dataset makes its prompts that way; with this tokenizer a prompt of n
 tokens has n tokens, exactly.
 
-It lies in a folder of its own, beside no config.json: for some model types transformers replaces
+It is written to its own folder, without a config.json: for some model types transformers replaces
 the tokenizer's class by one that splits words differently.
 """
 

@@ -42,12 +42,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def ensure(folder: Path) -> Path:
-    """Write the model to `folder` unless it is there; returns `folder`."""
+def ensure(folder: Path) -> None:
+    """Write the model to `folder` unless that exists."""
     if not folder.is_dir():
         with new_folder(folder) as partial:
             write(partial)
-    return folder
 
 
 def write(folder: Path) -> None:

@@ -64,14 +64,14 @@ def common_settings(plan: Plan) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
     }
     if plan.device.kind == "cpu":
-        held = min(plan.num_prompts, 64) * sum_lengths(plan)
-        space = max(1, min(4, math.ceil(held * plan.model.kv_bytes_per_token / plan.tp / GIB)))
-        settings["VLLM_CPU_KVCACHE_SPACE"] = str(space)
-        if plan.tp == 1:
+        tokens = min(plan.num_prompts, 64) * (plan.input_len + plan.output_len)
+        size = tokens * plan.model.kv_bytes_per_token / plan.tensor_parallel
+        settings["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, math.ceil(size / GIB))))
+        if plan.tensor_parallel == 1:
             # One process instead of three: half the start-up time on a small machine.
             settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         else:
-            settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.tp)
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.tensor_parallel)
     return settings
 
 
@@ -132,7 +132,7 @@ def arguments(plan: Plan, variant: Variant) -> list[str]:
         result += ["--batch-size", str(plan.num_prompts)]
         result += ["--num-iters-warmup", "0", "--num-iters", "1"]
     result += ["--max-model-len", str(max_model_len(plan))]
-    result += ["--tensor-parallel-size", str(plan.tp)]
+    result += ["--tensor-parallel-size", str(plan.tensor_parallel)]
     if plan.device.kind == "cpu":
         sequences, batched = batch_limits(plan)
         result += ["--max-num-seqs", str(sequences), "--max-num-batched-tokens", str(batched)]
@@ -154,10 +154,6 @@ def command_line(plan: Plan, variant: Variant) -> str:
     return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
 
 
-def sum_lengths(plan: Plan) -> int:
-    return plan.input_len + plan.output_len
-
-
 def batch_limits(plan: Plan) -> tuple[int, int]:
     """Maximum requests and tokens of one engine step on the CPU.
 
@@ -171,8 +167,8 @@ def batch_limits(plan: Plan) -> tuple[int, int]:
 
 def max_model_len(plan: Plan) -> int:
     """Room for a request and for the prompts of the output comparison, in whole KV blocks."""
-    needed = max(sum_lengths(plan), LENGTH_STEP)
-    return min(plan.model.max_length, math.ceil(needed / LENGTH_STEP) * LENGTH_STEP)
+    blocks = math.ceil((plan.input_len + plan.output_len) / LENGTH_STEP)
+    return min(plan.model.config.max_position_embeddings, blocks * LENGTH_STEP)
 
 
 def bind_threads(workers: int) -> str:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a model folder has its weights: all of them, complete; or none at all.
 
-Anything in between is an interrupted download, which must not be measured with dummy weights.
+Anything else is an interrupted download, which must not be measured with dummy weights.
 """
 
 import json
@@ -12,18 +12,18 @@ from pathlib import Path
 from workspace.host.errors import WorkspaceError
 
 FORMATS = ("safetensors", "bin", "pt")
-"""File name endings in vLLM's order: it loads the first of which there are files."""
+"""File name endings in vLLM's order: it loads the first that has files."""
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt)")
 """Files of a training run in the same folder, which vLLM ignores."""
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 _POINTER = b"version https://git-lfs"
 
 
-def there(folder: Path, asked: str) -> bool:
+def complete(folder: Path, model: str) -> bool:
     """Whether the folder has weights; False if it has no file of any format.
 
     Args:
-        asked: the MODEL that the folder is for.
+        model: the value of MODEL, for messages.
 
     Raises:
         WorkspaceError: a part of the weights is missing or damaged; names the file.
@@ -37,15 +37,15 @@ def there(folder: Path, asked: str) -> bool:
     if ending is None:
         if unfinished := next(folder.glob(".cache/huggingface/download/**/*.incomplete"), None):
             raise WorkspaceError(
-                f"MODEL={asked}: its download was cut off ({unfinished}); fetch it again"
+                f"MODEL={model}: its download was cut off ({unfinished}); fetch it again"
             )
         return False
-    wanted = files[ending] | {name for index in indices[ending] for name in _named_by(index, asked)}
+    wanted = files[ending] | {name for index in indices[ending] for name in _named_by(index, model)}
     wanted |= {shard for name in wanted for shard in _shards(name)}
     for name in sorted(wanted):
         if reason := damage(folder / name):
             raise WorkspaceError(
-                f"MODEL={asked}: {folder / name} {reason}; fetch it again, or for dummy weights "
+                f"MODEL={model}: {folder / name} {reason}; fetch it again, or for dummy weights "
                 "pass a folder without any"
             )
     return True
@@ -87,12 +87,12 @@ def _files(folder: Path, ending: str) -> set[str]:
     return {name for name in names if not NOT_WEIGHTS.fullmatch(name)}
 
 
-def _named_by(index: Path, asked: str) -> set[str]:
+def _named_by(index: Path, model: str) -> set[str]:
     try:
         return set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise WorkspaceError(
-            f"MODEL={asked}: cannot read {index} ({error!r}); fetch it again"
+            f"MODEL={model}: cannot read {index} ({error!r}); fetch it again"
         ) from error
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of a run on the CPU: whatever was not given is fitted to the model and this machine.
+"""The size of a run on the CPU: options that are not set are fitted to model and machine.
 
 The duration is estimated from how long this machine, as busy as it is now, takes to multiply a
 matrix of the model's width and dtype with 1, 8 and 64 tokens. The largest of a few workloads that
@@ -23,12 +23,13 @@ from pydantic import BaseModel
 
 from workspace.bench import prompts
 from workspace.bench.messages import WARM_ROUNDS, Stage
-from workspace.bench.models import Model, parameters
-from workspace.bench.plan import BenchOptions, Device, Plan, Sizes, plan
+from workspace.bench.models import Model
+from workspace.bench.plan import Device, Plan, Sizes, make_plan
 from workspace.bench.record import Metric
 from workspace.bench.variants import COMPARED_PROMPTS, batch_limits
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
+from workspace.verbs import Bench
 
 LIMIT_SECONDS = 460.0
 """For all processes: with measuring and the record a run takes at most 8 minutes."""
@@ -39,23 +40,15 @@ FEWEST_RATIOS = 6
 
 SMALLER: dict[Metric, tuple[Sizes, ...]] = {
     "throughput": (
-        {"input_len": 32, "output_len": 32, "num_prompts": 16, "rounds": 5},
-        {"input_len": 32, "output_len": 16, "num_prompts": 8, "rounds": 5},
-        {"input_len": 32, "output_len": 16, "num_prompts": 4, "rounds": 5},
-        {"input_len": 32, "output_len": 8, "num_prompts": 2, "rounds": 5},
-        {"input_len": 16, "output_len": 8, "num_prompts": 2, "rounds": 3},
-        {"input_len": 8, "output_len": 4, "num_prompts": 1, "rounds": 3},
+        Sizes(32, 32, 16, 5), Sizes(32, 16, 8, 5), Sizes(32, 16, 4, 5), Sizes(32, 8, 2, 5),
+        Sizes(16, 8, 2, 3), Sizes(8, 4, 1, 3),
     ),
-    "latency": (
-        {"input_len": 32, "output_len": 16, "num_prompts": 1, "rounds": 5},
-        {"input_len": 16, "output_len": 8, "num_prompts": 1, "rounds": 5},
-        {"input_len": 8, "output_len": 4, "num_prompts": 1, "rounds": 3},
-    ),
+    "latency": (Sizes(32, 16, 1, 5), Sizes(16, 8, 1, 5), Sizes(8, 4, 1, 3)),
 }  # fmt: skip
 """Tried after the CPU's default, from large to small."""
 
 # Measured with vLLM 0.25.1 on two cores of an AMD EPYC. Only the first estimate uses them; later
-# ones use the durations measured in the run itself.
+# estimates use the durations measured in the run.
 STARTS_PER_IMPORT = 6.0
 """Importing vLLM and starting the engine, in units of the time of `import torch`."""
 STEP_SECONDS = 0.01
@@ -98,24 +91,24 @@ UNMEASURED = Speed(import_s=3.0, draw_s=0.0, product_s={1: 0.0})
 """For a model whose matrix products take negligible time."""
 
 
-def fit(options: BenchOptions, device: Device, model: Model) -> tuple[Plan, dict[Stage, float]]:
+def fit(options: Bench, device: Device, model: Model) -> tuple[Plan, dict[Stage, float]]:
     """The plan, and estimated seconds of each stage of one engine process; empty if unknown.
 
     On a GPU the defaults are not changed, nor is any option that was given.
 
     Raises:
-        WorkspaceError: as `plan`; or this machine's speed could not be measured.
+        WorkspaceError: as `make_plan`; or this machine's speed could not be measured.
     """
-    largest = plan(options, device, model)
+    largest = make_plan(options, device, model)
     if device.kind != "cpu":
         return largest, {}
     speed = measure_speed(model) if _weights(model)[0] > SMALL_MODEL else UNMEASURED
-    smaller = (plan(options, device, model, sizes) for sizes in SMALLER[largest.metric])
-    for made in (largest, *smaller):
-        expected = estimate(made, speed)
-        if (total(made, expected) or 0.0) <= FITTED_SECONDS:
+    smaller = (make_plan(options, device, model, sizes) for sizes in SMALLER[largest.metric])
+    for plan in (largest, *smaller):
+        expected = estimate(plan, speed)
+        if (total(plan, expected) or 0.0) <= FITTED_SECONDS:
             break
-    return made, expected
+    return plan, expected
 
 
 def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
@@ -130,7 +123,7 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
         return STEP_SECONDS + products + layers * quantized
 
     sequences, batched = batch_limits(plan)
-    start = STARTS_PER_IMPORT * speed.import_s * (2 if plan.tp > 1 else 1)
+    start = STARTS_PER_IMPORT * speed.import_s * (2 if plan.tensor_parallel > 1 else 1)
     build = step(batched, sequences) + (0 if plan.eager else COMPILE_SECONDS)
     if plan.model.weights == "dummy":
         build += (layers + head) * speed.draw_s
@@ -165,13 +158,13 @@ def fewest_rounds(plan: Plan) -> int:
 
 
 def measure_speed(model: Model) -> Speed:
-    """Time the matrix products of `model` in a process of its own, in a few seconds.
+    """Time the matrix products of `model` in a separate process, in a few seconds.
 
     Raises:
         WorkspaceError: that process failed.
     """
-    dtype = str(model.config.get("torch_dtype") or model.config.get("dtype"))
-    command = [sys.executable, "-m", "workspace.bench.workload", str(_width(model)), dtype]
+    size, dtype = str(model.config.hidden_size), model.config.torch_dtype
+    command = [sys.executable, "-m", "workspace.bench.workload", size, dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -179,17 +172,13 @@ def measure_speed(model: Model) -> Speed:
     return Speed.model_validate_json(done.stdout)
 
 
-def _width(model: Model) -> int:
-    return int(model.config["hidden_size"])
-
-
 def _weights(model: Model) -> tuple[int, int]:
     """Number of weights of all layers, and of the output head."""
-    width = _width(model)
-    head = int(model.config["vocab_size"]) * width
-    layers = 12 * int(model.config["num_hidden_layers"]) * width**2  # the usual transformer
-    if (known := parameters(model.config)) is not None:
-        layers = known - head * (1 if model.config.get("tie_word_embeddings") else 2)
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    layers = 12 * config.num_hidden_layers * config.hidden_size**2  # the usual transformer
+    if (known := config.parameters) is not None:
+        layers = known - head * (1 if config.tie_word_embeddings else 2)
     return layers, head
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a backend fast? Times against baselines, their records, and what two records say."""
+"""Times of backends against baselines, their records, and comparisons of two records."""

@@ -26,8 +26,8 @@ from custom_kernels.bench.report import label_text
 from custom_kernels.command import command, console, exit_with
 
 DIFFERENT_FROM = 0.02
-"""Twice what one run calls different: what a run cannot see of itself (where the allocator put
-things, which chip of its kind it was) differs between two."""
+"""Twice that of a single run: what is constant within a run (addresses, the chip) differs between
+two."""
 SAME_WITHIN = 0.03
 SETTINGS = (
     *("backend", "layers", "quantization", "input_len", "output_len", "num_prompts", "eager"),
@@ -68,7 +68,7 @@ class Side:
 
     kind: Literal["kernels", "engine"]
     ratios: dict[Key, Ratio]
-    """How far each contender is ahead of its own baseline."""
+    """By row, how far the contender is ahead of its baseline."""
     facts: Mapping[str, str | None]
     """What should be equal in both: device, dtype, baseline, versions."""
     warnings: list[str]
@@ -198,7 +198,7 @@ def read(path: Path) -> Side:
         except ValidationError as error:
             raise record.damaged(path, error) from error
     if not side.ratios:
-        raise RecordError(f"{path} holds no ratio: nothing was measured against its baseline")
+        raise RecordError(f"{path} has no ratio: nothing was measured against its baseline")
     for (_, name), ratio in side.ratios.items():
         if not 0 < ratio.low <= ratio.value <= ratio.high < math.inf:
             raise RecordError(f"{path}: the ratio of {name} is not a number with an interval")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from custom_kernels.bench.record import Record, Row, write_whole
+from custom_kernels.bench.record import Record, Row
+from custom_kernels.command import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,7 @@ torch or a GPU.
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from custom_kernels import paths
 from custom_kernels.bench.intervals import Verdict
-from custom_kernels.command import UsageError
+from custom_kernels.command import UsageError, write_whole
 
 Labels = dict[str, str | int]
 
@@ -263,17 +262,6 @@ def write(record: Record, folder: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, save: Callable[[Path], object]) -> None:
-    """Let ``save`` write a file beside ``path``, and rename it into place when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def read(path: Path) -> Record:
     """Read the record of a kernel benchmark, of any schema.
 
@@ -307,7 +295,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # also what is not UTF-8
         raise RecordError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise RecordError(f"{path} is not a record: it holds no JSON object")
+        raise RecordError(f"{path} is not a record: it is no JSON object")
     return content
 
 

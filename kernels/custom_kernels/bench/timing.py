@@ -4,17 +4,17 @@
 - **Cold L2.** In inference a layer's weights come from HBM: by the time its turn comes again, the
   other layers have pushed them out. So each CUDA graph runs over rotating buffers,
   together at least twice the size of L2.
-- **No launch gaps.** Every contender is captured into a CUDA graph, long enough that the gap
-  between two replays does not count, and timed by events around a replay.
+- **No launch gaps.** Every contender is captured into a CUDA graph, so long that the gap between
+  two replays is negligible, and timed by events around a replay.
 - **Interleaved.** Replays go in palindromic blocks, A B C C B A, without a pause, and are compared
   block by block, so that a drift of clocks or temperature hits all contenders alike.
 - **Checked while measured.** Inputs are fresh random numbers in every repetition. Before the first
-  and after the last repetition the outputs are poisoned, and what a replay leaves there is compared
-  with the exact result. A contender that is wrong, does not fit or cannot run is recorded as such
+  and after the last repetition the outputs are poisoned, and the result of a replay is compared
+  with the exact one. A contender that is wrong, does not fit or cannot run is recorded as failed
   and does not stop the others.
 
-On a CPU the same runs with the host's clock and without graphs: that is for trying out a case, a
-kernel or this module itself, and gives no figure worth recording.
+On a CPU the same runs with the host's clock and without graphs: to try out a case, a kernel or this
+module itself, not for figures worth recording.
 """
 
 import functools
@@ -34,24 +34,23 @@ from custom_kernels.check.outputs import one_line
 from custom_kernels.check.replay import SIDES, Side
 
 DIFFERENT_FROM = 0.01
-"""Two contenders are called different when their ratio is further than this from 1 (95 % CI) ..."""
+"""Two contenders differ if their ratio is further than this from 1 (95 % CI) ..."""
 SAME_WITHIN = 0.02
-"""... and the same when the whole CI is within this."""
+"""... and are the same if the whole CI is within this."""
 
 COLD_FACTOR = 2
-"""How many times the size of L2 lies between two uses of the same buffers."""
+"""Bytes between two uses of the same buffers, as a multiple of the size of L2."""
 MAX_SETS = 256
-"""Sets of rotating buffers at most: an operation so small that more were needed finds its input in
-L2 in inference too, where the operation before it has just written it."""
+"""Sets of rotating buffers at most: an operation so small that it would need more finds its input
+in L2 in inference too, where the operation before it has just written it."""
 REPLAY_SECONDS = 300e-6
-"""A replay shorter than this goes through the buffers more than once: what lies between two
-replays, a microsecond or two, should not count."""
+"""A shorter replay goes through the buffers more than once, because there is a gap of a microsecond
+or two between replays."""
 MAX_ROUNDS = 16
 
 
 class DeviceLostError(RuntimeError):
-    """A contender left the device in an error, after which nothing in this process can run on
-    it."""
+    """A contender left the device in an error; nothing in this process can run on it any more."""
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def measure(
             case.fill(inputs)
         order = [name for _ in range(blocks) for name in palindrome(list(sides))]
         pending = [(name, sides[name].timed_replay()) for name in order]
-        clocks.sample()  # while the device is at work
+        clocks.sample()  # while the device is busy
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         calls = len(sets) * rounds
@@ -165,13 +164,12 @@ def measure(
 
 
 def palindrome(names: Sequence[str]) -> list[str]:
-    """A B C C B A: whatever drifts, and whatever one leaves behind for the next, weighs on all
-    alike."""
+    """A B C C B A: a drift, and what one leaves in caches for the next, affects all alike."""
     return [*names, *reversed(names)]
 
 
 def per_block(elapsed: Sequence[tuple[str, float]], blocks: int) -> dict[str, list[float]]:
-    """For every name the mean of its two times in each block, in order."""
+    """By name, the mean of its two times in each block, in order."""
     if blocks < 1 or len(elapsed) % blocks:
         raise ValueError(f"{len(elapsed)} times are not {blocks} blocks")
     size = len(elapsed) // blocks
@@ -186,8 +184,8 @@ def per_block(elapsed: Sequence[tuple[str, float]], blocks: int) -> dict[str, li
 
 
 def rounds_for(seconds: Collection[float]) -> int:
-    """How often a replay must go through the buffers so that the fastest contender's lasts
-    REPLAY_SECONDS."""
+    """How often a replay must go through the buffers to last REPLAY_SECONDS for the fastest
+    contender."""
     fastest = min(seconds, default=REPLAY_SECONDS)
     return max(1, min(MAX_ROUNDS, math.ceil(REPLAY_SECONDS / max(fastest, 1e-9))))
 
@@ -242,7 +240,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _rotating_buffers(case: Case, device: torch.device) -> list[tuple[Any, ...]]:
-    """Enough sets of inputs to hold COLD_FACTOR times the L2 between two uses of the same one."""
+    """Enough sets of inputs for COLD_FACTOR times the L2 between two uses of the same set."""
     wanted = 1 + math.ceil(COLD_FACTOR * _l2_bytes(device) / max(case.bytes, 1.0))
     sets = [case.empty_inputs(device) for _ in range(max(2, min(MAX_SETS, wanted)))]
     for inputs in sets:

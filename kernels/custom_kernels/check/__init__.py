@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a backend right? Its outputs against the exact result, called and replayed."""
+"""Check the outputs of backends against the exact result, called and replayed."""

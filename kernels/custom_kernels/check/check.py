@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a backend right? Every case of its operation's ``cases.checks``, against the exact result.
+"""Check a backend on every case of its operation's ``cases.checks`` against the exact result.
 
 ``python -m custom_kernels.check gemm.triton`` on the GPU, or without one in Triton's
 interpreter. Each case is called
 
-- on fresh random inputs, twice with other numbers, so that nothing remembered passes for a result;
-- with memory that torch allocates poisoned first, so that an element that is not written is found;
+- on fresh random inputs, twice with other numbers, so that a remembered result is wrong;
+- with memory that torch allocates poisoned first, so that elements that are not written show;
 - twice with the same inputs, which must give the same bits (a comment ``# not deterministic:
   <reason>`` in the backend's file, ``//`` in a ``.cu``, says that they need not);
 - on a GPU also captured in a CUDA graph and replayed on other numbers.
 
-A case without elements, no rows say, goes through the operation's public function, which is what
-answers it. Tolerances are those of the cases.
+A case without elements (no rows) goes through the operation's public function, which handles it.
+Tolerances are those of the cases.
 """
 
 import functools
@@ -39,7 +39,7 @@ class Checked:
     error: float | None = None
     """The largest error seen; None if it failed before there was one."""
     failure: str | None = None
-    """What is wrong, with the first wrong element; None if nothing is."""
+    """What is wrong, with the first wrong element; None if it is right."""
 
     def __str__(self) -> str:
         shape = (f"{name}={value}" for name, value in self.labels.items())
@@ -48,43 +48,46 @@ class Checked:
 
 
 def dtypes(backend: Backend, device: torch.device) -> list[str]:
-    """Names of the operation's dtypes that the backend takes there.
+    """Names of the operation's dtypes that the backend supports on a device.
 
-    Raises BackendError if it cannot run there at all, or takes none of them.
+    Raises:
+        BackendError: it cannot run there, or supports none of them.
     """
     backend.require_available(device)
-    found, reason = [], None
+    supported, reason = [], BackendError(f"{backend.operation}: its cases.py names no DTYPES")
     for dtype in backend.operation.cases.DTYPES:
         try:
             contender_of(backend, device, dtype)
         except BackendError as error:
             reason = error
         else:
-            found.append(dtype)
-    if not found:
-        raise reason or BackendError(f"{backend.operation}: its cases.py names no DTYPES")
-    return found
+            supported.append(dtype)
+    if not supported:
+        raise reason
+    return supported
 
 
 def check(
-    backend: Backend,
-    device: torch.device,
-    dtype: str | None = None,
-    quick: bool = False,
+    backend: Backend, device: torch.device, dtype: str | None = None, quick: bool = False
 ) -> list[Checked]:
-    """Check every case in ``dtype``, or in each that the backend takes. ``quick`` takes the first
-    dtype and calls each case on one set of numbers only, on a CPU only once.
+    """Check every case.
 
-    Raises BackendError or build.BuildError if it cannot run there.
+    Args:
+        dtype: the only one; default: each that the backend supports.
+        quick: take the first dtype only and call each case on one set of numbers only, on a CPU
+            once.
+
+    Raises:
+        BackendError, BuildError: the backend cannot run on the device.
     """
     operation = backend.operation
     names = [dtype] if dtype else dtypes(backend, device)
     public = functools.partial(operation.function, backend=backend.name)
-    found = []
+    results = []
     for name in names[:1] if quick else names:
         contender = contender_of(backend, device, name)
         for case in operation.cases.checks(name):
-            found.append(
+            results.append(
                 check_case(
                     contender,
                     case,
@@ -96,7 +99,7 @@ def check(
                     quick=quick,
                 )
             )
-    return found
+    return results
 
 
 def check_case(
@@ -110,9 +113,12 @@ def check_case(
     deterministic: bool = True,
     quick: bool = False,
 ) -> Checked:
-    """Check one implementation at one case; nothing that it does wrong raises here.
+    """Check one implementation at one case; whatever is wrong with it is in the result.
 
-    ``public`` is called in its place where an input has no elements: a backend never sees those.
+    Args:
+        exact: computes the exact result from the inputs.
+        public: called instead where an input has no elements, which a backend never gets.
+        deterministic: whether two calls must give the same bits.
     """
     started = time.perf_counter()
     worst: float | None = None
@@ -137,8 +143,8 @@ def check_case(
                 continue
             with PoisonedMemory():
                 again = run(*arguments)
-            if place := _first_different(outputs, again):
-                raise WrongResultError(f"two calls on the same inputs differ{place}")
+            if where := _first_different(outputs, again):
+                raise WrongResultError(f"two calls on the same inputs differ{where}")
         if device.type == "cuda" and run is contender.run:
             graph = captured(contender, case, inputs)
             case.fill(inputs)
@@ -158,10 +164,9 @@ def check_case(
 
 
 def _first_wrong(case: Case, inputs: Sequence[Any], outputs: Any, exact: Any) -> str:
-    """Where the output is first clearly wrong, as far as it can be compared element by element."""
+    """Where the output is first clearly wrong, if it can be compared element by element."""
     got = list(tensors(outputs))
-    wanted = list(tensors(exact(*inputs)))
-    for index, (output, right) in enumerate(zip(got, wanted, strict=False)):
+    for index, (output, right) in enumerate(zip(got, tensors(exact(*inputs)), strict=False)):
         if output.shape != right.shape:
             return f"; the output has shape {list(output.shape)}, not {list(right.shape)}"
         have, want = output.double(), right.double()
@@ -169,18 +174,18 @@ def _first_wrong(case: Case, inputs: Sequence[Any], outputs: Any, exact: Any) ->
         allowed = 8 * case.tolerance * torch.maximum(want.abs(), torch.tensor(size))
         wrong = ~((have - want).abs() <= allowed) & ~(have.isnan() & want.isnan())
         if wrong.any():
-            place = wrong.nonzero()[0].tolist()
+            index_of = wrong.nonzero()[0].tolist()
             name = f"output {index}" if len(got) > 1 else "output"
             return (
-                f"; first at {name}{place}: {float(have[tuple(place)]):.6g}, should be "
-                f"{float(want[tuple(place)]):.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
+                f"; first at {name}{index_of}: {float(have[tuple(index_of)]):.6g}, expected "
+                f"{float(want[tuple(index_of)]):.6g} ({int(wrong.sum())} of {wrong.numel()} wrong)"
             )
     return ""
 
 
 def _first_different(one: Any, other: Any) -> str:
     for a, b in zip(tensors(one), tensors(other), strict=True):
-        # As bytes: a NaN equals itself here.
+        # As bytes: so a NaN equals itself.
         bits = [
             tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.itemsize)
             for tensor in (a, b)

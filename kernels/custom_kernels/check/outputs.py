@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether outputs are right: memory that is poisoned first, and the error against the exact
-result."""
+"""The error of outputs against the exact result, and poison for memory that is not written."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +21,12 @@ _POISON: dict[torch.dtype, tuple[torch.dtype, int]] = {
     torch.float8_e5m2: (torch.uint8, 0x7D),
     torch.int8: (torch.int8, -128),
 }
-"""Bits that no kernel writes: a NaN of our own, which arithmetic does not produce (the only NaN in
-e4m3), and the one int8 that symmetric quantization leaves out."""
+"""Bits that no kernel writes: a NaN that arithmetic does not produce (in e4m3 the only NaN), and
+the int8 that symmetric quantization does not use."""
 
 
 class WrongResultError(RuntimeError):
-    """A contender does not compute what the reference does, so its time means nothing."""
+    """A contender does not compute what the reference does, so its time is meaningless."""
 
 
 def tensors(structure: Any) -> Iterator[torch.Tensor]:
@@ -47,8 +46,8 @@ def tensors(structure: Any) -> Iterator[torch.Tensor]:
 
 
 def poison(outputs: Any) -> None:
-    """Fill outputs with what no kernel writes; dtypes that have no such value with an unlikely
-    one."""
+    """Fill outputs with what no kernel writes; in dtypes without such a value, with an unlikely
+    value."""
     for output in tensors(outputs):
         if output.dtype in _POISON:
             bits, pattern = _POISON[output.dtype]
@@ -60,12 +59,12 @@ def poison(outputs: Any) -> None:
         elif output.is_floating_point():
             output.fill_(math.nan)
         else:
-            # An unsigned number has no value that stands out.
+            # Unsigned dtypes have no unusual value.
             output.fill_(torch.iinfo(output.dtype).min or 0xA5)
 
 
 def unwritten(outputs: Any) -> int:
-    """How many elements still hold the poison, in dtypes that have one."""
+    """Number of elements that are still poisoned, in the dtypes of ``_POISON``."""
     count = 0
     for output in tensors(outputs):
         if output.dtype in _POISON:
@@ -75,11 +74,10 @@ def unwritten(outputs: Any) -> int:
 
 
 class PoisonedMemory(TorchDispatchMode):
-    """Inside of it, memory that torch allocates uninitialized is poisoned.
+    """Within it, memory that torch allocates uninitialized is poisoned.
 
-    This is how an output that a kernel forgot is found where there is no CUDA graph whose outputs
-    could be poisoned before a replay. It sees what Python code allocates, not what an operator
-    allocates inside.
+    It shows an output that a kernel forgot, without a CUDA graph whose outputs could be poisoned
+    before a replay. It sees what Python code allocates, not what an operator allocates inside.
     """
 
     _EMPTY = frozenset(
@@ -102,8 +100,11 @@ class PoisonedMemory(TorchDispatchMode):
 
 
 def error_of(case: "Case", inputs: Sequence[Any], outputs: Any, exact: Callable[..., Any]) -> float:
-    """The error of outputs that were poisoned before the call. Raises WrongResultError if it is
-    larger than the case allows, or if an element was not written."""
+    """The error of outputs that were poisoned before the call.
+
+    Raises:
+        WrongResultError: it is larger than the case allows, or an element was not written.
+    """
     left = unwritten(outputs)
     if left:
         raise WrongResultError(f"{left} elements of the output were not written")
@@ -137,7 +138,7 @@ def _relative_error(inputs: Sequence[Any], outputs: Any, exact: Callable[..., An
 
 
 def one_line(error: Exception) -> str:
-    """One line of what an exception says."""
+    """The first line of an exception's message, with its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else "no message"
     return first if isinstance(error, WrongResultError) else f"{type(error).__name__}: {first}"

@@ -12,7 +12,7 @@ from custom_kernels.check.outputs import PoisonedMemory, error_of, poison, tenso
 
 
 class Side:
-    """One contender over all buffers: what a device type does not decide."""
+    """One contender over all buffers; a subclass per device type."""
 
     def __init__(self, contender: Contender, case: Case, sets: Sequence[tuple[Any, ...]]) -> None:
         self.contender = contender
@@ -26,7 +26,7 @@ class Side:
         raise NotImplementedError
 
     def extend(self, rounds: int) -> None:
-        """From now on a replay goes through the sets ``rounds`` times."""
+        """Make a replay go through the sets ``rounds`` times."""
         self.rounds = rounds
 
     def poisoned_replay(self) -> None:
@@ -39,13 +39,17 @@ class Side:
     def replay_seconds(self) -> float:
         self.timed_replay()
         seconds_of = self.timed_replay()
-        if self.sets and (device := _device(self.sets[0])) is not None:
-            torch.cuda.synchronize(device)
+        first = next(tensors(self.sets), None)
+        if first is not None and first.is_cuda:
+            torch.cuda.synchronize(first.device)
         return seconds_of()
 
     def error(self, exact: Callable[..., Any]) -> float:
-        """The largest error of the first and the last set, on the inputs as they are now. Raises
-        WrongResultError."""
+        """The largest error of the first and the last set, on their present inputs.
+
+        Raises:
+            WrongResultError: it is too large, or an element was not written.
+        """
         checked = sorted({0, len(self.sets) - 1})
         for index in checked:
             self._prepare_again(index)
@@ -56,7 +60,7 @@ class Side:
 
     def call_all(self) -> None:
         for index, arguments in enumerate(self.prepared):
-            # The output of the round before lives until this one is made: outputs rotate as well.
+            # The previous round's output is freed only now: so outputs rotate as well.
             self.outputs[index] = self.contender.run(*arguments)
 
     def _prepare_again(self, index: int) -> None:
@@ -129,9 +133,3 @@ def captured(contender: Contender, case: Case, inputs: tuple[Any, ...]) -> Graph
 
 
 SIDES: dict[str, type[Side]] = {"cuda": Graph, "cpu": Calls}
-
-
-def _device(structure: Any) -> torch.device | None:
-    """The GPU that inputs lie on, None if they lie on none."""
-    found = next((tensor.device for tensor in tensors(structure)), None)
-    return found if found is not None and found.type == "cuda" else None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compilers make of every kernel, for GPUs that need not be there."""
+"""What the compilers make of every kernel; needs no GPU."""

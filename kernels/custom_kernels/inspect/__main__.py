@@ -81,7 +81,7 @@ def _why_empty(backend: registry.Backend, wanted: Sequence[str]) -> str:
         return f"{backend}: torch's own kernels, nothing to inspect"
     if not backend.architectures(wanted or sources.pinned_architectures()):
         return f"{backend}: not written for {', '.join(wanted)}"
-    return f"{backend}: has no kernels of its own"
+    return f"{backend}: defines no kernels"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read machine code (SASS), and say how many threads of a kernel an SM holds.
+"""Read machine code (SASS), and compute the occupancy of an SM.
 
 The tool is cuobjdump of the triton package, else the CUDA toolkit's.
 """
@@ -13,7 +13,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from custom_kernels.compile import toolchain
@@ -22,7 +22,7 @@ from custom_kernels.compile.toolchain import BuildError
 
 @dataclass(frozen=True)
 class Limits:
-    """What one SM holds; bytes, and warps of 32 threads."""
+    """The resources of one SM: bytes, and warps of 32 threads."""
 
     warps: int
     blocks: int
@@ -43,17 +43,17 @@ LIMITS = {
 """By compute capability. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability"."""
 REGISTERS = 64 * KIB
-"""32-bit registers of an SM, on all of them; four schedulers have a quarter each."""
+"""32-bit registers of an SM, on every architecture; each of four schedulers has a quarter."""
 REGISTER_UNIT = 256
-"""Registers are given to a warp in multiples of this."""
+"""Registers are allocated to a warp in multiples of this."""
 SHARED_UNIT = 128
 SHARED_RESERVED = 1024
-"""Bytes of shared memory that CUDA takes for itself, per block."""
+"""Bytes of shared memory that CUDA reserves, per block."""
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How full an SM gets with one kernel."""
+    """How full an SM is with one kernel."""
 
     blocks: int
     share: float
@@ -65,7 +65,7 @@ class Occupancy:
 def occupancy(architecture: str, threads: int, registers: int, shared: int) -> Occupancy | None:
     """Resident blocks of ``threads`` threads with ``registers`` each and ``shared`` bytes.
 
-    None for an architecture that the table above does not hold. The rules are those of CUDA's
+    None for an architecture that is not in LIMITS. The rules are those of CUDA's
     occupancy calculator (cuda_occupancy.h): warps are spread over four schedulers, each of which
     has a quarter of the registers.
     """
@@ -92,29 +92,28 @@ def _up(value: int, multiple: int) -> int:
 # --- machine code ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Code:
-    """One function of a binary."""
+    """One function of a binary. Registers and stack are per thread."""
 
-    name: str
+    kernel: str
     registers: int
     stack: int
     shared: int
-    """Bytes that are fixed at compile time."""
-    bytes: int
-    """Of machine code."""
+    """Bytes that are fixed at compile time, per block."""
+    sass: int
+    """Bytes of machine code."""
     local: int
-    """Bytes that its instructions move to and from local memory, each counted once."""
-    tensor: dict[str, int] = field(default_factory=dict)
-    """How often each tensor-core instruction stands in it; sparse forms end in ``.SP``."""
-    load: str = ""
+    """Bytes that its instructions move to and from local memory, spills included, each counted
+    once."""
+    tensor: dict[str, int]
+    """How often each tensor-core instruction occurs in it; sparse forms end in ``.SP``."""
+    load: str
     """The widest load from global memory: ``TMA``, ``bulk``, or the instruction and its bytes."""
-    store: str = ""
+    store: str
 
 
-_RESOURCES = re.compile(
-    r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)(?: LOCAL:(\d+))?", re.MULTILINE
-)
+_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", re.MULTILINE)
 _SASS = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)",
     re.MULTILINE,
@@ -126,7 +125,8 @@ _WIDTH = re.compile(r"\.(256|128|64|[US]16|[US]8)(?![\w])")
 def tool(name: str) -> Path:
     """cuobjdump or nvdisasm: of the triton package, beside nvcc, or on PATH.
 
-    Raises BuildError where there is none.
+    Raises:
+        BuildError: it is not installed.
     """
     spec = importlib.util.find_spec("triton")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
@@ -139,15 +139,16 @@ def tool(name: str) -> Path:
         if path.is_file():
             return path
     raise BuildError(
-        f"there is no {name}, which reads compiled kernels: it comes with the package triton and "
-        "with the CUDA toolkit; run `make dev`"
+        f"{name}, which reads compiled kernels, is not installed: it comes with the package triton "
+        "and with the CUDA toolkit; run `make dev`"
     )
 
 
 def read(binary: Path, architecture: str | None = None) -> list[Code]:
     """Every function in a cubin, or of one architecture in a shared library.
 
-    Raises BuildError with the tool's own words if it cannot be read.
+    Raises:
+        BuildError: it cannot be read; the message of the tool.
     """
     which = ["-arch", f"sm_{architecture.replace('.', '')}"] if architecture else []
     cuobjdump = str(tool("cuobjdump"))
@@ -160,7 +161,7 @@ def read(binary: Path, architecture: str | None = None) -> list[Code]:
     reserved = 0 if _number(sass, architecture) < 90 else SHARED_RESERVED
     return [
         _code(name, int(registers), int(stack), max(0, int(shared) - reserved), texts.get(name, ""))
-        for name, registers, stack, shared, _ in _RESOURCES.findall(resources)
+        for name, registers, stack, shared in _RESOURCES.findall(resources)
     ]
 
 
@@ -184,7 +185,7 @@ def _functions(sass: str) -> Iterable[tuple[str, str]]:
     return zip(parts[1::2], parts[2::2], strict=True)
 
 
-def _code(name: str, registers: int, stack: int, shared: int, text: str) -> Code:
+def _code(kernel: str, registers: int, stack: int, shared: int, text: str) -> Code:
     tensor: Counter[str] = Counter()
     local = end = 0
     loads: dict[int, str] = {}
@@ -208,8 +209,9 @@ def _code(name: str, registers: int, stack: int, shared: int, text: str) -> Code
         elif operation in ("STG", "ST", "RED", "REDG", "ATOMG"):
             stores.setdefault(_width(instruction), operation)
     return Code(
-        name, registers, stack, shared, end, local, dict(tensor), _widest(loads), _widest(stores)
-    )
+        kernel=kernel, registers=registers, stack=stack, shared=shared, sass=end, local=local,
+        tensor=dict(tensor), load=_widest(loads), store=_widest(stores),
+    )  # fmt: skip
 
 
 def _width(instruction: str) -> int:

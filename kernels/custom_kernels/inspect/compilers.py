@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the kernels of a backend for GPUs that need not be there, and read what came out.
+"""Compile the kernels of a backend, without a GPU, and read the result.
 
-- CUDA C++: what ``custom_kernels.compile`` compiled.
+- CUDA C++: the library of ``custom_kernels.compile``.
 - Triton: the backend's ``specializations()``, compiled as a launch would.
-- CuPy: every ``RawKernel`` that the backend's module holds (by itself, or in a dict, list or
-  tuple), by CuPy's own code, with the options and headers of a launch. CuPy compiles for ``sm_90``
-  where the others compile for ``sm_90a``, so its kernels have no wgmma.
+- CuPy: every ``RawKernel`` in the backend's module (also in a dict, list or tuple), by CuPy's own
+  code, with the options and headers of a launch. CuPy compiles for ``sm_90`` where the others
+  compile for ``sm_90a``, so its kernels have no wgmma.
 """
 
 import importlib
@@ -29,8 +29,10 @@ from custom_kernels.operation import Backend, Specialization
 
 
 def compile_here(backend: Backend, names: Sequence[str], most: int | None = None) -> list[Report]:
-    """The same as ``reports.inspect`` without cache and without a process of its own; of a Triton
-    backend with many specializations ``most`` of them, some of each kernel.
+    """``reports.inspect`` without cache, in this process.
+
+    Args:
+        most: compile only so many specializations of a Triton backend, some of each kernel.
 
     A Triton backend must have been imported without Triton's interpreter.
     """
@@ -54,15 +56,12 @@ def read_library(backend: Backend, names: Sequence[str]) -> list[Report]:
         if not compiled:
             continue
         codes = assembly.read(built.path, name)
-        for kernel, code in zip(ptx.demangle([code.name for code in codes]), codes, strict=True):
+        for kernel, code in zip(ptx.demangle([code.kernel for code in codes]), codes, strict=True):
             if known := compiled.get(kernel):
-                spills = known.spill_stores + known.spill_loads
-                reports.append(
-                    _report(
-                        backend, kernel, name, code, spills=spills, shared=known.shared,
-                        ptx=known.ptx, threads=known.threads, dynamic=known.dynamic,
-                    )
-                )  # fmt: skip
+                figures = {"spills": known.spill_stores + known.spill_loads, "ptx": known.ptx}
+                for figure in ("shared", "threads", "dynamic"):
+                    figures[figure] = getattr(known, figure)
+                reports.append(_report(code, backend, kernel=kernel, architecture=name, **figures))
     return reports
 
 
@@ -112,7 +111,11 @@ def _some(jobs: Sequence[_Job], most: int) -> list[_Job]:
 
 
 def _run_jobs(jobs: Sequence[_Job]) -> list[Report]:
-    """All of them, in parallel. Raises InspectionError with the messages of all that failed."""
+    """Run all, in parallel.
+
+    Raises:
+        InspectionError: some failed; the messages of all of these.
+    """
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
@@ -124,7 +127,7 @@ def _run_jobs(jobs: Sequence[_Job]) -> list[Report]:
         # Forked: kernels are functions that cannot be sent, and imports cost seconds.
         with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
             found = list(pool.map(_run_shared, range(len(jobs))))
-    # What the compiler says is mostly the same for every dtype and architecture: show it once.
+    # The messages are mostly the same for every dtype and architecture: show each once.
     errors = {error.partition("\n")[2] or error: error for error in found if isinstance(error, str)}
     if errors:
         raise InspectionError("\n\n".join(errors.values()))
@@ -175,13 +178,13 @@ def _triton(job: _Job) -> Report:
     except Exception as error:
         raise InspectionError(explain(error, kernel)) from error
     metadata = compiled.metadata
-    (code,) = (one for one in _disassembled(compiled.asm["cubin"]) if one.name == metadata.name)
+    (code,) = (one for one in _disassembled(compiled.asm["cubin"]) if one.kernel == metadata.name)
     (entry,) = (one for one in ptx.entries(compiled.asm["ptx"]) if one.name == metadata.name)
     name = kernel.__name__ + (f" ({item.label})" if item.label else "")
     # Triton's kernels have no arrays of their own in local memory: what is in it was spilled.
     return _report(
-        job.backend, name, job.architecture, code, spills=code.local, shared=metadata.shared,
-        ptx=entry.instructions, threads=entry.threads, dynamic=False,
+        code, job.backend, kernel=name, architecture=job.architecture, spills=code.local,
+        shared=metadata.shared, ptx=entry.instructions, threads=entry.threads, dynamic=False,
     )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def raw_kernel(
         InspectionError: it does not compile.
     """
     label = label or kernel.name
-    # So that the compiler's messages name the line of the Python file in which it stands.
+    # So that the compiler's messages name the line of the Python file.
     line = _line_of(path, kernel.code) if path is not None else None
     source = f'#line {line} "{path}"\n{kernel.code}' if line else kernel.code
     file = str(path or f"{kernel.name}.cu")
@@ -224,11 +227,11 @@ def raw_kernel(
             f"{file}: its source has no kernel {kernel.name!r} but {names} "
             '(is it `extern "C" __global__`?)'
         )
-    (code,) = (code for code in _disassembled(cubin) if code.name == kernel.name)
+    (code,) = (code for code in _disassembled(cubin) if code.kernel == kernel.name)
     spilled = {one.name: one.spill_stores + one.spill_loads for one in ptx.parse_ptxas(log)}
     entry = entries[kernel.name]
     return _report(
-        backend, label, architecture, code, spills=spilled[kernel.name], shared=code.shared,
+        code, backend, kernel=label, architecture=architecture, spills=spilled[kernel.name],
         ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic,
     )  # fmt: skip
 
@@ -236,8 +239,8 @@ def raw_kernel(
 def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple[bytes, str, str]:
     """Cubin, PTX and log of ``source``, compiled as CuPy compiles this kernel when it is launched.
 
-    All of it is CuPy's own code: what it asks the GPU (the architecture) is answered here, and what
-    it would load into the GPU is taken.
+    All of it is CuPy's own code: only its question for the GPU's architecture is answered here, and
+    the cubin is taken instead of loaded into the GPU.
     """
     from unittest.mock import patch
 
@@ -292,36 +295,10 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
         return loaded[0], written.read_text(), log.getvalue()
 
 
-def _report(
-    backend: Backend | None,
-    kernel: str,
-    architecture: str,
-    code: assembly.Code,
-    *,
-    spills: int,
-    shared: int,
-    ptx: int | None,
-    threads: int | None,
-    dynamic: bool,
-) -> Report:
-    return Report(
-        operation=backend.operation.name if backend else "",
-        backend=backend.name if backend else "",
-        kernel=kernel,
-        architecture=architecture,
-        registers=code.registers,
-        stack=code.stack,
-        spills=spills,
-        local=code.local,
-        shared=shared,
-        dynamic=dynamic,
-        threads=threads,
-        ptx=ptx,
-        sass=code.bytes,
-        tensor=code.tensor,
-        load=code.load,
-        store=code.store,
-    )
+def _report(code: assembly.Code, backend: Backend | None, **figures: Any) -> Report:
+    """The report on a function; ``figures`` add to what its machine code says, or replace it."""
+    names = {"operation": backend.operation.name, "backend": backend.name} if backend else {}
+    return Report(**vars(code) | names | figures)
 
 
 def _raw_kernels(module: ModuleType) -> list[tuple[str, Any]]:
@@ -359,7 +336,7 @@ def _disassembled(cubin: bytes) -> list[assembly.Code]:
 
 
 def _line_of(path: Path, code: str) -> int | None:
-    """The line at which ``code`` stands in the file, None if it was put together."""
+    """The line of the file at which ``code`` begins; None if it was put together."""
     text = path.read_text()
     start = text.find(code)
     return text.count("\n", 0, start) + 1 if start >= 0 and code else None
@@ -374,7 +351,7 @@ def _path_of(kernel: Any) -> str:
 
 
 def _line_of_def(kernel: Any) -> int:
-    """Of the word ``def``, from which Triton counts: decorators stand before it."""
+    """Of the word ``def``, from which Triton counts: decorators come before it."""
     lines = enumerate(kernel.raw_src)
     decorators = next((index for index, line in lines if line.lstrip().startswith("def ")), 0)
     return int(kernel.starting_line_number) + decorators
@@ -388,7 +365,7 @@ def _import(backend: Backend) -> ModuleType:
 
 
 def explain(error: BaseException, kernel: Any = None) -> str:
-    """What an error says, with the file and line in this package that it comes from.
+    """The message of an error, with the file and line in this package that it comes from.
 
     Triton counts lines from the start of the function; they are turned into the file's.
     """

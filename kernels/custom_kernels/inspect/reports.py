@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reports of a backend's kernels for every pinned architecture, kept until it changes.
+"""The reports of a backend's kernels for every pinned architecture, cached until it changes.
 
-Comments at the start of a line say what is known about a file (``//`` in a ``.cu``, ``#`` in a
+Comments at the start of a line declare properties of a file (``//`` in a ``.cu``, ``#`` in a
 ``.py``): ``architectures: 9.0a``, the only ones it is written for; ``spills: <reason>``,
 ``no tensor cores: <reason>`` and ``not deterministic: <reason>``, where that is on purpose. An
 operation should use tensor cores if its ``__init__.py`` says ``USES_TENSOR_CORES = True``.
@@ -18,13 +18,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from custom_kernels import paths, registry
+from custom_kernels.command import write_whole
 from custom_kernels.compile import build, ptx, sources
 from custom_kernels.inspect import assembly, compilers
 from custom_kernels.inspect import report as report_module
@@ -43,37 +43,34 @@ _VERSIONS = (
 )
 
 
-def inspect(
-    backend: Backend, wanted: Sequence[str] | None = None, keep: bool = True
-) -> list[Report]:
+def inspect(backend: Backend, wanted: Sequence[str] | None = None) -> list[Report]:
     """Every kernel of a backend on every architecture of ``wanted`` (default: the pinned ones) that
-    it is written for; none for a backend that has no kernels of its own.
+    it is written for; none for a backend that only calls torch.
 
-    Compiles what was not compiled yet, in processes of their own: nothing is imported here.
+    Compiles what was not compiled yet, in separate processes: no kernel is imported here.
 
-    Raises InspectionError or toolchain.BuildError if a kernel does not compile.
+    Raises:
+        InspectionError, toolchain.BuildError: a kernel does not compile.
     """
     names = backend.architectures(wanted or sources.pinned_architectures())
     if backend.kind == "torch" or not names:
         return []
-    kept = {name: _cached(backend, name) for name in names}
-    missing = [name for name in names if not (keep and kept[name].is_file())]
-    made = _in_own_process(backend, missing) if missing else {}
-    for name, reports in made.items():
-        _write(kept[name], reports)
-    return [
-        report for name in names for report in (made[name] if name in made else _read(kept[name]))
-    ]
+    cached = {name: _cached(backend, name) for name in names}
+    missing = [name for name in names if not cached[name].is_file()]
+    new = _in_own_process(backend, missing) if missing else {}
+    for name, reports in new.items():
+        _write(cached[name], reports)
+    return [report for name in names for report in new.get(name) or _read(cached[name])]
 
 
 def backend_of(report: Report) -> Backend:
-    """The backend that a kernel is of."""
+    """The backend of a kernel."""
     return registry.operation(report.operation).backend(report.backend)
 
 
 def warnings(reports: Sequence[Report]) -> list[str]:
-    """What is wrong with the kernels of one backend, unless its file says that it is on purpose."""
-    found = []
+    """What is wrong with kernels, unless the backend's file says that it is on purpose."""
+    result = []
     by_backend: dict[Backend, list[Report]] = {}
     for report in reports:
         by_backend.setdefault(backend_of(report), []).append(report)
@@ -81,9 +78,9 @@ def warnings(reports: Sequence[Report]) -> list[str]:
             continue
         where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
         if report.spills:
-            found.append(f"{where} spills {report.spills} bytes")
+            result.append(f"{where} spills {report.spills} bytes")
         elif report.local:
-            found.append(f"{where} uses local memory ({report.local} bytes, {report.stack} stack)")
+            result.append(f"{where} uses local memory ({report.local} bytes, {report.stack} stack)")
     for backend, own in by_backend.items():
         if not backend.operation.uses_tensor_cores or "no tensor cores" in backend.notes:
             continue
@@ -91,14 +88,14 @@ def warnings(reports: Sequence[Report]) -> list[str]:
             continue  # the library multiplies; what is compiled here prepares and finishes
         for name in dict.fromkeys(report.architecture for report in own):
             if not any(report.tensor for report in own if report.architecture == name):
-                found.append(
+                result.append(
                     f"{backend} multiplies matrices without tensor-core instructions on {name}"
                 )
-    return found
+    return result
 
 
 def _in_own_process(backend: Backend, names: Sequence[str]) -> dict[str, list[Report]]:
-    """compile_here in a process that is not in Triton's interpreter, whatever this one is in."""
+    """``compile_here`` in a process without Triton's interpreter, whatever this one uses."""
     if backend.kind == "cuda":
         reports = compilers.read_library(backend, names)
     else:
@@ -147,7 +144,7 @@ def serve() -> None:
 
 
 def fingerprint(backend: Backend) -> str:
-    """A hash of all files of this package that the backend is made of; of the tools none is."""
+    """A hash of all files of this package that the backend is made of, without the tools."""
     digest = hashlib.sha256()
     for path in sorted({*_closure(backend), *sources.files(backend)}):
         digest.update(f"{path.relative_to(paths.PACKAGE)}\0".encode() + path.read_bytes())
@@ -182,7 +179,7 @@ def _closure(backend: Backend) -> set[Path]:
         try:
             tree = ast.parse(path.read_text())
         except SyntaxError:
-            continue  # the compilation will say so
+            continue  # the compiler will report it
         for node in ast.walk(tree):
             modules = []
             if isinstance(node, ast.Import):
@@ -202,10 +199,8 @@ def _read(path: Path) -> list[Report]:
 
 
 def _write(path: Path, reports: Sequence[Report]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump([asdict(report) for report in reports], file)
-    os.replace(file.name, path)
+    text = json.dumps([asdict(report) for report in reports])
+    write_whole(path, lambda partial: partial.write_text(text))
     kept = sorted(path.parent.glob("*.json"), key=lambda found: found.stat().st_mtime)
     for old in kept[:-KEPT_REPORTS]:
         old.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from custom_kernels import registry, tuned
-from custom_kernels.bench.record import Record, Timed, write_whole
+from custom_kernels.bench.record import Record, Timed
+from custom_kernels.command import write_whole
 from custom_kernels.tuned import Range, Tuning, TuningError, layer_key
 
 MARGIN = 0.01

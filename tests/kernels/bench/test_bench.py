@@ -342,7 +342,7 @@ def test_the_summary_of_a_stored_record_follows_from_its_rows() -> None:
         (None, "cannot read"),
         (b"\xff\xfe", "is not JSON"),
         (b"{", "is not JSON"),
-        (b"[1]", "holds no JSON object"),
+        (b"[1]", "is no JSON object"),
         (b"{}", "is not the record of a kernel benchmark"),
         (b'{"operation": "gemm", "rows": [{}], "schema": 2}', "is not a whole record"),
         (

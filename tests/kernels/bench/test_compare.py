@@ -220,7 +220,7 @@ def test_make_compare_says_which_variables_it_needs() -> None:
     [
         (None, "cannot read"),
         ("", "is not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "is no JSON object"),
         ("{}", "is not the record of a kernel benchmark"),
         ('{"comparison": {}}', "the run is not valid"),
         ('{"comparison": {}, "valid": true}', "is not a whole record: settings: Field required"),
@@ -257,5 +257,5 @@ def test_a_record_without_any_ratio_is_an_error(tmp_path: Path) -> None:
         row["contenders"] = {"torch": row["contenders"]["torch"]}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(record))
-    with pytest.raises(RecordError, match="holds no ratio"):
+    with pytest.raises(RecordError, match="has no ratio"):
         compare.read(path)

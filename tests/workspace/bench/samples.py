@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workspace.bench import loaded
 from workspace.bench.messages import Generation, Result, Step
-from workspace.bench.models import Model
+from workspace.bench.models import Config, Model
 from workspace.bench.plan import Device, Plan
 from workspace.bench.record import Round
 from workspace.bench.tiny_model import CONFIG, SEED
@@ -18,7 +18,8 @@ packages = functools.cache(loaded.packages)
 
 
 def plan(**changes: object) -> Plan:
-    model = Model("tiny-qwen2", Path("m"), Path("t"), "random", "bundled", CONFIG, SEED)
+    config = Config.model_validate(CONFIG)
+    model = Model("tiny-qwen2", Path("m"), Path("t"), "random", "bundled", config, SEED)
     values = {
         "model": model,
         "device": Device("cpu", 2, "a CPU"),
@@ -31,7 +32,7 @@ def plan(**changes: object) -> Plan:
         "quantization": None,
         "repeats": 2,
         "rounds": 3,
-        "tp": 1,
+        "tensor_parallel": 1,
         "eager": True,
         "baseline": "stock",
     }

@@ -194,10 +194,10 @@ def test_sources_must_not_change_during_the_run(tmp_path: Path) -> None:
     [
         ({11: {"gemm.reference": 5}}, {}, True),
         ({11: {"gemm.reference": 5}}, {"backend": "reference"}, True),
-        ({11: {"gemm.reference": 5}, 12: {"gemm.reference": 5}}, {"tp": 2}, True),
+        ({11: {"gemm.reference": 5}, 12: {"gemm.reference": 5}}, {"tensor_parallel": 2}, True),
         ({}, {}, False),
         ({11: {"gemm.reference": 0}}, {}, False),
-        ({11: {"gemm.reference": 5}}, {"tp": 2}, False),
+        ({11: {"gemm.reference": 5}}, {"tensor_parallel": 2}, False),
         ({11: {"gemm.reference": 5}}, {"backend": "cublaslt"}, False),
         ({11: {"gemm.reference": 5, "gemm.cublaslt": 1}}, {"backend": "cublaslt"}, False),
         ({11: {"attention.cuda": 5}}, {}, False),

@@ -11,20 +11,21 @@ import pytest
 
 from tests.workspace.bench.samples import plan as sample
 from tests.workspace.conftest import clean_environment
-from workspace import bench
 from workspace.bench.plan import (
     DEFAULTS,
-    BenchOptions,
     Device,
     check_backend,
     check_memory,
     check_quantization,
     detect_device,
-    plan,
+    make_plan,
     repeat_command,
 )
+from workspace.bench.record import Metric
 from workspace.host.errors import WorkspaceError
+from workspace.host.options import read
 from workspace.pins.model import load
+from workspace.verbs import Bench
 
 CPU = Device("cpu", 2, "a CPU")
 GPU = Device("cuda", 1, "a GPU")
@@ -34,59 +35,44 @@ MODEL = sample().model
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"input_len": "0"}, "INPUT_LEN=0"),
-        ({"output_len": "-3"}, "OUTPUT_LEN=-3"),
-        ({"num_prompts": "many"}, "NUM_PROMPTS=many"),
-        ({"metric": "foo"}, "METRIC=foo: should be 'throughput' or 'latency'"),
-        ({"repeats": "-1"}, "REPEATS=-1"),
-        ({"rounds": "0"}, "ROUNDS=0"),
-        ({"tp": "0"}, "TP=0"),
-        ({"eager": "perhaps"}, "EAGER=perhaps"),
-        ({"baseline": "mine"}, "BASELINE=mine"),
-        ({"modle": "x"}, "MODLE=x"),
+        ({"INPUT_LEN": "0"}, "INPUT_LEN=0"),
+        ({"OUTPUT_LEN": "-3"}, "OUTPUT_LEN=-3"),
+        ({"NUM_PROMPTS": "many"}, "NUM_PROMPTS=many"),
+        ({"METRIC": "foo"}, "METRIC=foo is not known; use METRIC=throughput or METRIC=latency"),
+        ({"EAGER": "perhaps"}, "EAGER=perhaps"),
+        ({"BASELINE": "mine"}, "BASELINE=mine"),
         (
-            {"quantization": "sparse_2_4", "layers": "*"},
+            {"QUANTIZATION": "sparse_2_4", "LAYERS": "*"},
             "QUANTIZATION=sparse_2_4 selects its own kernels",
         ),
-        ({"quantization": "sparse_2_4", "backend": "reference"}, "leave out BACKEND"),
-        ({"quantization": "sparse_2_4", "baseline": "pristine"}, "leave out BASELINE"),
-        ({"input_len": "0", "metric": "foo"}, "INPUT_LEN=0"),
+        ({"QUANTIZATION": "sparse_2_4", "BACKEND": "reference"}, "leave out BACKEND"),
+        ({"QUANTIZATION": "sparse_2_4", "BASELINE": "pristine"}, "leave out BASELINE"),
     ],
 )
-def test_value_that_cannot_be_is_one_line_with_its_variable(
-    given: dict[str, str], says: str
-) -> None:
+def test_an_invalid_value_is_one_line_with_its_variable(given: dict[str, str], says: str) -> None:
     with pytest.raises(WorkspaceError) as caught:
-        bench.options(given)
+        read(Bench, given)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_empty_variables_are_as_good_as_none() -> None:
-    assert bench.options(dict.fromkeys(BenchOptions.model_fields, "")) == BenchOptions()
-
-
-def test_words_from_make_become_values() -> None:
-    made = bench.options({"eager": "1", "tp": "2", "metric": "latency"})
-    assert (made.eager, made.tp, made.metric) == (True, 2, "latency")
-    assert bench.options({"eager": "0"}).eager is False
+def test_eager_is_what_the_variable_says() -> None:
+    for value, eager in (("1", True), ("0", False), ("", True)):
+        assert make_plan(read(Bench, {"EAGER": value}), CPU, MODEL).eager is eager
 
 
 @pytest.mark.parametrize("metric", ["throughput", "latency"])
-def test_defaults_follow_the_device(metric: str) -> None:
-    options = BenchOptions(metric=metric)
-    on_cpu, on_gpu = plan(options, CPU, MODEL), plan(options, GPU, MODEL)
+def test_defaults_follow_the_device(metric: Metric) -> None:
+    options = Bench(metric=metric)
+    on_cpu, on_gpu = make_plan(options, CPU, MODEL), make_plan(options, GPU, MODEL)
     assert (on_cpu.eager, on_gpu.eager) == (True, False)
-    assert on_cpu.input_len == DEFAULTS["cpu", metric]["input_len"]
-    assert on_gpu.num_prompts == DEFAULTS["cuda", metric]["num_prompts"]
-    assert on_cpu.tokens == (
-        on_cpu.num_prompts * on_cpu.input_len,
-        on_cpu.num_prompts * on_cpu.output_len,
-    )
+    assert on_cpu.input_len == DEFAULTS["cpu", metric].input_len
+    assert on_gpu.num_prompts == DEFAULTS["cuda", metric].num_prompts
+    assert on_cpu.input_tokens_per_round == on_cpu.num_prompts * on_cpu.input_len
 
 
 def test_default_rounds_are_enough_for_an_interval() -> None:
-    made = plan(BenchOptions(), CPU, MODEL)
+    made = make_plan(Bench(), CPU, MODEL)
     assert made.repeats >= 2
     assert made.repeats * made.rounds >= 6
 
@@ -94,23 +80,23 @@ def test_default_rounds_are_enough_for_an_interval() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (BenchOptions(tp=3), "TP=3: this machine has 2 CPU cores"),
-        (BenchOptions(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 supports"),
+        (Bench(tp=3), "TP=3: this machine has 2 CPU cores"),
+        (Bench(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 supports"),
     ],
 )
-def test_more_than_there_is_is_one_line(options: BenchOptions, says: str) -> None:
+def test_more_than_there_is_is_one_line(options: Bench, says: str) -> None:
     with pytest.raises(WorkspaceError, match=says):
-        plan(options, CPU, MODEL)
+        make_plan(options, CPU, MODEL)
 
 
 def test_workers_must_divide_the_heads() -> None:
     with pytest.raises(WorkspaceError, match="4 attention heads"):
-        plan(BenchOptions(tp=3), replace(CPU, count=8), MODEL)
+        make_plan(Bench(tp=3), replace(CPU, count=8), MODEL)
 
 
 def test_defaults_fit_a_model_that_takes_few_tokens() -> None:
-    short = replace(MODEL, config=MODEL.config | {"max_position_embeddings": 16})
-    made = plan(BenchOptions(), CPU, short)
+    short = replace(MODEL, config=MODEL.config.model_copy(update={"max_position_embeddings": 16}))
+    made = make_plan(Bench(), CPU, short)
     assert made.input_len + made.output_len <= 16
 
 
@@ -131,7 +117,8 @@ def test_unknown_quantization_methods_name_those_there_are() -> None:
 
 
 def test_model_larger_than_memory_is_refused_before_the_engine_starts() -> None:
-    huge = replace(MODEL, config=MODEL.config | {"hidden_size": 2**17, "intermediate_size": 2**19})
+    sizes = {"hidden_size": 2**17, "intermediate_size": 2**19}
+    huge = replace(MODEL, config=MODEL.config.model_copy(update=sizes))
     with pytest.raises(WorkspaceError, match="GiB of memory"):
         check_memory(sample(model=huge))
     check_memory(sample(model=huge, device=GPU))
@@ -141,10 +128,8 @@ def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
     made = sample(rounds=3, backend="reference", layers="*.mlp.*,lm_head")
     words = shlex.split(repeat_command(made))
     assert words[:2] == ["make", "bench"]
-    given = {name.lower(): value for name, value in (word.split("=", 1) for word in words[2:])}
-    given.pop("vllm_version", None)
-    again = plan(bench.options(given), CPU, MODEL)
-    assert again == made
+    given = dict(word.split("=", 1) for word in words[2:])
+    assert make_plan(read(Bench, given), CPU, MODEL) == made
 
 
 def test_command_that_repeats_a_run_names_a_release_that_is_not_the_default(
@@ -192,7 +177,7 @@ def test_folder_is_repeated_through_the_shell_and_make(name: str, tmp_path: Path
     """What make hands to the bench is the folder, letter for letter."""
     (tmp_path / "Makefile").write_text('bench:\n\t@printf \'%s\\0%s\' "$$MODEL" "$$LAYERS"\n')
     folder = Path("/models") / name
-    local = replace(MODEL, folder=Path("/made"), name="c", path_asked_for=folder)
+    local = replace(MODEL, folder=Path("/made"), name="c", requested_path=folder)
     line = repeat_command(sample(model=local, layers=f"*.{name}"))
     assert shlex.split(line)[:2] == ["make", "bench"]
     seen = subprocess.run(

@@ -14,25 +14,25 @@ import psutil
 import pytest
 
 from tests.workspace.conftest import still_running
-from workspace import bench
 from workspace.bench import record, runner, workload
 from workspace.bench.guards import only_bench
-from workspace.bench.plan import BenchOptions
 from workspace.environment import progress
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
+from workspace.verbs import Bench
 
 BENCH = """
 import sys
 from pathlib import Path
-from workspace import bench
 from workspace.bench import runner
 from workspace.host.errors import WorkspaceError
+from workspace.host.options import read
+from workspace.verbs import Bench
 here = Path(sys.argv[1])
 runner.RESULTS, runner.RUNS = here / "results", here / "runs"
 runner.LOGS, runner.LOCK = here / "logs", here / "lock"
 try:
-    bench.run(bench.options(dict(a.split("=") for a in sys.argv[2:])))
+    runner.run(read(Bench, dict(a.split("=") for a in sys.argv[2:])))
 except WorkspaceError as error:
     print(error, file=sys.stderr)
     sys.exit(1)
@@ -56,7 +56,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
 ) -> None:
     monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
     monkeypatch.setattr(progress, "LOG_SECONDS", 1.0)
-    bench.run(BenchOptions(input_len=16, output_len=8, num_prompts=4, repeats=1))
+    runner.run(Bench(input_len=16, output_len=8, num_prompts=4, repeats=1))
     (path,) = (here / "results").glob("*.json")
     made = record.read(path)
     assert made.valid
@@ -153,7 +153,7 @@ def test_a_second_bench_in_the_checkout_says_who_holds_it(here: Path) -> None:
         only_bench(runner.LOCK),
         pytest.raises(WorkspaceError, match=f"process {os.getpid()}") as caught,
     ):
-        bench.run(BenchOptions())
+        runner.run(Bench())
     assert "\n" not in str(caught.value)
     with only_bench(runner.LOCK):
         pass  # given back
@@ -162,18 +162,18 @@ def test_a_second_bench_in_the_checkout_says_who_holds_it(here: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"model": "no/such-model"},
-        {"backend": "turbo"},
-        {"input_len": "5000"},
-        {"tp": "4096"},
+        Bench(model="no/such-model"),
+        Bench(backend="turbo"),
+        Bench(input_len=5000),
+        Bench(tp=4096),
     ],
 )
 def test_what_cannot_be_run_is_one_line_before_an_engine_starts(
-    options: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
+    options: Bench, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WorkspaceError) as caught:
-        bench.run(bench.options(options))
+        runner.run(options)
     assert "\n" not in str(caught.value)
     assert not (here / "runs").exists()
 
@@ -188,13 +188,13 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(runner, "measure", fail)
     with pytest.raises(WorkspaceError, match=r"job\.json: No space left on device; free") as caught:
-        bench.run(BenchOptions())
+        runner.run(Bench())
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_of_the_engine_is_imported_for_the_options() -> None:
+def test_nothing_of_the_engine_is_imported_before_it_starts() -> None:
     code = (
-        "import sys, json; from workspace import bench; bench.options({}); "
+        "import sys, json; from workspace import cli; from workspace.bench import runner; "
         "print(json.dumps([m for m in ('torch', 'vllm', 'matplotlib') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

@@ -15,9 +15,9 @@ from rich.console import Console
 from tests.workspace.bench.samples import plan
 from workspace.bench import processes, report
 from workspace.bench.messages import Event, Stage
-from workspace.bench.plan import BenchOptions
 from workspace.bench.time_left import TimeLeft
 from workspace.environment import progress
+from workspace.verbs import Bench
 
 STEPS: list[tuple[Stage, int]] = [
     ("importing vLLM", 0), ("starting the engine", 0), ("warming up", 1), ("warming up", 2),
@@ -135,8 +135,8 @@ def test_the_first_lines_say_what_is_measured_how_long_it_takes_and_what_changes
     given: dict[str, int], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "console", console := Console(width=300, record=True))
-    report.announce(plan(), BenchOptions(**given), 250.0)
-    report.announce(plan(), BenchOptions(**given), None)
+    report.announce(plan(), Bench(**given), 250.0)
+    report.announce(plan(), Bench(**given), None)
     first, second, _, fourth = console.export_text().splitlines()
     assert "INPUT_LEN=8 OUTPUT_LEN=4 NUM_PROMPTS=3 REPEATS=2 ROUNDS=3" in first
     assert says in first

@@ -14,15 +14,19 @@ from workspace.bench import models, processes, prompts, workload
 from workspace.bench.engine_run import _rounds, _warm_up
 from workspace.bench.measure import measure
 from workspace.bench.messages import Event, Job, Result
-from workspace.bench.plan import DEFAULTS, BenchOptions, Device
+from workspace.bench.models import Config
+from workspace.bench.plan import DEFAULTS, Device, Plan, Sizes
 from workspace.bench.record import Metric, Round
 from workspace.bench.variants import stock_and_custom
 from workspace.bench.workload import FITTED_SECONDS, SMALLER, Speed, fit, measure_speed, total
+from workspace.verbs import Bench
 
 CPU = Device("cpu", 2, "a CPU")
 TINY = sample().model
 QWEN = "Qwen/Qwen2.5-0.5B"
-MODEL = replace(TINY, name=QWEN, weights="dummy", config=models.catalogue()[QWEN])
+MODEL = replace(
+    TINY, name=QWEN, weights="dummy", config=Config.model_validate(models.catalogue()[QWEN])
+)
 
 
 def speed(slower: float) -> Speed:
@@ -31,60 +35,64 @@ def speed(slower: float) -> Speed:
     return Speed(import_s=2.5 * slower, draw_s=1e-8 * slower, product_s=product)
 
 
-def fits(monkeypatch: pytest.MonkeyPatch, slower: float, **given: object) -> dict[str, object]:
+def fits(monkeypatch: pytest.MonkeyPatch, slower: float, options: Bench) -> tuple[Plan, float]:
+    """The plan for such a machine, and how long it takes."""
     monkeypatch.setattr(workload, "measure_speed", lambda _: speed(slower))
-    made, expected = fit(BenchOptions(**given), CPU, MODEL)
-    names = ("input_len", "output_len", "num_prompts", "repeats", "rounds")
-    return {name: getattr(made, name) for name in names} | {"seconds": total(made, expected)}
+    made, expected = fit(options, CPU, MODEL)
+    return made, total(made, expected) or 0.0
+
+
+def sizes(made: Plan) -> Sizes:
+    return Sizes(made.input_len, made.output_len, made.num_prompts, made.rounds)
 
 
 @pytest.mark.parametrize("metric", ["throughput", "latency"])
 def test_a_slower_machine_gets_a_smaller_workload_that_still_gives_a_verdict(
     metric: Metric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = [fits(monkeypatch, slower, metric=metric) for slower in (0.001, 0.1, 1, 1.3, 1000)]
-    tokens = [one["num_prompts"] * (one["input_len"] + one["output_len"]) for one in made]  # type: ignore[operator]
+    options = Bench(metric=metric)
+    fitted = [fits(monkeypatch, slower, options) for slower in (0.001, 0.1, 1, 1.3, 1000)]
+    tokens = [made.num_prompts * (made.input_len + made.output_len) for made, _ in fitted]
     assert tokens == sorted(tokens, reverse=True)
     assert tokens[0] > tokens[2] > tokens[-1]
-    largest = DEFAULTS["cpu", metric]
-    assert {name: made[0][name] for name in largest} == largest
-    assert {name: made[-1][name] for name in largest} == SMALLER[metric][-1]
-    assert all(one["seconds"] <= FITTED_SECONDS for one in made[:-1])  # type: ignore[operator]
-    assert all(one["repeats"] * one["rounds"] >= 6 for one in made)  # type: ignore[operator]
+    assert sizes(fitted[0][0]) == DEFAULTS["cpu", metric]
+    assert sizes(fitted[-1][0]) == SMALLER[metric][-1]
+    assert all(seconds <= FITTED_SECONDS for _, seconds in fitted[:-1])
+    assert all(made.repeats * made.rounds >= 6 for made, _ in fitted)
 
 
 def test_what_is_given_stays_and_the_rest_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"input_len": 100, "rounds": 4}
     for slower in (0.001, 1, 1000):
-        made = fits(monkeypatch, slower, **given)
-        assert {name: made[name] for name in given} == given
-    everything = {"input_len": 64, "output_len": 33, "num_prompts": 7, "repeats": 1, "rounds": 1}
-    made = fits(monkeypatch, 1000, **everything)
-    assert {name: made[name] for name in everything} == everything
-    assert made["seconds"] > FITTED_SECONDS  # type: ignore[operator]
+        made, _ = fits(monkeypatch, slower, Bench(input_len=100, rounds=4))
+        assert (made.input_len, made.rounds) == (100, 4)
+    everything = Bench(input_len=64, output_len=33, num_prompts=7, repeats=1, rounds=1)
+    made, seconds = fits(monkeypatch, 1000, everything)
+    assert sizes(made) == (64, 33, 7, 1)
+    assert made.repeats == 1
+    assert seconds > FITTED_SECONDS
 
 
 def test_a_quantization_whose_reference_is_slow_gets_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, quantized = (fits(monkeypatch, 0.5, quantization=q) for q in (None, "sparse_2_4"))
-    assert quantized["output_len"] < plain["output_len"]  # type: ignore[operator]
+    plain, _ = fits(monkeypatch, 0.5, Bench())
+    quantized, _ = fits(monkeypatch, 0.5, Bench(quantization="sparse_2_4"))
+    assert quantized.output_len < plain.output_len
 
 
 def test_the_tiny_model_is_not_measured_and_a_gpu_keeps_its_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workload, "measure_speed", lambda _: pytest.fail("measured"))
-    made, expected = fit(BenchOptions(), CPU, TINY)
-    sizes = DEFAULTS["cpu", "throughput"]
-    assert {name: getattr(made, name) for name in sizes} == sizes
+    made, expected = fit(Bench(), CPU, TINY)
+    assert sizes(made) == DEFAULTS["cpu", "throughput"]
     assert 30 < (total(made, expected) or 0) < 180
-    on_gpu, expected = fit(BenchOptions(), Device("cuda", 1, "a GPU"), MODEL)
-    assert on_gpu.num_prompts == DEFAULTS["cuda", "throughput"]["num_prompts"]
+    on_gpu, expected = fit(Bench(), Device("cuda", 1, "a GPU"), MODEL)
+    assert on_gpu.num_prompts == DEFAULTS["cuda", "throughput"].num_prompts
     assert total(on_gpu, expected) is None
 
 
 def test_a_model_of_an_unknown_architecture_is_estimated_too() -> None:
     known = workload._weights(MODEL)
-    unknown = replace(MODEL, config=MODEL.config | {"model_type": "mine"})
+    unknown = replace(MODEL, config=MODEL.config.model_copy(update={"model_type": "mine"}))
     assert workload._weights(unknown)[1] == known[1]
     assert 0.5 < workload._weights(unknown)[0] / known[0] < 2
 
