@@ -131,6 +131,7 @@ def main() -> None:
     from custom_kernels import launches
     from custom_kernels.source_hash import source_hash
 
+    packages = loaded.packages()
     result = Result(
         engine_start_s=start_s,
         warm_up=warm_up,
@@ -139,12 +140,12 @@ def main() -> None:
         launches=launches.read(job.launches),
         layers=launches.read_layers(job.launches),
         kernels_source_hash=source_hash(),
-        environment=loaded.versions(),
+        environment=loaded.versions(packages),
         dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),
         vllm_folder=str(vllm_folder),
         vllm_files=vllm_files,
         modules=loaded.modules(),
-        packages=loaded.packages(),
+        packages=packages,
     )
     write_file(job.folder / RESULT, result.model_dump_json().encode())
     report(Event(stage="stopping"))

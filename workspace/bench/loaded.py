@@ -4,7 +4,8 @@
 import hashlib
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, distributions, version
+from collections.abc import Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -34,19 +35,23 @@ def packages() -> dict[str, str]:
     return versions
 
 
-def versions() -> dict[str, str]:
-    """Versions and device, as the engine's process sees them."""
+def versions(installed: Mapping[str, str]) -> dict[str, str]:
+    """Versions and device, as the engine's process sees them.
+
+    Args:
+        installed: the result of `packages`.
+    """
     import torch
     from vllm.platforms import current_platform
 
-    result = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("vllm", "triton", "transformers", "custom-kernels"):
-        try:
-            result[package] = version(package)
-        except PackageNotFoundError:
-            result[package] = "not installed"
-    result["cuda"] = str(torch.version.cuda or "none")
-    result["platform"] = current_platform.device_type
+    names = ("vllm", "triton", "transformers", "custom-kernels")
+    result = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: installed.get(name, "not installed") for name in names},
+        "cuda": str(torch.version.cuda or "none"),
+        "platform": current_platform.device_type,
+    }
     if current_platform.device_type != "cpu":
         result["device"] = current_platform.get_device_name()
     return result

@@ -69,7 +69,8 @@ def measure(
             seconds = None
             if end is not None:
                 share = (end - time.monotonic()) / (len(order) - len(done))
-                seconds = share - progress.clock.of_stage(variant.name, "comparing outputs")
+                compared = progress.clock.of_stage(variant.name, "comparing outputs")
+                seconds = share - (compared or 0.0)
             job = _job(plan, variant, folder / name, seconds)
             progress.start()
             result = processes.run(

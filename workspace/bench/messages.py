@@ -29,6 +29,11 @@ JOB, EVENTS, RESULT = "job.json", "events.jsonl", "result.json"
 """Files in a job's folder."""
 
 
+def repetitions(stage: Stage, rounds: int) -> int:
+    """How often a process with so many measured rounds goes through a stage, at least."""
+    return {"warming up": WARM_ROUNDS[0], "round": rounds}.get(stage, 1)
+
+
 class Job(BaseModel):
     """What the process is to do.
 

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from workspace.bench.messages import STAGES, WARM_ROUNDS, Event, Stage
+from workspace.bench.messages import STAGES, Event, Stage, repetitions
 
 
 class TimeLeft:
@@ -47,8 +47,8 @@ class TimeLeft:
         total = 0.0
         for index, variant in enumerate(self._order):
             for stage in STAGES if index else STAGES[STAGES.index(self._now.stage) :]:
-                seconds = self._seconds(variant, stage)
-                repeats = self._repeats(stage)
+                seconds = self.of_stage(variant, stage)
+                repeats = repetitions(stage, self.rounds)
                 if index == 0 and stage == self._now.stage:
                     repeats = max(0, repeats - self._now.number) if self._now.number else 0
                     # The current step may take longer than it did before.
@@ -59,16 +59,10 @@ class TimeLeft:
                 total += repeats * seconds
         return total
 
-    def of_stage(self, variant: str, stage: Stage) -> float:
-        """Seconds of this stage in a process of this variant; 0 if unknown."""
-        return self._seconds(variant, stage) or 0.0
+    def of_stage(self, variant: str, stage: Stage) -> float | None:
+        """Seconds of this stage in a process of this variant; None if unknown."""
+        return self._measured.get((variant, stage), self._latest.get(stage))
 
     def _ended(self, time: float) -> None:
         stage = self._now.stage
         self._latest[stage] = self._measured[self._order[0], stage] = time - self._since
-
-    def _repeats(self, stage: Stage) -> int:
-        return {"warming up": WARM_ROUNDS[0], "round": self.rounds}.get(stage, 1)
-
-    def _seconds(self, variant: str, stage: Stage) -> float | None:
-        return self._measured.get((variant, stage), self._latest.get(stage))

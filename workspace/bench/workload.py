@@ -22,7 +22,7 @@ from itertools import pairwise
 from pydantic import BaseModel
 
 from workspace.bench import prompts
-from workspace.bench.messages import WARM_ROUNDS, Stage
+from workspace.bench.messages import Stage, repetitions
 from workspace.bench.models import Model
 from workspace.bench.plan import Device, Plan, Sizes, make_plan
 from workspace.bench.record import Metric
@@ -147,8 +147,7 @@ def total(plan: Plan, expected: Mapping[Stage, float]) -> float | None:
     """Seconds of all processes; None if unknown."""
     if not expected:
         return None
-    repeated = {"warming up": WARM_ROUNDS[0], "round": plan.rounds}
-    one = sum(seconds * repeated.get(stage, 1) for stage, seconds in expected.items())
+    one = sum(seconds * repetitions(stage, plan.rounds) for stage, seconds in expected.items())
     return 2 * plan.repeats * one
 
 

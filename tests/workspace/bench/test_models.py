@@ -99,7 +99,7 @@ def test_local_folder_with_weights_is_real(tmp_path: Path) -> None:
     tiny_model.write(folder)
     model = models.resolve(str(folder), "cpu", tmp_path / "models")
     assert (model.name, model.weights, model.folder) == ("mine", "real", folder)
-    assert model.vocab_size == tiny_model.CONFIG["vocab_size"]
+    assert model.config.vocab_size == tiny_model.CONFIG["vocab_size"]
 
 
 def test_local_folder_without_weights_is_dummy(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_local_folder_without_weights_is_dummy(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny_model.CONFIG))
     model = models.resolve(str(folder), "cpu", tmp_path / "models")
-    assert (model.weights, model.path_asked_for) == ("dummy", folder)
+    assert (model.weights, model.requested_path) == ("dummy", folder)
     assert (model.tokenizer / "tokenizer.json").is_file()
 
 
@@ -238,7 +238,7 @@ def test_a_configuration_with_other_names_is_read_as_vllm_reads_it(tmp_path: Pat
     gpt2 = {"model_type": "gpt2", "n_embd": 96, "n_head": 6, "n_layer": 3, "n_positions": 512}
     (folder / "config.json").write_text(json.dumps(gpt2 | {"vocab_size": 300}))
     model = models.resolve(str(folder), "cpu", tmp_path / "models")
-    assert (model.vocab_size, model.max_length) == (300, 512)
+    assert (model.config.vocab_size, model.config.max_position_embeddings) == (300, 512)
     assert model.config.hidden_size == 96
     assert model.kv_bytes_per_token == 2 * 2 * 3 * 96
     # What the engine gets is the file as it was.
