@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -24,7 +25,7 @@ def test_there_is_a_first_one() -> None:
 
 @ALL
 def test_committed_without_outputs(path: Path) -> None:
-    book = nbformat.read(path, as_version=4)
+    book: Any = nbformat.read(path, as_version=4)
     for cell in book.cells:
         if cell.cell_type == "code":
             assert cell.outputs == []
@@ -36,7 +37,7 @@ def test_committed_without_outputs(path: Path) -> None:
 def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    book = nbformat.read(path, as_version=4)
+    book: Any = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         book, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
     ).execute()

@@ -14,7 +14,7 @@ from workspace.host.files import PARTIAL
 from workspace.host.paths import FORK, MACHINE, ROOT, STATE
 from workspace.pins import release
 
-CACHES = (".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis")
+CACHES = (".pytest_cache", ".ruff_cache", ".hypothesis")
 
 
 def _remove(path: Path) -> None:

@@ -200,8 +200,6 @@ def cuda_release(release: Release, mode: str) -> Check:
 def nvcc(release: Release) -> Check:
     try:
         from custom_kernels.compile import toolchain
-
-        tools = toolchain.find()
     except ImportError:
         return problem("the kernels package is not installed")
     except toolchain.BuildError as error:
@@ -219,8 +217,6 @@ def nvcc(release: Release) -> Check:
 def gpu(release: Release) -> Check:
     try:
         import pynvml
-
-        pynvml.nvmlInit()
     except ImportError:
         return note("unknown: nvidia-ml-py is not installed", "make dev")
     except pynvml.NVMLError as error:

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ from workspace.container.docker import client
 pytestmark = [pytest.mark.container, pytest.mark.slow]
 
 
-def created(host: Host) -> dict:
+def created(host: Host) -> dict[str, Any]:
     label = f"label=devcontainer.local_folder={host.root}"
     (one,) = docker("ps", "--no-trunc", "--quiet", "--filter", label).split()
     return json.loads(docker("container", "inspect", one))[0]

@@ -6,7 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ pytestmark = [pytest.mark.container, pytest.mark.slow]
 IMAGE = f"{NAME}:dev"
 
 
-def inspected(name: str = IMAGE) -> dict:
+def inspected(name: str = IMAGE) -> dict[str, Any]:
     return json.loads(docker("image", "inspect", name))[0]
 
 
@@ -91,7 +93,7 @@ def test_the_indexs_password_that_the_build_used_is_in_no_layer(host: Host, imag
 
 
 @pytest.fixture
-def another(base_image: str):
+def another(base_image: str) -> Iterator[Host]:
     """A user whose image is not built yet."""
     name = f"{NAME}-another"
     made = new_host(base_image, name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 # Elementwise |out - exact| <= atol + rtol * |exact|, outputs of variance about 1. Half a unit in
 # the last place of bfloat16 is 2^-9 relative, of float16 2^-12; atol covers cancellation in float32
 # sums.
-TOLERANCES = {
+TOLERANCES: dict[torch.dtype, dict[str, Any]] = {
     torch.bfloat16: {"rtol": 2**-8, "atol": 2e-3},
     torch.float16: {"rtol": 2**-11, "atol": 5e-4},
     torch.float32: {"rtol": 1e-5, "atol": 5e-5},
@@ -112,6 +113,7 @@ def test_leading_dimensions_are_kept(backend: str, device: torch.device) -> None
 
 def test_without_k_the_result_is_the_bias(backend: str, device: torch.device) -> None:
     x, weight, bias = make(3, 4, 0, dtypes_of(backend)[0], device)
+    assert bias is not None
     assert torch.equal(custom_gemm(x, weight, bias, backend=backend), bias.expand(3, 4))
     assert torch.equal(custom_gemm(x, weight, backend=backend), torch.zeros_like(bias.expand(3, 4)))
 

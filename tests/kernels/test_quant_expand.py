@@ -5,6 +5,7 @@ how it behaves under torch and CUDA graphs."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -206,11 +207,11 @@ def test_opcheck(
 ) -> None:
     x = make(math.prod(shape), 40, device=device).view(*shape, 40)
     # Its comparison of outputs has no kernel for float8 on the CPU.
-    utils = ("test_schema", "test_faketensor") if dtype == FP8 else None
+    some: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(
         torch.ops.custom_kernels.quant_expand,
         (x, pattern, dtype, backend),
-        **({"test_utils": utils} if utils else {}),
+        **(some if dtype == FP8 else {}),
     )
 
 
@@ -251,9 +252,9 @@ def test_compiles_to_one_op_without_a_graph_break(backend: str, device: torch.de
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def one_line(error: type[Exception], message: str, *arguments: object, **named: object) -> None:
+def one_line(error: type[Exception], message: str, *arguments: Any, **named: Any) -> None:
     with pytest.raises(error, match=message) as caught:
-        custom_quant_expand(*arguments, **named)  # type: ignore[arg-type]
+        custom_quant_expand(*arguments, **named)
     assert "\n" not in str(caught.value)
 
 

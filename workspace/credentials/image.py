@@ -69,7 +69,7 @@ def search_saved_image(stream: IO[bytes], base_layers: Collection[str] = ()) -> 
     try:
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as archive:
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]
+                archive.members = []  # pyrefly: ignore[missing-attribute]
                 name = member.name.removeprefix("./")
                 if member.issym() or member.islnk():
                     # A layer that occurs twice: the old layout links ../<layer>/layer.tar.

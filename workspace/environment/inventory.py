@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib import metadata
+from typing import Any
 
 FORMAT = 1
 """Changes when a bundle can no longer be packed from an older inventory."""
@@ -39,7 +40,7 @@ def _output(*command: str) -> str | None:
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None
 
 
-def python() -> dict:
+def python() -> dict[str, Any]:
     version = sys.version_info
     found = importlib.util.find_spec
     return {
@@ -138,7 +139,7 @@ def nvcc() -> dict | None:
     return None
 
 
-def tools() -> dict:
+def tools() -> dict[str, Any]:
     """First line of each tool's version, None where it is missing."""
     names = ("git", "make", "g++", "ninja", "uv")
     texts = {name: _output(name, "--version") for name in names}

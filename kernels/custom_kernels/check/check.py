@@ -43,7 +43,7 @@ class Checked:
 
     def __str__(self) -> str:
         shape = (f"{name}={value}" for name, value in self.labels.items())
-        what = " ".join(filter(None, [self.dtype, *shape]))
+        what = " ".join(part for part in (self.dtype, *shape) if part)
         return f"{what}: " + (self.failure or f"error {self.error:.1e}")
 
 

@@ -90,11 +90,9 @@ class PoisonedMemory(TorchDispatchMode):
         }
     )
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in self._EMPTY:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self._EMPTY:
             poison(out)
         return out
 

@@ -51,7 +51,7 @@ COUNTS_ELEMENTS = INTERPRETED and triton.__version__.startswith("3.5.")
 
 # M changes from call to call: being 1 or a multiple of 16 must not make a kernel of its own.
 @triton.jit(do_not_specialize=["M", "parts"])
-def multiply(  # type: ignore[no-untyped-def]
+def multiply(
     x,
     w,
     bias,
@@ -121,7 +121,7 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["M"])
-def add_parts(  # type: ignore[no-untyped-def]
+def add_parts(
     parts,
     bias,
     y,
@@ -349,6 +349,6 @@ def _device(device: torch.device) -> tuple[int, int, bool]:
     properties = torch.cuda.get_device_properties(device)
     return (
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # pyrefly: ignore[missing-attribute]
         properties.major >= 9,
     )

@@ -153,9 +153,8 @@ def read(binary: Path, architecture: str | None = None) -> list[Code]:
     which = ["-arch", f"sm_{architecture.replace('.', '')}"] if architecture else []
     cuobjdump = str(tool("cuobjdump"))
     with ThreadPoolExecutor() as pool:
-        resources, sass = pool.map(
-            lambda what: _run([cuobjdump, what, *which, str(binary)]), ("-res-usage", "-sass")
-        )
+        commands = [[cuobjdump, what, *which, str(binary)] for what in ("-res-usage", "-sass")]
+        resources, sass = pool.map(_run, commands)
     texts = dict(_functions(sass))
     # From Hopper on the reserved kilobyte is counted with the kernel's own.
     reserved = 0 if _number(sass, architecture) < 90 else SHARED_RESERVED

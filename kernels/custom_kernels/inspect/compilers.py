@@ -265,6 +265,9 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
             # CuPy's getCUBIN takes the last byte, a zero, for the end of a string.
             loaded.append(code + b"\0")
 
+    def target(_: object) -> tuple[str, str]:
+        return f"-arch=sm_{number}", "cubin"
+
     loaded: list[bytes] = []
     log = io.StringIO()
     state = kernel.__getstate__()
@@ -276,7 +279,7 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
         with patch.multiple(
             compiler,
             _NVRTCProgram=Program,
-            _get_arch_for_options_for_nvrtc=lambda _: (f"-arch=sm_{number}", "cubin"),
+            _get_arch_for_options_for_nvrtc=target,
             _kernel_cache_backend=compiler._DiskKernelCacheBackend(name),
         ):
             core.compile_with_cache(

@@ -181,7 +181,7 @@ def _closure(backend: Backend) -> set[Path]:
         except SyntaxError:
             continue  # the compiler will report it
         for node in ast.walk(tree):
-            modules = []
+            modules: list[str] = []
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:

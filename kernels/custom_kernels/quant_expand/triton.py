@@ -29,7 +29,7 @@ ON_CHIP = 65536
 
 
 @triton.jit
-def load_pair(x, pair, K, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_pair(x, pair, K, WORDS: tl.constexpr):
     """The values 2·pair and 2·pair+1 of a row side by side in a word, zeros behind its end."""
     if WORDS:
         return tl.load(x + pair, mask=2 * pair < K, other=0)
@@ -38,33 +38,33 @@ def load_pair(x, pair, K, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def low_value(word, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+def low_value(word, BF16: tl.constexpr):
     if BF16:
         return (word << 16).to(tl.float32, bitcast=True)
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def high_value(word, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+def high_value(word, BF16: tl.constexpr):
     if BF16:
         return (word & -65536).to(tl.float32, bitcast=True)
     return (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def load_values(x, k, K, BF16: tl.constexpr):  # type: ignore[no-untyped-def]
+def load_values(x, k, K, BF16: tl.constexpr):
     """Values k of a row in float32, zeros behind its end."""
     return low_value(tl.load(x + k, mask=k < K, other=0).to(tl.int32), BF16)
 
 
 @triton.jit
-def magnitude(values):  # type: ignore[no-untyped-def]
+def magnitude(values):
     """Bits that order like |values|, a NaN above infinity."""
     return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def encode(values, inverse, unusable, QMAX: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def encode(values, inverse, unusable, QMAX: tl.constexpr, INT8: tl.constexpr, NATIVE: tl.constexpr):
     """The quantized values as bytes, each in a word of 32 bits."""
     product = values * inverse
     zero = unusable | (product != product)
@@ -84,7 +84,7 @@ def encode(values, inverse, unusable, QMAX: tl.constexpr, INT8: tl.constexpr, NA
 
 
 @triton.jit
-def factors(amax, scale, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+def factors(amax, scale, QMAX: tl.constexpr):
     """Write the row's scale; return 1 / scale and whether the row is to become zeros."""
     infinite = (amax.to(tl.int32, bitcast=True)) >= 0x7F800000  # or not a number
     unusable = infinite | (amax == 0.0)
@@ -95,7 +95,7 @@ def factors(amax, scale, QMAX: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quantize_rows(  # type: ignore[no-untyped-def]
+def quantize_rows(
     x,
     q,
     scale,
@@ -121,7 +121,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         for tile in tl.static_range(TILES):
             values = load_values(x, tile * BLOCK + place, K, BF16)
             found = tl.maximum(found, magnitude(values))
-            tiles += (values,)  # type: ignore[assignment]
+            tiles += (values,)
         amax = tl.max(found, 0).to(tl.float32, bitcast=True)
         inverse, unusable = factors(amax, scale + row, QMAX)
         for tile in tl.static_range(TILES):
@@ -141,7 +141,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_windows(  # type: ignore[no-untyped-def]
+def store_windows(
     q,
     group,
     words,
@@ -162,7 +162,7 @@ def store_windows(  # type: ignore[no-untyped-def]
         word = words[FIRST + j]
         low = encode(low_value(word, BF16), inverse, unusable, QMAX, INT8, NATIVE)
         high = encode(high_value(word, BF16), inverse, unusable, QMAX, INT8, NATIVE)
-        pairs += (low | high << 8,)  # type: ignore[assignment]
+        pairs += (low | high << 8,)
     for j in tl.static_range(N - 1):
         window = pairs[j] | pairs[j + 1] << 16
         if j % 2 == 0:
@@ -174,7 +174,7 @@ def store_windows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def expand_rows(  # type: ignore[no-untyped-def]
+def expand_rows(
     x,
     q,
     scale,
@@ -207,7 +207,7 @@ def expand_rows(  # type: ignore[no-untyped-def]
                 word = load_pair(x, (tile * BLOCK + groups) * N + j, K, WORDS)
                 found = tl.maximum(found, magnitude(low_value(word, BF16)))
                 found = tl.maximum(found, magnitude(high_value(word, BF16)))
-                words += (word,)  # type: ignore[assignment]
+                words += (word,)
         amax = tl.max(found, 0).to(tl.float32, bitcast=True)
         inverse, unusable = factors(amax, scale + row, QMAX)
         for tile in tl.static_range(TILES):
@@ -226,7 +226,7 @@ def expand_rows(  # type: ignore[no-untyped-def]
         for start in range(0, GROUPS, BLOCK):
             words = ()
             for j in tl.static_range(N):
-                words += (load_pair(x, (start + groups) * N + j, K, WORDS),)  # type: ignore[assignment]
+                words += (load_pair(x, (start + groups) * N + j, K, WORDS),)
             # fmt: off
             store_windows(q, start + groups, words, inverse, unusable, ODD_START, ODD_END,
                           N, 0, BF16, QMAX, INT8, NATIVE)
@@ -327,7 +327,7 @@ def specializations() -> list[Specialization]:
     able = tuple(name for name in pinned if float(name.rstrip("af")) >= 8.9)
     unable = tuple(name for name in pinned if name not in able)
     int8, fp8 = OUTPUTS
-    found = []
+    found: list[Specialization] = []
     for pattern in (None, "4:6", "6:8", "8:10"):
         found += [
             _specialization(3584, pattern, int8, False, pinned),

@@ -34,7 +34,7 @@ def adopt(record: Record, path: Path | None = None) -> list[str]:
     try:
         file = tuned.read(path, operation, gpu)
     except FileNotFoundError:
-        file = {"choices": [], "settings": {}, "provenance": []}
+        file: dict[str, Any] = {"choices": [], "settings": {}, "provenance": []}
     except TuningError as error:
         raise TuningError(f"{path} cannot be extended: {error}; move it away") from None
 

@@ -48,6 +48,7 @@ def weights_loaded(layer: torch.nn.Module) -> None:
     name, linear = upstream.layer_name(layer), upstream.is_linear(layer)
     if linear:
         _loaded.add(name)
+    assert isinstance(layer.weight, torch.Tensor)
     launches.layer(name, layer.weight.data_ptr(), expected=linear)
 
 

@@ -289,6 +289,7 @@ def test_without_its_baseline_a_contender_has_times_but_no_ratio() -> None:
 
 
 def test_contenders_have_names_of_their_own() -> None:
+    contenders: list[Contender]
     for contenders in ([], [Contender("a", right), Contender("a", wrong)]):
         with pytest.raises(ValueError, match="distinct names"):
             measure(doubled(), contenders, exact, CPU)
@@ -422,6 +423,7 @@ def gpu() -> torch.device:
 def test_slower_same_and_faster_are_told_apart(gpu: torch.device) -> None:
     def work(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(x: torch.Tensor) -> torch.Tensor:
+            out = x
             for _ in range(size):
                 out = 2 * x
             return out

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from custom_kernels import paths, registry
@@ -192,7 +193,7 @@ def test_a_source_that_changes_while_it_compiles_is_not_stored(
 ) -> None:
     run = build._run_nvcc
 
-    def edit_meanwhile(*arguments: object) -> object:
+    def edit_meanwhile(*arguments: Any) -> Any:
         result = run(*arguments)
         toy.add("toy/scale.cuh", "#define SCALE 5.f\n")
         return result

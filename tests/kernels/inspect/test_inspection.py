@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from custom_kernels import paths
@@ -140,7 +141,7 @@ def toy(package_copy: PackageCopy) -> PackageCopy:
     return package_copy
 
 
-def reports(copy: PackageCopy, *arguments: str) -> dict[str, dict[str, object]]:
+def reports(copy: PackageCopy, *arguments: str) -> dict[str, dict[str, Any]]:
     """By kernel, or by kernel and architecture where there are several."""
     result = copy.python("-m", "custom_kernels.inspect", "--json", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr

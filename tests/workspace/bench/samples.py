@@ -4,6 +4,7 @@
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 from workspace.bench import loaded
 from workspace.bench.messages import Generation, Result, Step

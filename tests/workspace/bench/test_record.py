@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -135,7 +136,8 @@ def quantized(done: list[ProcessRun]) -> None:
 
 def quantized_and_idle(done: list[ProcessRun]) -> None:
     quantized(done)
-    done[1].result.layers[11]["lm_head"] = {}
+    unused: dict[str, int] = {}
+    done[1].result.layers[11]["lm_head"] = unused
 
 
 def quantized_at_random(done: list[ProcessRun]) -> None:
@@ -196,7 +198,7 @@ def test_words_of_the_picture_name_weights_device_and_ratio(
     drawn: list[str] = []
     original = matplotlib.text.Text.draw
 
-    def draw(self: matplotlib.text.Text, *args: object, **kwargs: object) -> None:
+    def draw(self: matplotlib.text.Text, *args: Any, **kwargs: Any) -> None:
         drawn.append(self.get_text())
         original(self, *args, **kwargs)
 

@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,8 +132,14 @@ class Engine:
         )
 
 
-def job(**changes: object) -> Job:
-    values = {"rounds": 10, "fewest_rounds": 3, "seed": 1, "new_tokens": 1, "top": 1}
+def job(**changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "rounds": 10,
+        "fewest_rounds": 3,
+        "seed": 1,
+        "new_tokens": 1,
+        "top": 1,
+    }
     return Job(
         metric="throughput", arguments=[], prompts=[[1]], launches=Path("l"), folder=Path("f"),
         **(values | changes),

@@ -39,7 +39,7 @@ def here() -> dict[str, Any]:
 def a_host(here: dict[str, Any], **changes: Any) -> Host:
     """This machine, as a host with a GPU and all that vLLM needs, but for `changes`."""
     torch = {"version": f"{RELEASE.torch}+cu130", "cuda": RELEASE.cuda.release}
-    base = {
+    base: dict[str, Any] = {
         **here,
         "gpus": [GPU],
         "torch": torch,

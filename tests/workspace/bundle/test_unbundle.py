@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -291,7 +291,7 @@ def _half_a_manifest(bundle: Path) -> None:
     os.truncate(bundle / "manifest.json", 500)
 
 
-FAULTS = {
+FAULTS: dict[Callable[[Path], None], str] = {
     _missing: "parts are missing in .*part-0002",
     _damaged: "part-0003 is damaged",
     _truncated: "part-0001 has 1000 bytes, it should have",
@@ -305,15 +305,15 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
 def test_a_bundle_that_is_not_whole_is_one_clear_line_and_leaves_nothing(
-    host: Host, fault: object
+    host: Host, fault: Callable[[Path], None]
 ) -> None:
-    fault(host.bundle)  # type: ignore[operator]
+    fault(host.bundle)
     result = host.unbundle()
     assert result.returncode == 1
     errors = [line for line in result.stdout.splitlines() if not line.startswith("·")]
     assert len(errors) == 1, result.stdout
     assert errors[0].startswith("error: ")
-    assert re.search(FAULTS[fault], errors[0]), errors  # type: ignore[index]
+    assert re.search(FAULTS[fault], errors[0]), errors
     assert sorted(path.name for path in host.folder.iterdir()) == ["bundle"]
 
 

@@ -22,6 +22,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -735,7 +736,7 @@ def test_a_value_in_a_step_of_the_history_is_found(step: str, kind: str) -> None
 
 
 def test_commands_and_steps_without_one_are_none() -> None:
-    configuration = {
+    configuration: dict[str, Any] = {
         "config": {
             "Env": ["PATH=/usr/bin", "HF_HOME=/cache", "HF_TOKEN="],
             "Cmd": ["bash", "-c", "vllm serve --max-num-batched-tokens 8192"],
@@ -976,10 +977,12 @@ def as_oci(stream: bytes, *, compress: bool) -> bytes:
         blobs[name] = content
         return name
 
-    pack = gzip.compress if compress else bytes
     named = {
         "Config": blob(files[manifest["Config"]]),
-        "Layers": [blob(pack(files[name])) for name in manifest["Layers"]],
+        "Layers": [
+            blob(gzip.compress(files[name]) if compress else files[name])
+            for name in manifest["Layers"]
+        ],
     }
     return layer({**blobs, "manifest.json": json.dumps([named])}).getvalue()
 

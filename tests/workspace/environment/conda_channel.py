@@ -332,9 +332,10 @@ def pack(folder: Path, chosen: set[tuple[str, str]]) -> str:
 
 
 def _channel(folder: Path, packages: dict[str, dict[str, object]]) -> str:
-    for subdir, entries in ((SUBDIR, packages), ("noarch", {})):
+    none: dict[str, dict[str, object]] = {}
+    for subdir, entries in ((SUBDIR, packages), ("noarch", none)):
         (folder / subdir).mkdir(parents=True, exist_ok=True)
-        repodata = {"info": {"subdir": subdir}, "packages": entries, "packages.conda": {}}
+        repodata = {"info": {"subdir": subdir}, "packages": entries, "packages.conda": none}
         (folder / subdir / "repodata.json").write_text(json.dumps(repodata))
     return folder.as_uri()
 

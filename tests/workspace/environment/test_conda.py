@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import rattler
@@ -32,7 +33,7 @@ EACH_RELEASE = pytest.mark.parametrize("version", VERSIONS)
 FORGE = "https://conda.anaconda.org/conda-forge"
 
 
-def described(version: str) -> dict:
+def described(version: str) -> dict[str, Any]:
     return yaml.safe_load(conda_file(version).read_text())
 
 

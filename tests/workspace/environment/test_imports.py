@@ -45,7 +45,7 @@ def test_every_module_that_is_shadowed_is_named_with_the_origin(
     write(mine / "my_plugin/__init__.py", other / "vllm/__init__.py", other / "json/__init__.py")
     write(other / "nvidia/mine/__init__.py")  # a part of a namespace that nobody else has
     taken = next(
-        (Path(metadata.distribution("nvidia-cuda-runtime").locate_file("nvidia"))).iterdir()
+        Path(str(metadata.distribution("nvidia-cuda-runtime").locate_file("nvidia"))).iterdir()
     )
     write(other / "nvidia" / taken.name / "lib.py", added / "typer.py")
     (mine / "sitecustomize.py").write_text(f"import sys; sys.path.insert(0, {str(added)!r})\n")

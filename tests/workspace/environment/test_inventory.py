@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_what_the_inventory_counts_is_what_set_up_sees(
         "import site, json, inventory; print(json.dumps([site.USER_SITE, inventory.packages()]))"
     )
 
-    def packages(python: str) -> tuple[str, dict[str, dict]]:
+    def packages(python: str) -> tuple[str, dict[str, dict[str, Any]]]:
         command = [python, "-c", query]
         folder = Path(inventory.__file__).parent
         said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)

@@ -82,13 +82,13 @@ def test_each_supported_python_gets_one_version_of_each_package(python: str, ver
 @EACH_RELEASE
 def test_the_lock_holds_one_cuda_release(version: str) -> None:
     cuda = load().release(version).cuda
-    versions = {
+    versions: dict[str, str | None] = {
         canonicalize_name(r.name): next(iter(r.specifier)).version
         for r in requirements(version)
         if CUDA_COMPONENT.fullmatch(r.name) or re.fullmatch(r"cuda-(bindings|python)", r.name)
     }
     assert set(cuda.wheels) <= set(versions)
-    assert mixed_components(dict(versions), cuda.release) == {}
+    assert mixed_components(versions, cuda.release) == {}
 
 
 @EACH_RELEASE

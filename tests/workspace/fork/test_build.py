@@ -186,7 +186,7 @@ def test_a_compile_error_is_shown_and_the_tree_stays(checkout: Checkout, numbers
     assert result.returncode != 0
     assert re.search(r"second\.cpp:1:\d+: error: .undeclared_name. was not declared", result.stdout)
     assert "Traceback" not in result.stdout
-    log = Path(re.search(r"log: (.+)", result.stdout.splitlines()[-2])[1])  # type: ignore[index]
+    log = Path(re.findall(r"log: (.+)", result.stdout.splitlines()[-2])[0])
     assert "undeclared_name" in log.read_text()
     assert (checkout.src / "vllm/_C.abi3.so").read_bytes() == BINARIES["vllm/_C.abi3.so"]
     checkout.git("checkout", "-q", "csrc")
@@ -433,10 +433,10 @@ def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
     [(16, 1000.0, "cuda", 16), (16, 128.0, "cuda", 15), (2, 3.0, "cuda", 1), (8, 8.0, "cpu", 4)],
 )
 def test_jobs_are_limited_by_memory_as_well_as_cores(
-    cores: int, gib: float, device: str, count: int
+    cores: int, gib: float, device: Device, count: int
 ) -> None:
-    assert build.jobs(None, device, cores, gib) == count  # type: ignore[arg-type]
-    assert build.jobs(3, device, cores, gib) == 3  # type: ignore[arg-type]
+    assert build.jobs(None, device, cores, gib) == count
+    assert build.jobs(3, device, cores, gib) == 3
 
 
 @pytest.mark.parametrize(
@@ -606,7 +606,10 @@ def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
 ) -> None:
     """CUTLASS is the real one of flashinfer's package. The others are projects of this test with
     nothing in them: what is compiled here does not use them."""
-    cutlass = Path(find_spec("flashinfer").submodule_search_locations[0]) / "data/cutlass"  # type: ignore[union-attr,index]
+    spec = find_spec("flashinfer")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    cutlass = Path(spec.submodule_search_locations[0]) / "data/cutlass"
     place = tree()
     given = {"VLLM_CUTLASS_SRC_DIR": cutlass}
     for source in upstream_sources.sources(place, "cuda", "x86_64")[1:]:

@@ -18,6 +18,7 @@ from workspace.fork.built_from import manifest_path, read_manifest
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT
+from workspace.pins.model import Device
 from workspace.pins.release import tree
 
 TRACKED = {"setup.py", "vllm/__init__.py", "vllm/third_party/__init__.py"}
@@ -44,9 +45,9 @@ def test_git_hides_what_was_taken_and_nothing_of_the_release() -> None:
 
 
 @pytest.mark.parametrize(("device", "label"), [("cpu", "0.25.1+cpu"), ("cuda", "0.25.1+cu130")])
-def test_the_version_names_the_device(device: str, label: str) -> None:
+def test_the_version_names_the_device(device: Device, label: str) -> None:
     """vLLM takes its CPU platform when its version contains `cpu`."""
-    assert install.version_label("0.25.1", device, "13.0") == label  # type: ignore[arg-type]
+    assert install.version_label("0.25.1", device, "13.0") == label
 
 
 @pytest.mark.skipif(not manifest_path().exists(), reason="run make dev first")

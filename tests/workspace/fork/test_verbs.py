@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def commit(fork: Checkout, name: str, text: str, message: str) -> str:
     return fork.git("rev-parse", "HEAD")
 
 
-def status(fork: Checkout) -> dict:
+def status(fork: Checkout) -> dict[str, Any]:
     result = fork.make("fork-status", "JSON=1")
     assert result.returncode == 0, result.stdout
     return json.loads(result.stdout)

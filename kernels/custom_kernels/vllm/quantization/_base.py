@@ -37,6 +37,7 @@ class LinearMethod(upstream.UnquantizedLinearMethod):
         raise NotImplementedError
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        assert isinstance(layer.weight, torch.Tensor)
         tensors = self.quantize(layer.weight.data)
         del layer.weight
         for name, tensor in tensors.items():

@@ -20,7 +20,7 @@ CONSTANTS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "WIDEN": INTERPRETED}
 
 
 @triton.jit
-def gemm(  # type: ignore[no-untyped-def]
+def gemm(
     x,
     w,
     bias,

@@ -13,7 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def scaled_silu(x, scale, y, K, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def scaled_silu(x, scale, y, K, BLOCK: tl.constexpr):
     """One row (64-bit offsets: M times K may be large), BLOCK columns of it."""
     row = tl.program_id(0).to(tl.int64) * K
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
