@@ -6,7 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from custom_kernels.compile import toolchain
@@ -93,6 +95,21 @@ def test_a_missing_nvcc_is_a_problem_where_packages_hold_one(
     check = doctor.nvcc(load().release(release))
     assert check.status == status
     assert check.remedy
+
+
+@pytest.mark.parametrize(
+    "step", [doctor.kernels, lambda: [*doctor.tool_chain(load().release(), "uv")]]
+)
+def test_why_the_kernels_package_cannot_be_imported_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, step: Callable[[], object]
+) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("no such symbol")
+
+    monkeypatch.setitem(sys.modules, "custom_kernels.compile", Broken("custom_kernels.compile"))
+    with pytest.raises(RuntimeError, match="no such symbol"):
+        step()
 
 
 def test_components_of_another_cuda_release_are_found() -> None:
