@@ -187,8 +187,8 @@ class Operation:
                 f"available: {usable}"
             )
         reason = backend.unavailable_reason(device)
-        return f"{self} cannot use backend {backend.name!r} on {device}: {reason}; " + (
-            f"available: {usable}"
+        return (
+            f"{self} cannot use backend {backend.name!r} on {device}: {reason}; available: {usable}"
         )
 
 

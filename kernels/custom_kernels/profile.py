@@ -219,7 +219,7 @@ def run_ncu(ncu: str, report: Path, command: Sequence[str]) -> None:
 
 def in_container() -> bool:
     """Whether this runs in a container of Docker or podman."""
-    return any(os.path.exists(mark) for mark in CONTAINER_MARKS)
+    return any(Path(mark).exists() for mark in CONTAINER_MARKS)
 
 
 def _no_counters(container: bool, root: bool) -> str:

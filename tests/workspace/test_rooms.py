@@ -61,7 +61,7 @@ def imports(path: Path, *, when_imported: bool = False) -> tuple[set[str], set[s
 
 
 def floor(module: str) -> int:
-    (number,) = [n for n, rooms in enumerate(FLOORS) if module.split(".")[0] in rooms]
+    (number,) = [n for n, rooms in enumerate(FLOORS) if module.split(".", maxsplit=1)[0] in rooms]
     return number
 
 

@@ -168,7 +168,7 @@ def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
     Benchmark.add_cli_args(parser)
     output = job.folder / f"vllm-{seed}.json"
     arguments = [*job.arguments, "--seed", str(seed), "--output-json", str(output)]
-    np.random.seed(seed)  # vLLM's latency benchmark draws its prompts from numpy's global state
+    np.random.seed(seed)  # noqa: NPY002 - vLLM's latency benchmark draws its prompts from numpy's global state
     engine.prompt_tokens = engine.output_tokens = 0
     Benchmark.cmd(parser.parse_args(arguments))
     figures = json.loads(output.read_text())

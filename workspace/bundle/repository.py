@@ -10,7 +10,6 @@ Standard library only: a host without an environment compares its trees with tho
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -111,4 +110,4 @@ def pack(tree: Path, bare: Path, *, everything: bool, settings: tuple[str, ...] 
     git("pack-refs", "--all", tree=bare)
     git("rev-list", "--objects", "--all", "--quiet", tree=bare)
     for pack_file in (bare / "objects" / "pack").iterdir():
-        os.chmod(pack_file, 0o644)
+        pack_file.chmod(0o644)

@@ -22,19 +22,20 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     Raises:
         WorkspaceError: the folder is read-only or the disk is full; nothing is left behind.
     """
-    partial: str | None = None
+    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+        partial = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, mode)  # mkstemp's 0600 would hide a shared record from others
-        os.replace(partial, path)
+        partial.chmod(mode)  # mkstemp's 0600 would hide a shared record from others
+        partial.replace(path)
     except OSError as error:
         if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise WorkspaceError(_cannot_write(path, error)) from error
 
 

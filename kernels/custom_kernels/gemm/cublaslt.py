@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import statistics
 import tempfile
@@ -233,7 +232,7 @@ class _Plans:
                 "w", dir=self.path.parent, suffix=".tmp", delete=False
             ) as file:
                 json.dump(self._plans, file, indent=0)
-            os.replace(file.name, self.path)
+            Path(file.name).replace(self.path)
         except OSError as error:
             log.warning("gemm.cublaslt: plans cannot be saved, the next start searches: %s", error)
 

@@ -349,6 +349,7 @@ def _device(device: torch.device) -> tuple[int, int, bool]:
     properties = torch.cuda.get_device_properties(device)
     return (
         properties.multi_processor_count,
+        # torch's stub lacks it.
         properties.shared_memory_per_block_optin,  # pyrefly: ignore[missing-attribute]
         properties.major >= 9,
     )

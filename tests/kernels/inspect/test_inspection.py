@@ -221,7 +221,7 @@ def test_a_cupy_kernel_is_compiled_by_the_compiler_that_it_names() -> None:
     cupy = pytest.importorskip("cupy")
     if " " in str(toolchain.find().nvcc.resolve()):
         pytest.skip("CuPy splits the path of nvcc at its spaces")
-    code = CUPY.split("r'''")[1].split("'''")[0]
+    code = CUPY.split("r'''")[1].split("'''", maxsplit=1)[0]
     code += "#ifdef __CUDACC_RTC__\n#error NVRTC\n#endif\n"
     options = ("-DFACTOR=2",)
     kernel = cupy.RawKernel(code, "scale", options, backend="nvcc")

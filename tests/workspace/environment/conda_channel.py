@@ -361,7 +361,7 @@ def _pack(recipe: Recipe, folder: Path) -> Path:
 def _files(place: Path) -> Iterator[str]:
     for top, folders, names in os.walk(place):
         links = [name for name in folders if Path(top, name).is_symlink()]
-        yield from (os.path.relpath(os.path.join(top, name), place) for name in [*names, *links])
+        yield from (os.path.relpath(Path(top, name), place) for name in [*names, *links])
 
 
 def _entry(place: Path, path: Path) -> dict[str, object]:
