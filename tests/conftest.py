@@ -127,7 +127,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByScope(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return _scope(nodeid.split("::")[0])
+            return _scope(nodeid.split("::", maxsplit=1)[0])
 
     config.option.loadscopereorder = False
     return ByScope(config, log)

@@ -69,7 +69,7 @@ def run_module(module: str, *arguments: str) -> int:
 
 def flags(**values: str | list[str] | None) -> list[str]:
     """`--name value …` for all values that are set."""
-    arguments = []
+    arguments: list[str] = []
     for name, value in values.items():
         if value:
             arguments += [f"--{name}", *([value] if isinstance(value, str) else value)]

@@ -202,6 +202,8 @@ def nvcc(release: Release) -> Check:
         from custom_kernels.compile import toolchain
     except ImportError:
         return problem("the kernels package is not installed")
+    try:
+        tools = toolchain.find()
     except toolchain.BuildError as error:
         if isinstance(error, toolchain.NoCompiler) and not release.cuda.packages_hold_nvcc:
             remedy = f"CUDA_HOME=<CUDA {release.cuda.release}>, or ENV=conda"
@@ -219,6 +221,8 @@ def gpu(release: Release) -> Check:
         import pynvml
     except ImportError:
         return note("unknown: nvidia-ml-py is not installed", "make dev")
+    try:
+        pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         if device() == "cuda":
             return problem(
@@ -233,7 +237,7 @@ def gpu(release: Release) -> Check:
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         arch = "".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(handle)))
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30
+        memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) / 2**30
         names.append(f"{pynvml.nvmlDeviceGetName(handle)} (sm_{arch}, {memory:.0f} GiB)")
     text = f"{', '.join(names)}; driver {driver}, CUDA {major}.{minor}"
     if major < release.cuda.major:
@@ -336,7 +340,9 @@ def kernels() -> Check:
     try:
         from custom_kernels import registry
         from custom_kernels.compile import build, toolchain
-
+    except (ImportError, OSError) as error:
+        return problem(str(error))
+    try:
         wanted = load().cuda.architectures
         compiled = registry.compiled()
         stale = [
@@ -344,7 +350,7 @@ def kernels() -> Check:
             for backend in compiled
             if not build.library_path(backend, tuple(wanted)).is_file()
         ]
-    except (ImportError, OSError) as error:
+    except OSError as error:
         return problem(str(error))
     except toolchain.NoCompiler:
         return note("only those in Triton and CuPy: no nvcc for the others")

@@ -172,7 +172,8 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(
     """
     if masked and not torch.cpu._is_avx512_supported():
         pytest.skip("this CPU has no AVX-512: the other run takes the path of AVX2")
-    importer, settings = vllm_program.IMPORTER, {}
+    importer = vllm_program.IMPORTER
+    settings: dict[str, str] = {}
     if masked:
         importer, settings = AVX2_ONLY + importer, {"ONEDNN_MAX_CPU_ISA": "AVX2"}
     on, names = "VLLM_USE_CUSTOM_GEMM=1", "VLLM_CUSTOM_GEMM_LAYERS"

@@ -97,9 +97,7 @@ def test_a_missing_nvcc_is_a_problem_where_packages_hold_one(
     assert check.remedy
 
 
-@pytest.mark.parametrize(
-    "step", [doctor.kernels, lambda: [*doctor.tool_chain(load().release(), "uv")]]
-)
+@pytest.mark.parametrize("step", [doctor.kernels, lambda: doctor.nvcc(load().release())])
 def test_why_the_kernels_package_cannot_be_imported_is_not_hidden(
     monkeypatch: pytest.MonkeyPatch, step: Callable[[], object]
 ) -> None:

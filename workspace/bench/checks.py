@@ -104,7 +104,9 @@ def distance(
     """How far greedy outputs of a lossy variant are from those of stock. Any finite distance
     passes."""
     result = agreement(baseline, candidate, Tolerance(math.inf, math.inf), vocab_size)
-    failures = [] if math.isfinite(result.mean) else ["outputs: a log-probability is not finite"]
+    failures: list[str] = []
+    if not math.isfinite(result.mean):
+        failures = ["outputs: a log-probability is not finite"]
     return result.model_copy(update={"failures": failures, "lossy": True})
 
 
@@ -112,7 +114,7 @@ def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
     """Every round processed the planned tokens, by vLLM's report and by the request outputs."""
     asked_in, asked_out = plan.input_tokens_per_round, plan.output_tokens_per_round
     slack = REAL_TOKENIZER_SLACK * asked_in if plan.model.weights == "real" else 0
-    failures = []
+    failures: list[str] = []
     if len(result.rounds) != plan.rounds:
         failures.append(f"{variant}: {len(result.rounds)} rounds measured, {plan.rounds} expected")
     for number, done in enumerate(result.rounds, 1):

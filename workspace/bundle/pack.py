@@ -150,17 +150,17 @@ def fetch_wheels(wanted: list[Entry], host: Host) -> dict[str, Path]:
     say(f"looking up {plural(len(wanted), 'package')} that the host lacks")
     order = {tag: number for number, tag in enumerate(hosts.supported_tags(host))}
     with ThreadPoolExecutor(max_workers=8) as pool:
-        chosen = list(pool.map(lambda entry: _best_wheel(entry, order, host), wanted))
+        chosen = list(pool.map(partial(_best_wheel, order=order, host=host), wanted))
     return {artifact.project: fetch(artifact) for artifact in chosen}
 
 
 def _best_wheel(entry: Entry, order: dict[Tag, int], host: Host) -> Artifact:
     ranked = {}
     for file in listing(entry.name):
-        if file.sha256 in entry.sha256 and file.filename.endswith(".whl"):
+        if file.digests["sha256"] in entry.sha256 and file.filename.endswith(".whl"):
             *_, tags = parse_wheel_filename(file.filename)
             if ranks := [order[tag] for tag in tags if tag in order]:
-                ranked[file.filename] = min(ranks), file.sha256
+                ranked[file.filename] = min(ranks), file.digests["sha256"]
     if not ranked:
         raise WorkspaceError(
             f"the package index has no wheel of {entry.name} {entry.version} that the lock names "

@@ -70,7 +70,7 @@ def _identity(packages: Path) -> str | None:
         return None
 
 
-def _python(manifest: dict) -> str:
+def _python(manifest: dict[str, Any]) -> str:
     """PYTHON= if given, else the inventory's, else the one that runs this.
 
     Raises:
@@ -91,7 +91,7 @@ def _python(manifest: dict) -> str:
     return python
 
 
-def _unpack(source: Path, manifest: dict, version: str, packages: Path) -> None:
+def _unpack(source: Path, manifest: dict[str, Any], version: str, packages: Path) -> None:
     for folder in (STATE, FORK / "releases"):
         remove_partial(folder)  # of a run that was killed; this one holds the lock
     with tempfile.TemporaryDirectory(dir=STATE, prefix=PARTIAL) as name:

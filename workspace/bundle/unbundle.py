@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -52,7 +52,7 @@ def heading(identity: str, number: int, count: int) -> bytes:
     return f"vllm-kernels bundle {identity} part {number:04d} of {count:04d}\n".encode()
 
 
-def identity_of(manifest: dict) -> str:
+def identity_of(manifest: dict[str, Any]) -> str:
     """A hash over all that the manifest says."""
     rest = {key: value for key, value in manifest.items() if key not in ("identity", "parts")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
@@ -79,7 +79,7 @@ def read_manifest(source: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_parts(source: Path, manifest: dict) -> None:
+def check_parts(source: Path, manifest: dict[str, Any]) -> None:
     """Raise unless the folder has every part of this bundle, complete, and no other part."""
     parts, identity = manifest["parts"], manifest["identity"]
     again = "copy from where the bundle was packed, then re-run"
@@ -117,7 +117,7 @@ def check_parts(source: Path, manifest: dict) -> None:
 class Joined:
     """The parts as one stream, without their headings."""
 
-    def __init__(self, source: Path, manifest: dict) -> None:
+    def __init__(self, source: Path, manifest: dict[str, Any]) -> None:
         # All headings of a bundle are equally long.
         self._skip = len(heading(manifest["identity"], 1, 1))
         self._paths = [source / part["name"] for part in manifest["parts"]]
@@ -201,7 +201,7 @@ def restore(bare: Path, tree: Path) -> None:
 # --- the checkout ---------------------------------------------------------------------------------
 
 
-def require_machine(manifest: dict) -> None:
+def require_machine(manifest: dict[str, Any]) -> None:
     """Raise on a machine that the bundle is not for."""
     target = manifest["target"]
     if platform.machine() != target["machine"]:
@@ -211,7 +211,7 @@ def require_machine(manifest: dict) -> None:
         )
 
 
-def checkout(source: Path, manifest: dict, folder: Path) -> None:
+def checkout(source: Path, manifest: dict[str, Any], folder: Path) -> None:
     """Unpack the checkout to the new folder `folder`, which appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{PARTIAL}unbundle-*"):

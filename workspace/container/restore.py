@@ -136,7 +136,14 @@ def restore_fork(source: Path) -> ForkRecord:
     patches = run_git("format-patch", *mails, tree=target).stdout
     (RECORD / f"vllm-{version}.patches").write_bytes(patches)
     count = git("rev-list", "--count", f"{applied}..HEAD", tree=target).strip()
-    return {**state, "applied": applied, "own_commits": int(count)}
+    return {
+        "commit": state["commit"],
+        "tree": state["tree"],
+        "dirty": state["dirty"],
+        "diff_sha256": state["diff_sha256"],
+        "applied": applied,
+        "own_commits": int(count),
+    }
 
 
 def main(source: Path, compiled: Path) -> None:

@@ -7,8 +7,6 @@ devcontainer CLI find theirs, so each of them finds what another created.
 
 from __future__ import annotations
 
-from typing import Any
-
 from workspace import verbs
 from workspace.container import config, image
 from workspace.container.docker import (

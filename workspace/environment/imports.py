@@ -222,7 +222,7 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> None:
-    versions = {}
+    versions: dict[str, str] = {}
     with contextlib.suppress(Exception):  # if a module of the standard library is shadowed
         versions = _versions()
     print((versions, [astuple(module) for module in shadowed(Path(sys.argv[1]))]))

@@ -61,7 +61,7 @@ def python() -> dict[str, Any]:
     }
 
 
-def markers() -> dict:
+def markers() -> dict[str, Any]:
     """Values of the environment markers of requirements (PEP 508)."""
     version = sys.implementation.version
     return {
@@ -79,9 +79,9 @@ def markers() -> dict:
     }
 
 
-def packages() -> dict:
+def packages() -> dict[str, Any]:
     """Name → version and requirements of every distribution; of duplicates, the first counts."""
-    entries: dict = {}
+    entries: dict[str, Any] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name and distribution.version:
@@ -92,7 +92,7 @@ def packages() -> dict:
     return dict(sorted(entries.items()))
 
 
-def torch() -> dict | None:
+def torch() -> dict[str, Any] | None:
     """torch and its CUDA version; in a child process, because importing torch may crash."""
     query = (
         "import json, torch; print(json.dumps({'version': torch.__version__, "
@@ -103,7 +103,7 @@ def torch() -> dict | None:
     return json.loads(text.splitlines()[-1]) if text else None
 
 
-def gpus() -> list:
+def gpus() -> list[dict[str, Any]]:
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"
     text = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
     rows = [[value.strip() for value in line.split(",")] for line in (text or "").splitlines()]
@@ -127,7 +127,7 @@ def libnuma() -> bool:
     return True
 
 
-def nvcc() -> dict | None:
+def nvcc() -> dict[str, Any] | None:
     """The CUDA compiler that `make kernels` would use."""
     for variable in ("CUDA_HOME", "CUDA_PATH", None):
         folder = os.environ.get(variable) if variable else ""
@@ -146,7 +146,7 @@ def tools() -> dict[str, Any]:
     return {name: text.splitlines()[0] if text else None for name, text in texts.items()}
 
 
-def collect() -> dict:
+def collect() -> dict[str, Any]:
     libc, libc_version = platform.libc_ver()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -172,7 +172,7 @@ def collect() -> dict:
     }
 
 
-def main(arguments: list) -> None:
+def main(arguments: list[str]) -> None:
     """Write the inventory to the given file, else to standard output."""
     text = json.dumps(collect(), indent=1) + "\n"
     if not arguments:

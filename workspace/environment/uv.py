@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from workspace.environment import system_packages
 from workspace.environment.commands import INDEX_REMEDY, run

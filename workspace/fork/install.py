@@ -23,7 +23,6 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from workspace.environment import system_packages, uv
 from workspace.environment.inventory import headers, libnuma

@@ -117,10 +117,11 @@ def clock_warnings(clocks: Sequence[ClockState]) -> list[str]:
     """What makes the times of a run doubtful: heat, the hardware's own brakes, and clocks that
     moved within a case. At its power limit is where a large product runs, so that is recorded and
     no reason to doubt."""
-    warnings = []
-    for reason in dict.fromkeys(text for _, text in Clocks.SLOWDOWNS[:-1]):
-        if count := sum(reason in one.reasons for one in clocks):
-            warnings.append(f"the GPU was {reason} in {count} of {len(clocks)} cases")
+    warnings = [
+        f"the GPU was {reason} in {count} of {len(clocks)} cases"
+        for reason in dict.fromkeys(text for _, text in Clocks.SLOWDOWNS[:-1])
+        if (count := sum(reason in one.reasons for one in clocks))
+    ]
     ranges = [one.sm_mhz for one in clocks if one.sm_mhz]
     moved = [(low, high) for low, high in ranges if low < (1 - Clocks.UNSTEADY) * high]
     if moved:

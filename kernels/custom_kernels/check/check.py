@@ -54,7 +54,8 @@ def dtypes(backend: Backend, device: torch.device) -> list[str]:
         BackendError: it cannot run there, or supports none of them.
     """
     backend.require_available(device)
-    supported, reason = [], BackendError(f"{backend.operation}: its cases.py names no DTYPES")
+    supported: list[str] = []
+    reason = BackendError(f"{backend.operation}: its cases.py names no DTYPES")
     for dtype in backend.operation.cases.DTYPES:
         try:
             contender_of(backend, device, dtype)
@@ -83,22 +84,22 @@ def check(
     operation = backend.operation
     names = [dtype] if dtype else dtypes(backend, device)
     public = functools.partial(operation.function, backend=backend.name)
-    results = []
+    results: list[Checked] = []
     for name in names[:1] if quick else names:
         contender = contender_of(backend, device, name)
-        for case in operation.cases.checks(name):
-            results.append(
-                check_case(
-                    contender,
-                    case,
-                    operation.reference.exact,
-                    device,
-                    dtype=name,
-                    public=public,
-                    deterministic="not deterministic" not in backend.notes,
-                    quick=quick,
-                )
+        results += [
+            check_case(
+                contender,
+                case,
+                operation.reference.exact,
+                device,
+                dtype=name,
+                public=public,
+                deterministic="not deterministic" not in backend.notes,
+                quick=quick,
             )
+            for case in operation.cases.checks(name)
+        ]
     return results
 
 

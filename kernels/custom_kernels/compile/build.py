@@ -95,7 +95,8 @@ def build_all(
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, stale))
     # The one that took longest comes first, so that none is left alone at the end.
     wanted.sort(key=lambda backend: _last_report(backend).get("seconds", 0), reverse=True)
-    done, errors = [], []
+    done: list[Built] = []
+    errors: list[str] = []
     with ThreadPoolExecutor(max_workers=max(1, len(wanted))) as pool:
         running = [pool.submit(build, backend, architectures, force, threads) for backend in wanted]
         for job in as_completed(running):

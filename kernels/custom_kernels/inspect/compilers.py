@@ -300,7 +300,9 @@ def _compiled_by_cupy(kernel: Any, source: str, file: str, number: str) -> tuple
 
 def _report(code: assembly.Code, backend: Backend | None, **figures: Any) -> Report:
     """The report on a function; ``figures`` add to what its machine code says, or replace it."""
-    names = {"operation": backend.operation.name, "backend": backend.name} if backend else {}
+    names: dict[str, Any] = {}
+    if backend:
+        names = {"operation": backend.operation.name, "backend": backend.name}
     return Report(**vars(code) | names | figures)
 
 

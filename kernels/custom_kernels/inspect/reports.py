@@ -86,11 +86,11 @@ def warnings(reports: Sequence[Report]) -> list[str]:
             continue
         if MULTIPLYING & set(backend.notes.get("link", "").split()):
             continue  # the library multiplies; what is compiled here prepares and finishes
-        for name in dict.fromkeys(report.architecture for report in own):
-            if not any(report.tensor for report in own if report.architecture == name):
-                result.append(
-                    f"{backend} multiplies matrices without tensor-core instructions on {name}"
-                )
+        result += [
+            f"{backend} multiplies matrices without tensor-core instructions on {name}"
+            for name in dict.fromkeys(report.architecture for report in own)
+            if not any(report.tensor for report in own if report.architecture == name)
+        ]
     return result
 
 

@@ -58,7 +58,7 @@ def shown(run: Record) -> str:
 def a_record(rows: list[Row], ceilings: Ceilings, **changes: Any) -> Record:
     """A record of these rows, whose first contender is the baseline."""
     baseline, *others = rows[0].contenders
-    fields = {
+    fields: dict[str, Any] = {
         "operation": "gemm", "dtype": "bfloat16", "baseline": baseline, "backends": others,
         "baselines": [baseline], "skipped": {}, "ceilings": ceilings,
         "summary": record.summary(rows, baseline), "failures": [], "warnings": [], "rows": rows,
@@ -229,7 +229,7 @@ def test_a_record_that_failed_altogether_can_still_be_shown(tmp_path: Path) -> N
     assert plots.draw(run, tmp_path / "a.json") == []
 
 
-def a_row(model: str = "a", **contenders: Timed | Failed) -> Row:
+def a_row(model: str = "a", /, **contenders: Timed | Failed) -> Row:
     row = record.read(H200).rows[0]
     return row.model_copy(update={"labels": {"model": model}, "contenders": contenders})
 
@@ -245,7 +245,7 @@ def timed(ratio: float | None = None, verdict: Verdict | None = None) -> Timed:
 )
 def test_the_run_failed_if_ours_or_the_baseline_did(failing: str | None, exit_status: bool) -> None:
     contenders: dict[str, Timed | Failed] = dict.fromkeys(("torch", "vllm", "cublaslt"), timed())
-    failures = []
+    failures: list[str] = []
     if failing:
         contenders[failing] = Failed(failure="wrong")
         failures = ["M=1: wrong"]

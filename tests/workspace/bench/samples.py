@@ -18,10 +18,10 @@ from workspace.pins.release import tree
 packages = functools.cache(loaded.packages)
 
 
-def plan(**changes: object) -> Plan:
+def plan(**changes: Any) -> Plan:
     config = Config.model_validate(CONFIG)
     model = Model("tiny-qwen2", Path("m"), Path("t"), "random", "bundled", config, SEED)
-    values = {
+    values: dict[str, Any] = {
         "model": model,
         "device": Device("cpu", 2, "a CPU"),
         "metric": "throughput",

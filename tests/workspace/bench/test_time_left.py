@@ -125,18 +125,18 @@ def test_a_terminal_shows_round_and_time_left_live(
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "says"),
     [
-        ({}, "(chosen for this model and machine; "),
-        ({"input_len": 8, "rounds": 3}, "(INPUT_LEN, ROUNDS given, the others chosen for "),
+        (Bench(), "(chosen for this model and machine; "),
+        (Bench(input_len=8, rounds=3), "(INPUT_LEN, ROUNDS given, the others chosen for "),
     ],
 )
 def test_the_first_lines_say_what_is_measured_how_long_it_takes_and_what_changes_it(
-    given: dict[str, int], says: str, monkeypatch: pytest.MonkeyPatch
+    options: Bench, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "console", console := Console(width=300, record=True))
-    report.announce(plan(), Bench(**given), 250.0)
-    report.announce(plan(), Bench(**given), None)
+    report.announce(plan(), options, 250.0)
+    report.announce(plan(), options, None)
     first, second, _, fourth = console.export_text().splitlines()
     assert "INPUT_LEN=8 OUTPUT_LEN=4 NUM_PROMPTS=3 REPEATS=2 ROUNDS=3" in first
     assert says in first

@@ -14,7 +14,9 @@ VOCAB = tiny_model.CONFIG["vocab_size"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model.ensure(tmp_path_factory.mktemp("models") / "tiny")
+    made = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model.ensure(made)
+    return made
 
 
 def files(folder: Path) -> dict[str, bytes]:

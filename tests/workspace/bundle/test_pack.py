@@ -97,7 +97,7 @@ def test_the_size_announced_is_the_size_of_the_archive(files: dict[str, int]) ->
     with tempfile.TemporaryFile() as sink:
         with tarfile.open(fileobj=sink, mode="w|", format=archive.TAR) as packed_files:
             for entry in entries:
-                with open("/dev/zero", "rb") as zeros:
+                with Path("/dev/zero").open("rb") as zeros:
                     packed_files.addfile(entry, zeros)
         assert sink.tell() == archive.archive_size(entries)
 

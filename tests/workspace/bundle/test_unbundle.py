@@ -234,7 +234,7 @@ def test_a_second_run_changes_nothing_and_keeps_what_was_edited_meanwhile(placed
 @pytest.mark.parametrize("installer", ["uv", "pip"])
 def test_packages_come_back_where_the_environment_is_gone(placed: Host, installer: str) -> None:
     assert list((placed.folder / "cache").glob("*/uv-*.whl"))
-    empty = {}
+    empty: dict[str, str] = {}
     if installer == "pip":
         if shutil.which("uv"):
             pytest.skip("the uv on PATH would be taken")

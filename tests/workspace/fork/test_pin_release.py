@@ -46,7 +46,7 @@ def test_a_release_that_was_looked_up_makes_valid_pins(text: str, copied_pins: P
     assert pin_release.sdist(text) == release.sdist
     assert set(release.binaries) == {"cuda", "cpu"}
     assert {"x86_64", "aarch64"} == set(release.binaries["cuda"]) == set(release.binaries["cpu"])
-    known = {file.filename: file.sha256 for file in listing("vllm")}
+    known = {file.filename: file.digests["sha256"] for file in listing("vllm")}
     assert known[release.sdist.filename] == release.sdist.sha256
     # One CUDA release for the whole tool chain.
     releases = {".".join(v.split(".")[:2]) for v in release.cuda.wheels.values()}
