@@ -272,7 +272,7 @@ def test_PYTHON_is_refused_because_conda_brings_its_own(
     small_checkout: Checkout, tool: Path
 ) -> None:
     result = with_conda(small_checkout, tool).make("dev", PYTHON="python3")
-    assert "error: ENV=conda brings its own Python, 3.12." in result.stdout
+    assert "error: ENV=conda installs its own Python, 3.12." in result.stdout
     assert result.returncode != 0
 
 

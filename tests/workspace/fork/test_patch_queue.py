@@ -287,10 +287,10 @@ def test_a_merge_is_refused_with_the_remedy(tree: Path) -> None:
         patch_queue.commits(tree, "upstream/1", "HEAD")
 
 
-def test_a_history_that_is_not_built_on_the_release_is_refused(tree: Path) -> None:
+def test_a_history_that_is_not_based_on_the_release_is_refused(tree: Path) -> None:
     git("checkout", "-q", "--orphan", "other", tree=tree)
     commit(tree, b"Alone\n")
-    with pytest.raises(WorkspaceError, match="is not built on upstream/1"):
+    with pytest.raises(WorkspaceError, match="is not based on upstream/1"):
         patch_queue.commits(tree, "upstream/1", "HEAD")
 
 
