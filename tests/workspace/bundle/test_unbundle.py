@@ -30,7 +30,7 @@ from workspace.environment import index, inventory, uv
 from workspace.pins.model import load
 
 VERSION = load().vllm.default
-LACKING = {"typer", "rich", "pydantic", "pydantic-core", "pypi-simple", "mailbits"}
+LACKING = {"rich", "pydantic", "pydantic-core", "pypi-simple", "mailbits"}
 EDITABLE = {"vllm", "custom-kernels"}
 CLOSED = f"{NOBODY}/simple"
 
@@ -210,7 +210,7 @@ def assert_whole(host: Host) -> None:
 def test_a_host_without_a_network_works_from_the_bundle(placed: Host) -> None:
     assert_whole(placed)
     own = placed.checkout.root / ".workspace" / "system" / "bin" / "python"
-    query = "import typer, pydantic, torch, vllm; print(typer.__file__, vllm.VALUE)"
+    query = "import rich, pydantic, torch, vllm; print(rich.__file__, vllm.VALUE)"
     said = subprocess.run([own, "-c", query], capture_output=True, text=True, check=True, cwd="/")
     path, _, edit = said.stdout.strip().partition(" ")
     assert Path(path).resolve().is_relative_to(placed.checkout.root / ".workspace" / "system")
