@@ -132,10 +132,10 @@ def notebook(_: verbs.NoOptions) -> None:
 
 
 def bench(options: verbs.Bench) -> None:
-    from workspace.bench.runner import run
-
     operation = None if options.quantization else "gemm"
     set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, operation))
+    from workspace.bench.runner import run
+
     run(options)
 
 
@@ -218,10 +218,11 @@ def fork_rebase(options: verbs.ForkRebase) -> None:
 
 
 def bundle(options: verbs.Bundle) -> None:
-    from workspace.bundle.pack import run
     from workspace.fork.install import install_kernels
 
     install_kernels()
+    from workspace.bundle.pack import run
+
     run(options)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -77,16 +78,42 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
 
 
-def test_what_runs_before_there_is_an_environment_needs_the_standard_library_only() -> None:
-    todo = BEFORE_AN_ENVIRONMENT | {name for name in MODULES if name.startswith("container.")}
+def imported_with(*names: str) -> tuple[set[str], set[str]]:
+    """The modules of workspace/ and the other packages that are imported with these modules."""
     done: set[str] = set()
+    packages: set[str] = set()
+    todo = set(names)
     while todo - done:
-        module = (todo - done).pop()
-        done.add(module)
-        ours, others = imports(MODULES[module], when_imported=True)
-        assert others <= sys.stdlib_module_names, module
+        name = (todo - done).pop()
+        done.add(name)
+        ours, others = imports(MODULES[name], when_imported=True)
         todo |= ours
-    assert {"host.git", "pins.release", "environment.uv"} <= done
+        packages |= others
+    return done, packages
+
+
+def test_what_runs_before_there_is_an_environment_needs_the_standard_library_only() -> None:
+    container = {name for name in MODULES if name.startswith("container.")}
+    modules, packages = imported_with(*BEFORE_AN_ENVIRONMENT, *container)
+    assert packages <= sys.stdlib_module_names
+    assert {"host.git", "pins.release", "environment.uv"} <= modules
+
+
+def test_no_verb_imports_the_kernels_package_before_it_is_installed() -> None:
+    """Any verb may be the first command on a machine."""
+    assert "custom_kernels" not in imported_with("cli")[1]
+    checked = 0
+    body = ast.parse(MODULES["cli"].read_text()).body
+    for verb in (node for node in body if isinstance(node, ast.FunctionDef)):
+        for statement in verb.body:
+            text = ast.unparse(statement)
+            if "set_up." in text or "install_kernels()" in text:
+                break  # from here on it is installed
+            name = text.removeprefix("from workspace.").partition(" ")[0]
+            if name in MODULES:
+                checked += 1
+                assert "custom_kernels" not in imported_with(name)[1], f"{verb.name}: {text}"
+    assert checked > 5
 
 
 @pytest.mark.parametrize("module", sorted(ALONE))
