@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_is_tagged(
 def test_without_an_engine_it_says_how_to_start_one(another: Host) -> None:
     ran = another.make("image", DOCKER_HOST="unix:///run/no-such-engine.sock")
     assert ran.status != 0
-    assert "the Docker engine does not run; start it" in ran.lines[-2]
+    assert "the Docker engine is not running; start it" in ran.lines[-2]
 
 
 def test_without_permission_it_names_the_group(another: Host) -> None:
