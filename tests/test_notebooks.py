@@ -24,29 +24,66 @@ def test_there_is_a_first_one() -> None:
 
 
 @ALL
-def test_committed_without_outputs(path: Path) -> None:
+def test_committed_with_the_outputs_of_one_run_and_nothing_of_the_machine(path: Path) -> None:
     book: Any = nbformat.read(path, as_version=4)
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+    again = f"run `{notebook.COMMAND} {path.stem}`"
+    assert list(notebook.problems(book)) == [], again
+    notebook.normalize(book)
+    assert notebook.as_text(book) == path.read_text(), again
 
 
 @pytest.mark.slow
 @ALL
 def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pytest.importorskip("nbclient")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as `make test` sets it where there is no GPU
+    book = notebook.executed(path)
+    assert list(notebook.problems(book)) == []
+    assert any("image/png" in output.get("data", {}) for output in outputs(book))
+
+
+def outputs(book: Any) -> list[Any]:
+    return [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def written(folder: Path, *cells: str) -> Path:
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    path = folder / "one.ipynb"
+    nbformat.write(book, path)
+    return path
+
+
+def test_a_second_run_gives_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("nbclient")
+    path = written(tmp_path, "import time\nprint(1, flush=True)\ntime.sleep(0.3)\nprint(2)", "3")
+    assert notebook.write_outputs(path)
     book: Any = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(
-        book, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
-    outputs = [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    text = "".join(
-        output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs
-    )
-    assert "LDG 16 B" in text
+    assert [output.get("text") for output in outputs(book)] == ["1\n2\n", None]
+    assert not notebook.write_outputs(path)
+    book.cells[1].source = "4"
+    assert list(notebook.problems(book)) == ["its outputs are not those of its code cells"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("/home/" + "me/kernels/x.py", "a path of one machine"),
+        (f"{notebook.ROOT}/x.py", "path"),
+        ("lib/python3.12/site-packages/torch", "a path of one machine"),
+        ("started at 12:30:01", "a time of day"),
+        ("2026-01-02T03:04", "a time of day"),
+        ("<object at 0x7f00aabbcc>", "an object's address"),
+        ("HF_TOKEN=hf_" + "Qm3vXz9Lk2Wp7Rt5Ys8Bn4Cd6Fg1Hj0AaE", "a credential"),
+    ],
+)
+def test_an_output_that_names_the_machine_is_refused(text: str, problem: str) -> None:
+    cell: Any = nbformat.v4.new_code_cell("x", execution_count=1)
+    book: Any = nbformat.v4.new_notebook(cells=[cell])
+    book.metadata[notebook.CODE] = notebook.code_hash(book)
+    cell.outputs = [nbformat.v4.new_output("stream", text="2:4 and 14:16 in 0.5 ms on sm_90")]
+    assert list(notebook.problems(book)) == []
+    cell.outputs = [nbformat.v4.new_output("display_data", {"text/plain": text})]
+    assert any(problem in found for found in notebook.problems(book))
 
 
 @pytest.mark.slow
