@@ -67,7 +67,7 @@ def roofline(record: Record, path: Path) -> bool:
     copy = record.ceilings.bytes_per_second / 1e12
     low, high = min(xs) / 2, max(xs) * 2
     if computes:
-        _roofs(axes, record.ceilings.flops_per_second, copy, low, max(high, 2000))
+        roofs(axes, record.ceilings.flops_per_second, copy, low, max(high, 2000))
         axes.set_xlabel("operations per byte that must move")
         axes.set_ylabel("TFLOP/s")
         axes.set_yscale("log")
@@ -86,7 +86,13 @@ def roofline(record: Record, path: Path) -> bool:
     return True
 
 
-def _roofs(axes: "Axes", peaks: dict[str, float], copy: float, low: float, high: float) -> None:
+def roofs(axes: "Axes", peaks: dict[str, float], copy: float, low: float, high: float) -> None:
+    """Draw what a device reaches at best from ``low`` to ``high`` operations per byte.
+
+    Args:
+        peaks: operations per second, by dtype; none: the slope alone.
+        copy: TB/s.
+    """
     flat = {name: rate / 1e12 for name, rate in peaks.items()}
     steps = [low * (high / low) ** (i / 200) for i in range(201)]
     axes.plot([], [], color=INK, linewidth=1.2, label=f"copy {copy:.2f} TB/s, matmul peak")
