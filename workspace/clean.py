@@ -10,11 +10,11 @@ from pathlib import Path
 from workspace import verbs
 from workspace.fork.tree_state import shown, state
 from workspace.host.errors import WorkspaceError
-from workspace.host.files import PARTIAL
-from workspace.host.paths import FORK, MACHINE, ROOT, STATE
+from workspace.host.files import PARTIAL, generated
+from workspace.host.paths import CLANGD, COMPILE_COMMANDS, FORK, MACHINE, ROOT, STATE
 from workspace.pins import release
 
-CACHES = (".pytest_cache", ".ruff_cache", ".hypothesis")
+CACHES = (".pytest_cache", ".ruff_cache", ".hypothesis", ".cache/clangd")
 
 
 def _remove(path: Path) -> None:
@@ -47,6 +47,8 @@ def run(options: verbs.Clean) -> int:
     for path in (
         *(release.environment(mode, version) for mode in modes for version in sorted(versions)),
         *(ROOT / name for name in CACHES),
+        COMPILE_COMMANDS,
+        *([CLANGD] if generated(CLANGD) else []),
         *sorted({*STATE.glob("*"), *MACHINE.glob("*")} - {STATE / "lock"}),
         *FORK.glob(f"{PARTIAL}*"),
         *FORK.glob(f"releases/{PARTIAL}*"),

@@ -21,9 +21,12 @@ def engine(*, renew: bool = False, force: bool = False) -> None:
 def kernels(arch: str | None = None, operation: str | None = None) -> None:
     """The package of the kernels, and every kernel (of an operation) compiled."""
     install.install_kernels()
-    from workspace import kernels as package  # imports what was just installed
+    from workspace import editor  # both import what was just installed
+    from workspace import kernels as package
 
-    package.compile_all(package.architectures(arch), operation)
+    architectures = package.architectures(arch)
+    editor.write()  # first: an editor helps most with a kernel that does not compile
+    package.compile_all(architectures, operation)
 
 
 def kernels_for_device(operation: str | None) -> None:

@@ -90,13 +90,15 @@ def test_clean_keeps_the_users_work_until_forced(small_checkout: Checkout) -> No
     small_checkout.git("commit", "-qam", "My idea")
     (small_checkout.src / "vllm/new.py").write_text("mine = True\n")
     (small_checkout.root / ".venv-of-mine").mkdir()
+    (small_checkout.root / ".clangd").write_text("Diagnostics: {}\n")
     result = small_checkout.make("clean")
     assert precious.read_text() == "mine = True\n"
     for words in ("vllm/new.py", "My idea", "make clean FORCE=1"):
         assert words in result.stdout
     left = {path.name for path in small_checkout.root.iterdir()}
     assert ".venv" not in left
-    assert ".venv-of-mine" in left
+    assert {".venv-of-mine", ".clangd"} <= left
+    assert "compile_commands.json" not in left
     assert [path.name for path in (small_checkout.root / ".workspace").iterdir()] == ["lock"]
     again = small_checkout.make("dev")
     assert again.returncode == 0, again.stdout

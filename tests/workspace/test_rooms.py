@@ -20,8 +20,8 @@ FLOORS = [
     {"pins", "verbs"},
     {"environment"},
     {"fork", "credentials"},
-    {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "notebook", "clean"},
-    {"doctor", "set_up", "reference"},
+    {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook"},
+    {"doctor", "set_up", "reference", "clean"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]

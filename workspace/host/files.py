@@ -14,6 +14,8 @@ from workspace.host.errors import WorkspaceError
 
 PARTIAL = ".partial-"
 """Prefix of unfinished files and folders."""
+GENERATED = "# Written by the workspace."
+"""First words of a generated file whose place may hold one of the user's."""
 
 
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
@@ -37,6 +39,11 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
         if partial is not None:
             partial.unlink(missing_ok=True)
         raise WorkspaceError(_cannot_write(path, error)) from error
+
+
+def generated(path: Path) -> bool:
+    """Whether the file is there and was generated."""
+    return path.is_file() and path.read_text(errors="replace").startswith(GENERATED)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ MACHINE = HOME / ".workspace"
 
 TOOLS = MACHINE / "tools"
 """uv, and what a bare system lacks."""
+COMPILE_COMMANDS = ROOT / "compile_commands.json"
+CLANGD = ROOT / ".clangd"
 HEADERS = STATE / "headers"
 """Headers from a bundle, for a host without the package that holds them."""
 

@@ -165,6 +165,28 @@ def library_path(backend: Backend, architectures: Sequence[str]) -> Path:
     return paths.cache_dir() / f"{backend}-{key[:20]}.so"
 
 
+def nvcc_command(
+    backend: Backend, architectures: Sequence[str], name: Callable[[Path], str] = str
+) -> list[str]:
+    """How nvcc is called for a backend, less what concerns the output.
+
+    ``name``: a path as it is passed. Raises BuildError if a tool or a header is missing.
+    """
+    tools = toolchain.find()
+    headers = [*(folder for folder, _ in sources.headers(backend)), *tools.include]
+    return [
+        str(tools.nvcc),
+        *FLAGS,
+        *_code_flags(architectures),
+        f"-ccbin={name(tools.cxx)}",
+        f"-I{name(paths.PACKAGE)}",
+        "-isystem",
+        name(tools.tvm_ffi / "include"),
+        *(item for folder in headers for item in ("-isystem", name(folder))),
+        name(backend.cuda),
+    ]
+
+
 def remove_stale() -> None:
     """Remove the scratch folders of killed compiles, not those of running ones."""
     for scratch in paths.cache_dir().glob("*.tmp"):
@@ -238,22 +260,13 @@ def _compile_in(
     scratch: Path, backend: Backend, architectures: Sequence[str], path: Path, threads: int
 ) -> None:
     tools, quotable = toolchain.find(), _Quotable(scratch)
-    headers = [*(folder for folder, _ in sources.headers(backend)), *tools.include]
     names = ("tvm_ffi", *sources.libraries(backend))
     libraries = [toolchain.library(tools, name) for name in names]
     command = [
-        str(tools.nvcc),
-        *FLAGS,
-        *_code_flags(architectures),
+        *nvcc_command(backend, architectures, quotable),
         f"--threads={threads}",
         "-shared",
         "-Xcompiler=-fPIC",
-        f"-ccbin={quotable(tools.cxx)}",
-        f"-I{quotable(paths.PACKAGE)}",
-        "-isystem",
-        quotable(tools.tvm_ffi / "include"),
-        *(item for folder in headers for item in ("-isystem", quotable(folder))),
-        quotable(backend.cuda),
         "-o",
         path.name,
         "--keep",  # the PTX, for the report; it goes when the scratch folder goes

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from custom_kernels import paths
 
-_HEADER_PACKAGES = {
+HEADER_PACKAGES = {
     "cutlass": (
         ("flashinfer", "data/cutlass/include", "flashinfer-python"),
         ("cutlass_library", "source/include", "nvidia-cutlass"),
@@ -173,11 +173,11 @@ def packaged_runtime() -> str | None:
 def headers(name: str) -> tuple[Path, str]:
     """The folder of these headers, and their package with its version. Raises BuildError if they
     are not installed."""
-    if name not in _HEADER_PACKAGES:
+    if name not in HEADER_PACKAGES:
         raise BuildError(
-            f"`// include: {name}`: unknown headers; known are {', '.join(_HEADER_PACKAGES)}"
+            f"`// include: {name}`: unknown headers; known are {', '.join(HEADER_PACKAGES)}"
         )
-    for module, inside, package in _HEADER_PACKAGES[name]:
+    for module, inside, package in HEADER_PACKAGES[name]:
         spec = importlib.util.find_spec(module)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / inside).is_dir():
@@ -186,7 +186,7 @@ def headers(name: str) -> tuple[Path, str]:
         bundled = root / ".workspace" / "headers" / name  # by `make unbundle`
         if (bundled / "include").is_dir():
             return bundled / "include", (bundled / "package").read_text().strip()
-    packages = " or ".join(package for _, _, package in _HEADER_PACKAGES[name])
+    packages = " or ".join(package for _, _, package in HEADER_PACKAGES[name])
     raise BuildError(
         f"the headers of {name} are not installed for {sys.executable}: run `make dev`, or install "
         f"the package {packages}, which holds them"
