@@ -162,3 +162,18 @@ def test_an_operation_without_a_template_says_what_to_copy(copy: Copy) -> None:
     error = copy.error("other", "triton", "mine")
     assert "other has no small triton kernel to start from: copy " in error
     assert "other/fast.py" in error
+
+
+@pytest.mark.parametrize(
+    "template",
+    sorted(scaffold.TEMPLATES.rglob("*.py")),
+    ids=lambda path: str(path.relative_to(scaffold.TEMPLATES)),
+)
+def test_what_it_writes_passes_ruff_in_its_place(template: Path) -> None:
+    place = "kernels/custom_kernels/gemm/mine.py"  # in a folder of the package
+    for command in (["check"], ["format", "--check"]):
+        checked = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "--stdin-filename", place, "-"],
+            input=template.read_text(), cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert checked.returncode == 0, checked.stdout

@@ -7,6 +7,7 @@ x [M, K], W [N, K], b [N] or none, y [M, N], all bfloat16 or all float16; sums i
 
 import cupy
 import torch
+
 from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)

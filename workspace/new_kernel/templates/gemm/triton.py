@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyrefly: ignore-errors[implicit-any-parameter, unannotated-return, unbound-name]
+# Triton's compiler types a kernel's arguments, and takes or drops a branch on a constexpr.
 """y = x · Wᵀ + b in Triton: a program per tile of y.
 
 x [M, K], W [N, K], b [N] or none, y [M, N], all bfloat16 or all float16; sums in float32.
@@ -7,8 +9,9 @@ x [M, K], W [N, K], b [N] or none, y [M, N], all bfloat16 or all float16; sums i
 import torch
 import triton
 import triton.language as tl
-from custom_kernels.operation import Specialization
 from triton import knobs
+
+from custom_kernels.operation import Specialization
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -7,6 +7,7 @@ under torch.compile and in vLLM.
 """
 
 import torch
+
 from custom_kernels import launches, registry
 
 OPERATION = registry.operation("scaled_silu")

@@ -4,8 +4,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from custom_kernels.scaled_silu import reference
+
 from custom_kernels.check.case import Case, Contender
+from custom_kernels.scaled_silu import reference
 
 MODELS = {"qwen2.5-0.5b": 4864, "qwen2.5-7b": 18944}
 """K: the width of the feed-forward layer."""

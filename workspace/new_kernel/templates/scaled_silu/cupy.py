@@ -6,6 +6,7 @@ x [M, K], scale [K], y [M, K], all bfloat16 or all float16; computed in float32.
 
 import cupy
 import torch
+
 from custom_kernels import nvrtc
 
 DTYPES = (torch.bfloat16, torch.float16)

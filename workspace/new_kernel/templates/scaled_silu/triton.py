@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# pyrefly: ignore-errors[implicit-any-parameter, unannotated-return, unbound-name]
+# Triton's compiler types a kernel's arguments, and takes or drops a branch on a constexpr.
 """y = silu(x) * scale in Triton: a program per row and BLOCK columns.
 
 x [M, K], scale [K], y [M, K], all bfloat16 or all float16; computed in float32.
@@ -7,6 +9,7 @@ x [M, K], scale [K], y [M, K], all bfloat16 or all float16; computed in float32.
 import torch
 import triton
 import triton.language as tl
+
 from custom_kernels.operation import Specialization
 
 DTYPES = (torch.bfloat16, torch.float16)
