@@ -40,6 +40,11 @@ def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) ->
     book = notebook.executed(path)
     assert list(notebook.problems(book)) == []
     assert any("image/png" in output.get("data", {}) for output in outputs(book))
+    text = "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        for output in outputs(book)
+    )
+    assert "LDG 16 B" in text or path.stem == "04_sparsity"  # which inspects no kernel
 
 
 def outputs(book: Any) -> list[Any]:

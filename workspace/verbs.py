@@ -153,11 +153,12 @@ class Bench:
         "the best for the device, and for each shape that was measured",
     )
     tp: int | None = number("TP", "tensor-parallel processes", "1")
-    repeats: int | None = number("REPEATS", "pairs of engine starts", "2")
+    repeats: int | None = number("REPEATS", "pairs of engine starts", "2", most=100)
     rounds: int | None = number(
         "ROUNDS",
         "measured rounds per engine start",
         "5; GPU latency: 30; CPU: 3 if time is short",
+        most=1000,
     )
     input_len: int | None = number(
         "INPUT_LEN",

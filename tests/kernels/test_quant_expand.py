@@ -94,7 +94,7 @@ def test_matches_the_definition_at_any_shape_and_layout(
 
 
 @pytest.mark.parametrize("dtype", [INT8, FP8])
-@pytest.mark.parametrize("pattern", [None, "6:8"])
+@pytest.mark.parametrize("pattern", [None, "4:6", "6:8"])
 def test_special_rows(
     backend: str, device: torch.device, pattern: str | None, dtype: torch.dtype
 ) -> None:
@@ -144,7 +144,7 @@ def test_codes_cover_all_values_and_ties_go_to_even(backend: str, device: torch.
     assert q[len(values) : len(x)].view(torch.uint8).bitwise_and(1).eq(0).all()
 
 
-@pytest.mark.parametrize("pattern", [None, "4:6", "6:8"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_leading_dimensions_are_kept(
     backend: str, device: torch.device, pattern: str | None
 ) -> None:

@@ -32,6 +32,7 @@ class Option:
         values: of a choice.
         example: a value as a user could type it.
         default: text that describes the default.
+        most: the largest valid number, if there is one.
     """
 
     variable: str
@@ -40,6 +41,7 @@ class Option:
     values: tuple[str, ...] = ()
     example: str = ""
     default: str = ""
+    most: int | None = None
 
     @property
     def usage(self) -> str:
@@ -74,6 +76,8 @@ class Option:
                 f"{self.variable}={value} is not a number from 1 up; use e.g. "
                 f"{self.variable}={self.example or 4}"
             )
+        if self.most is not None and int(value) > self.most:
+            raise WorkspaceError(f"{self.variable}={value} is more than {self.most}; use less")
         return int(value)
 
 
@@ -85,8 +89,10 @@ def text(variable: str, help: str, default: str = "", example: str = "") -> Any:
     return _declare(Option(variable, help, "text", (), example, default))
 
 
-def number(variable: str, help: str, default: str = "", example: str = "") -> Any:
-    return _declare(Option(variable, help, "number", (), example, default))
+def number(
+    variable: str, help: str, default: str = "", example: str = "", most: int | None = None
+) -> Any:
+    return _declare(Option(variable, help, "number", (), example, default, most))
 
 
 def flag(variable: str, help: str) -> Any:

@@ -16,7 +16,7 @@ from workspace.host.options import choice, flag, number, read, text
 @dataclass(frozen=True)
 class Sample:
     name: str | None = text("NAME", "a name")
-    jobs: int | None = number("JOBS", "how many", example="3")
+    jobs: int | None = number("JOBS", "how many", example="3", most=64)
     force: bool = flag("FORCE", "all the same")
     build: str | None = choice("BUILD", "how", "full", "precompiled", "none")
 
@@ -44,6 +44,7 @@ def test_a_flag_can_be_said_to_be_off() -> None:
         ("JOBS", "many", "JOBS=many is not a number from 1 up; use e.g. JOBS=3"),
         ("JOBS", "1.5", "JOBS=1.5 is not a number from 1 up; use e.g. JOBS=3"),
         ("JOBS", "²", "JOBS=² is not a number from 1 up; use e.g. JOBS=3"),
+        ("JOBS", "65", "JOBS=65 is more than 64; use less"),
         ("BUILD", "ful", "BUILD=ful is not known; use BUILD=full, BUILD=precompiled or BUILD=none"),
     ],
 )
