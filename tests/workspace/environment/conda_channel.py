@@ -181,11 +181,19 @@ def _wheel() -> Path:
     return Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 
 
+def _link_if_large(path: str, target: str) -> None:
+    """Packing 160 MB of compilers and unpacking them again would take longer than using them."""
+    if Path(path).name != "nvcc" and Path(path).stat().st_size > 1 << 20:  # nvcc looks where it is
+        os.symlink(path, target)
+    else:
+        shutil.copy(path, target)
+
+
 def nvcc_tools(folder: Path) -> None:
     """nvcc and its parts in bin and nvvm, with the profile that conda's recipe makes of NVIDIA's:
-    headers and libraries are in the target's folder."""
-    shutil.copytree(_wheel() / "bin", folder / "bin")
-    shutil.copytree(_wheel() / "nvvm", folder / "nvvm")
+    headers and libraries are in the target's folder. Parts are links to the wheel's."""
+    for name in ("bin", "nvvm"):
+        shutil.copytree(_wheel() / name, folder / name, copy_function=_link_if_large)
     profile = (_wheel() / "bin" / "nvcc.profile").read_text()
     top = [line for line in profile.splitlines() if line.startswith("TOP ")]
     assert len(top) == 1
@@ -256,6 +264,8 @@ def python(folder: Path) -> None:
     (folder / "lib" / name / "site-packages").mkdir()
     shutil.copytree(base / "include" / name, folder / "include" / name)
     shutil.copy(library.resolve(), folder / "lib")
+    large = [*folder.glob("lib/*.so*"), *folder.glob(f"lib/{name}/lib-dynload/*.so")]
+    subprocess.run(["strip", "--strip-debug", *large], check=True)
     (folder / "bin").mkdir()
     program = "#include <Python.h>\nint main(int n, char **a) { return Py_BytesMain(n, a); }\n"
     subprocess.run(
