@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import tvm_ffi
 from custom_kernels import paths, registry
-from custom_kernels.compile import build, sources, toolchain
+from custom_kernels.compile import build, toolchain
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
 
 from tests.kernels.conftest import PackageCopy

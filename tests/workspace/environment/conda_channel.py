@@ -184,7 +184,7 @@ def _wheel() -> Path:
 def _link_if_large(path: str, target: str) -> None:
     """Packing 160 MB of compilers and unpacking them again would take longer than using them."""
     if Path(path).name != "nvcc" and Path(path).stat().st_size > 1 << 20:  # nvcc looks where it is
-        os.symlink(path, target)
+        Path(target).symlink_to(path)
     else:
         shutil.copy(path, target)
 
