@@ -4,11 +4,11 @@
 import io
 from pathlib import Path
 
+from custom_kernels.bench.plots import BASELINE_COLOUR, COLOURS, INK
+
 from workspace.bench.record import Record
 from workspace.bench.report import number
 from workspace.host.files import write_file
-
-GREY, ACCENT, INK = "#7b8794", "#2f6fde", "#1f2933"
 
 
 def draw(record: Record, path: Path) -> None:
@@ -20,7 +20,9 @@ def draw(record: Record, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), dpi=160, layout="constrained")
     axes = figure.add_subplot()
-    for position, (variant, colour) in enumerate(zip(record.variants, (GREY, ACCENT), strict=True)):
+    for position, (variant, colour) in enumerate(
+        zip(record.variants, (BASELINE_COLOUR, COLOURS[0]), strict=True)
+    ):
         axes.bar(position, variant.median, width=0.55, color=colour, zorder=2)
         figures = variant.figures
         spread = [0.16 * (2 * i / max(1, len(figures) - 1) - 1) for i in range(len(figures))]

@@ -8,17 +8,19 @@ matmul peaks that were measured in the same run, not those of a data sheet.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from custom_kernels.bench.record import Record, Row
+from custom_kernels.bench.record import Record, Row, Timed
 from custom_kernels.command import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINE_COLOUR, INK = "#7b8794", "#1f2933"
-COLOURS = ("#2f6fde", "#d64545", "#2d9d78", "#b7791f", "#7c4dff", "#d4589a", "#0f8ea3", "#5f6b2d")
+BASELINE_COLOUR, INK = "#6f6f74", "#1f2933"
+COLOURS = ("#2d87c3", "#e16900", "#871eff", "#789669", "#d2002d", "#8778ff")
+"""3:1 against white and against a dark page. Any two of these seven are 24 apart in CIELAB at least
+as red-green blind readers see them (Machado, Oliveira, Fernandes, 2009), 15 with tritanopia."""
 MARKERS = "os^Dv*XP"
 FEW_OPERATIONS = 1.0
 """Per byte. Below it an operation does no more than touch what it moves; the ridge of a GPU's
@@ -32,30 +34,50 @@ def draw(record: Record, beside: Path) -> list[Path]:
     return [path for plot, path in paths if plot(record, path)]
 
 
+class Mark(NamedTuple):
+    """A measurement on a roofline."""
+
+    name: str
+    row: Row
+    timed: Timed
+    x: float
+    """Operations per byte that must move, or megabytes."""
+    y: float
+    """TFLOP/s, or TB/s."""
+
+
+def computes(record: Record) -> bool:
+    """Whether its rooflines are of operations; those of what computes next to nothing are drawn as
+    bytes per second over bytes."""
+    return any(row.flops > FEW_OPERATIONS * row.bytes for row in record.rows)
+
+
+def marks(record: Record) -> list[Mark]:
+    """Every measurement, by contender, the baseline first."""
+    operations = computes(record)
+    return [
+        Mark(name, row, timed, row.flops / row.bytes, timed.tflops)
+        if operations
+        else Mark(name, row, timed, row.bytes / 1e6, timed.gbytes_per_second / 1e3)
+        for name in measured_names(record)
+        for row in record.rows
+        if (timed := row.timed(name))
+    ]
+
+
 def roofline(record: Record, path: Path) -> bool:
-    """Operations per second over operations per byte, one point per case and contender, under the
-    measured ceilings. An operation that computes next to nothing is drawn as bytes per second over
-    bytes. False, and no file, if nothing was measured."""
-    names = measured_names(record)
-    rows = record.rows
-    if not names:
+    """One point per case and contender, under the ceilings measured in the same run. False, and no
+    file, if nothing was measured."""
+    drawn = marks(record)
+    if not drawn:
         return False
     figure = _figure(8, 5.4)
     axes = figure.add_subplot()
-    computes = any(row.flops > FEW_OPERATIONS * row.bytes for row in rows)
-    xs: list[float] = []
+    names = measured_names(record)
     for number, name in enumerate(names):
-        points = [
-            (row.flops / row.bytes, timed.tflops)
-            if computes
-            else (row.bytes / 1e6, timed.gbytes_per_second / 1e3)
-            for row in rows
-            if (timed := row.timed(name))
-        ]
-        xs += [x for x, _ in points]
         axes.scatter(
-            [x for x, _ in points],
-            [y for _, y in points],
+            [mark.x for mark in drawn if mark.name == name],
+            [mark.y for mark in drawn if mark.name == name],
             s=22,
             color=_colour(record, names, name),
             marker=MARKERS[number % len(MARKERS)],
@@ -65,8 +87,8 @@ def roofline(record: Record, path: Path) -> bool:
             zorder=3,
         )
     copy = record.ceilings.bytes_per_second / 1e12
-    low, high = min(xs) / 2, max(xs) * 2
-    if computes:
+    low, high = min(mark.x for mark in drawn) / 2, max(mark.x for mark in drawn) * 2
+    if computes(record):
         roofs(axes, record.ceilings.flops_per_second, copy, low, max(high, 2000))
         axes.set_xlabel("operations per byte that must move")
         axes.set_ylabel("TFLOP/s")
@@ -86,103 +108,111 @@ def roofline(record: Record, path: Path) -> bool:
     return True
 
 
+def roof(copy: float, peak: float, low: float, high: float) -> list[tuple[float, float]]:
+    """What a device reaches at best from ``low`` to ``high`` operations per byte: the corners.
+
+    Args:
+        copy: TB/s.
+        peak: TFLOP/s; infinite: the slope alone.
+    """
+    ridge = min(max(peak / copy, low), high)
+    return [(x, min(copy * x, peak)) for x in (low, ridge, high)]
+
+
 def roofs(axes: "Axes", peaks: dict[str, float], copy: float, low: float, high: float) -> None:
-    """Draw what a device reaches at best from ``low`` to ``high`` operations per byte.
+    """Draw a roof per dtype on logarithmic axes.
 
     Args:
         peaks: operations per second, by dtype; none: the slope alone.
         copy: TB/s.
     """
     flat = {name: rate / 1e12 for name, rate in peaks.items()}
-    steps = [low * (high / low) ** (i / 200) for i in range(201)]
-    axes.plot([], [], color=INK, linewidth=1.2, label=f"copy {copy:.2f} TB/s, matmul peak")
+    label = f"copy {copy:.2f} TB/s, matmul peak"
     for name, peak in flat.items() or {"": math.inf}.items():
-        axes.plot(steps, [min(copy * x, peak) for x in steps], color=INK, linewidth=1.2, zorder=2)
+        xs, ys = zip(*roof(copy, peak, low, high), strict=True)
+        axes.plot(xs, ys, color=INK, linewidth=1.2, zorder=2, label=label)
+        label = "_"  # matplotlib leaves it out of the legend
         if name:
             axes.text(
-                high, peak, f"{name} {peak:.0f} TFLOP/s", ha="right", va="bottom", fontsize=8,
+                xs[1], peak, f"{name} {peak:.0f} TFLOP/s", ha="right", va="bottom", fontsize=8,
                 color=INK,
             )  # fmt: skip
 
 
 def ratios(record: Record, path: Path) -> bool:
-    """Baseline time / own time over M: a panel per model and pattern, a line per layer and
-    contender with its 95 % interval. False, and no file, without M or without a ratio."""
-    baseline = record.baseline
-    names = [name for name in measured_names(record) if name != baseline]
-    rows = [row for row in record.rows if "M" in row.labels]
-    groups = list(dict.fromkeys(_group(row) for row in rows))
-    if not names or not groups:
+    """Baseline time / own time over M: a row of panels per model and pattern, a column per layer, a
+    line per contender with its 95 % interval. False, and no file, without M or without a ratio."""
+    names = [name for name in measured_names(record) if name != record.baseline]
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for row in record.rows:
+        if "M" in row.labels:
+            panels.setdefault((_group(row), str(row.labels.get("layer", ""))), []).append(row)
+    if not names or not panels:
         return False
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
-    layers = list(dict.fromkeys(_layer(row) for row in rows))
-    crowded = len(names) * len(layers) > 6
-    figure = _figure(5.2 * columns + (2.4 if crowded else 1), 4 * lines + 0.6)
-    panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
-    for panel in panels.flat[len(groups) :]:
-        panel.set_axis_off()
-    for panel, group in zip(panels.flat, groups, strict=False):
-        members = [row for row in rows if _group(row) == group]
-        for name in names:
-            for number, layer in enumerate(layers):
-                colour = COLOURS[number % len(COLOURS)] if len(names) == 1 else None
-                colour = colour or _colour(record, names, name)
-                line = [row for row in members if _layer(row) == layer]
-                _line(panel, line, name, layer, colour, number)
-        panel.axhline(1, color=INK, linewidth=0.9)
-        panel.axhspan(0.98, 1.02, color="#e4e7eb", zorder=0)
-        panel.set_xscale("log", base=2)
-        panel.set_title(group, fontsize=10, loc="left")
-        panel.set_xlabel("M (tokens)")
-        panel.grid(alpha=0.3)
-        if not crowded:
-            panel.legend(fontsize=6.5)
-    if crowded:  # too many to lie over the lines
-        handles = {
-            label: handle
-            for panel in panels.flat
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles, fontsize=6.5, loc="outside right center")
-    panels[0][0].set_ylabel(f"{baseline} time / own time (above 1: faster)")
-    figure.suptitle(_title(record, "ratio to the baseline"), fontsize=11, x=0.02, ha="left")
+    groups, layers = (list(dict.fromkeys(keys)) for keys in zip(*panels, strict=True))
+    figure = _figure(2 * len(layers) + 1.4, 1.55 * len(groups) + 0.8)
+    grid = figure.subplots(len(groups), len(layers), sharex=True, sharey=True, squeeze=False)
+    for line, group in zip(grid, groups, strict=True):
+        ends: dict[str, float] = {}
+        for axes, layer in zip(line, layers, strict=True):
+            for name in names:
+                points = _points(panels.get((group, layer), []), name)
+                if points:
+                    _line(axes, points, _colour(record, names, name), names.index(name))
+                    ends[name] = points[-1][1]
+            axes.axhline(1, color=INK, linewidth=0.9)
+            axes.axhspan(0.98, 1.02, color="#e4e7eb", zorder=0)
+            axes.set_title(f"{group} {layer}".strip(), fontsize=8, loc="left")
+            axes.grid(alpha=0.3)
+            axes.tick_params(labelsize=7)
+        _name_lines(line[-1], ends, record, names)
+    sizes = sorted({int(row.labels["M"]) for rows in panels.values() for row in rows})
+    axes = grid[0][0]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes[:: -(-len(sizes) // 5)], sizes[:: -(-len(sizes) // 5)])
+    axes.minorticks_off()
+    figure.supxlabel("M (tokens)", fontsize=8)
+    figure.supylabel(f"{record.baseline} time / own time (above 1: faster)", fontsize=8)
+    figure.suptitle(_title(record, "ratio to the baseline"), fontsize=10, x=0.02, ha="left")
     _save(figure, path)
     return True
 
 
-def _line(
-    panel: "Axes", rows: Sequence[Row], name: str, layer: str, colour: str, number: int
-) -> None:
-    points = [
-        (int(row.labels["M"]), timed.ratio, timed.low, timed.high)
+Point = tuple[int, float, float, float]
+"""M, ratio, both ends of its interval."""
+
+
+def _points(rows: Sequence[Row], name: str) -> list[Point]:
+    return sorted(
+        (int(row.labels["M"]), *found)
         for row in rows
-        if (timed := row.timed(name)) and timed.ratio is not None
-    ]
-    if not points:
-        return
-    ms, ratios, lows, highs = zip(*sorted(points), strict=True)
-    panel.plot(
-        ms,
-        ratios,
-        marker=MARKERS[number % len(MARKERS)],
-        linestyle=("-", "--", ":", "-.")[number % 4],
-        markersize=3.5,
-        linewidth=1,
-        color=colour,
-        label=f"{name} {layer}".strip(),
+        if (timed := row.timed(name)) and (found := timed.comparison)
     )
-    panel.fill_between(ms, lows, highs, color=colour, alpha=0.12)
+
+
+def _line(axes: "Axes", points: Sequence[Point], colour: str, number: int) -> None:
+    ms, ratios, lows, highs = zip(*points, strict=True)
+    marker = MARKERS[1 + number % (len(MARKERS) - 1)]
+    axes.plot(ms, ratios, marker=marker, markersize=3.5, linewidth=1.2, color=colour)
+    axes.fill_between(ms, lows, highs, color=colour, alpha=0.15, linewidth=0)
+
+
+def _name_lines(axes: "Axes", ends: dict[str, float], record: Record, names: Sequence[str]) -> None:
+    """Write each contender's name beside the end of its line, moved up where two would overlap."""
+    low, high = axes.get_ylim()
+    above = -math.inf
+    for name, end in sorted(ends.items(), key=lambda item: item[1]):
+        above = max((end - low) / (high - low), above + 0.13)
+        axes.annotate(
+            name, (1.03, above), xycoords="axes fraction", va="center", fontsize=8,
+            annotation_clip=False, color=_colour(record, names, name),
+        )  # fmt: skip
 
 
 def measured_names(record: Record) -> list[str]:
     """The contenders that have a time anywhere, the baseline first."""
     names = dict.fromkeys(name for row in record.rows for name in row.contenders)
     return [name for name in names if any(row.timed(name) for row in record.rows)]
-
-
-def _layer(row: Row) -> str:
-    return str(row.labels.get("layer", ""))
 
 
 def _group(row: Row) -> str:
@@ -208,7 +238,7 @@ def _figure(width: float, height: float) -> "Figure":
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -70,6 +70,13 @@ class Timed(Rates):
     blocks: int
     verdict: StoredVerdict | None = None
 
+    @property
+    def comparison(self) -> tuple[float, float, float] | None:
+        """The ratio and both ends of its interval, if it has them."""
+        if self.ratio is None or self.low is None or self.high is None:
+            return None
+        return self.ratio, self.low, self.high
+
 
 class Failed(_Strict):
     """A contender without times, and why."""
