@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -41,6 +41,9 @@ bench-kernels: ## benchmark kernels on the GPU against their baselines (K=gemm, 
 
 compare: ## compare two records: faster, slower, same or ambiguous (A=before.json, B=after.json)
 	@$(WORKSPACE) compare
+
+report: ## one page of HTML of the records, or of two side by side (A=before.json, B=after.json)
+	@$(WORKSPACE) report
 
 profile: ## run Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile

@@ -168,11 +168,18 @@ def profile(options: verbs.Profile) -> int:
     return run_module("custom_kernels.profile", operation, *chosen)
 
 
-def compare(options: verbs.Compare) -> int:
+def compare(options: verbs.TwoRecords) -> int:
     if not options.a or not options.b:
         raise WorkspaceError("name two records: make compare A=before.json B=after.json")
     set_up.package_only()
     return run_module("custom_kernels.bench.compare", options.a, options.b)
+
+
+def report(options: verbs.TwoRecords) -> None:
+    set_up.package_only()
+    from workspace.report.page import run
+
+    run(options)
 
 
 def test(options: verbs.Test) -> int:
@@ -250,6 +257,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "notebook": notebook,
     "bench-kernels": bench_kernels,
     "compare": compare,
+    "report": report,
     "profile": profile,
     "test": test,
     "fork-export": fork_export,

@@ -10,7 +10,6 @@ second run where nothing has changed gives the same file.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace.credentials.content import kind_in_text
-from workspace.host.errors import WorkspaceError, reported_in_one_line
+from workspace.host.errors import WorkspaceError, reported_in_one_line, require
 from workspace.host.files import write_file
 from workspace.host.paths import ROOT
 from workspace.host.text import say
@@ -61,7 +60,7 @@ def run() -> None:
     Raises:
         WorkspaceError: JupyterLab is not installed.
     """
-    _require("jupyterlab")
+    require("jupyterlab")
     say("JupyterLab prints its address; press Ctrl-C twice to stop it")
     process = subprocess.Popen(command(), cwd=NOTEBOOKS, env=_environment())
     # Jupyter handles Ctrl-C: it asks before it stops its kernels.
@@ -72,14 +71,6 @@ def run() -> None:
         signal.signal(signal.SIGINT, previous)
     if status > 0:
         raise WorkspaceError(f"JupyterLab ended with status {status}; see its messages")
-
-
-def _require(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise WorkspaceError(
-            f"{package} is not installed for {sys.executable}; install the package {package}, "
-            "or use an environment of the workspace (make dev)"
-        )
 
 
 def _environment() -> dict[str, str]:
@@ -116,7 +107,7 @@ def executed(path: Path) -> Any:
         WorkspaceError: a cell fails; its message.
     """
     for package in ("nbformat", "nbclient", "ipykernel"):
-        _require(package)
+        require(package)
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError

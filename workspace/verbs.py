@@ -121,7 +121,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Compare:
+class TwoRecords:
     a: str | None = text("A", "the record before", example="before.json")
     b: str | None = text("B", "the record after", example="after.json")
 
@@ -333,7 +333,8 @@ VERBS = {
         Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),
         Verb("notebook", "JupyterLab for notebooks/, on this machine only"),
         Verb("bench-kernels", "benchmark kernels on the GPU against their baselines", BenchKernels),
-        Verb("compare", "compare two records: faster, slower, same or ambiguous", Compare),
+        Verb("compare", "compare two records: faster, slower, same or ambiguous", TwoRecords),
+        Verb("report", "one page of HTML of the records, or of two side by side", TwoRecords),
         Verb("profile", "run Nsight Compute on one call of a kernel", Profile),
         Verb("test", "run the tests", Test),
         Verb("image", "build the development container's image", Image, "container.image", False),

@@ -21,7 +21,7 @@ FLOORS = [
     {"environment"},
     {"fork", "credentials"},
     {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook"},
-    {"doctor", "set_up", "reference", "clean"},
+    {"doctor", "set_up", "reference", "clean", "report"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]

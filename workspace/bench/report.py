@@ -105,33 +105,39 @@ def progress(variants: Sequence[str], clock: TimeLeft) -> Iterator[Live]:
 def show(record: Record, path: Path, plot: Path) -> None:
     """Print the table, the verdict, the proofs and the paths."""
     console.print(table(record))
-    for variant in record.variants:
-        for text in layer_lines(variant):
-            line(text)
-    ratio = record.comparison
-    names = [variant.name for variant in record.variants]
-    low, high = ratio.interval
-    colour = COLOURS[ratio.verdict]
-    console.print(
-        f"{names[1]} / {names[0]} = [bold]{ratio.ratio:.3f}[/bold] [dim]\\[{low:.3f}, {high:.3f}]"
-        f"[/dim]: [bold {colour}]{ratio.verdict}[/bold {colour}] ({ratio.because})"
-    )
-    if record.note:
-        console.print(f"[yellow]{record.note}[/yellow]")
-    if record.agreement.lossy:
-        what = f"distance of {names[1]} from {names[0]}, not a proof"
-    else:
-        what = "outputs"
-    console.print(f"{what}: {agreement_line(record.agreement)}")
-    repeated = (record.baseline_with_itself, record.candidate_with_itself)
-    for name, agreement in zip(names, repeated, strict=True):
-        if agreement is not None:
-            console.print(f"[dim]{name} against itself: {agreement_line(agreement)}[/dim]")
+    for text in lines(record):
+        console.print(text)
     for failure in record.failures:
         console.print(f"[bold red]INVALID[/bold red] {escape(failure)}")
     console.print(f"record:  {escape(shown(path))}")
     console.print(f"plot:    {escape(shown(plot))}")
     console.print(f"re-run:  {escape(record.command)}")
+
+
+def lines(record: Record) -> Iterator[str]:
+    """The layers, the verdict and the proofs, in Rich's markup."""
+    for variant in record.variants:
+        if counted := layer_lines(variant):
+            yield escape("\n".join(counted))
+    ratio = record.comparison
+    names = [variant.name for variant in record.variants]
+    low, high = ratio.interval
+    colour = COLOURS[ratio.verdict]
+    yield (
+        f"{names[1]} / {names[0]} = [bold]{ratio.ratio:.3f}[/bold] [dim]\\[{low:.3f}, {high:.3f}]"
+        f"[/dim]: [bold {colour}]{ratio.verdict}[/bold {colour}] ({ratio.because})"
+    )
+    if record.note:
+        yield f"[yellow]{record.note}[/yellow]"
+    if record.agreement.lossy:
+        what = f"distance of {names[1]} from {names[0]}, not a proof"
+    else:
+        what = "outputs"
+    yield f"{what}: {agreement_line(record.agreement)}"
+    repeated = (record.baseline_with_itself, record.candidate_with_itself)
+    for name, agreement in zip(names, repeated, strict=True):
+        if agreement is not None:
+            yield f"[dim]{name} against itself: {agreement_line(agreement)}[/dim]"
 
 
 def table(record: Record) -> Table:

