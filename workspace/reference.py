@@ -9,6 +9,7 @@ from workspace.host.files import write_file
 from workspace.host.options import Option, declared
 from workspace.host.paths import ROOT
 from workspace.host.settings import Settings
+from workspace.host.text import with_blocks
 from workspace.verbs import VERBS
 
 PAGE = ROOT / "docs" / "reference.md"
@@ -57,12 +58,7 @@ def options() -> Iterator[str]:
 
 def render(page: str) -> str:
     """The page with current tables."""
-    for table in (verbs, settings, options):
-        begin, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
-        block = "\n".join([begin, *table(), end])
-        before, _, rest = page.partition(begin)
-        page = before + block + rest.partition(end)[2]
-    return page
+    return with_blocks(page, "table", {"verbs": verbs, "settings": settings, "options": options})
 
 
 if __name__ == "__main__":

@@ -45,60 +45,9 @@ def test_the_versions_named_are_the_pinned_ones() -> None:
         assert release.cupy in page
 
 
-def figures(name: str) -> tuple[str, str]:
-    """The ratio with its interval, and the verdict, of a valid record of the engine."""
-    record = json.loads((BENCHMARKS / "engine" / f"{name}.json").read_text())
-    assert record["valid"] is True
-    found = record["comparison"]
-    low, high = found["interval"]
-    return f"{found['ratio']:.3f} [{low:.3f}, {high:.3f}]", found["verdict"]
-
-
-def test_every_record_of_the_engine_is_quoted_with_its_figures() -> None:
-    page = (BENCHMARKS / "README.md").read_text()
-    for path in (BENCHMARKS / "engine").glob("*.json"):
-        row = next(line for line in page.splitlines() if f"engine/{path.name}" in line)
-        assert all(figure in row for figure in figures(path.stem)), path.name
-    text = " ".join(README.split())
-    for name in ("qwen2.5-7b-latency-h200", "qwen2.5-7b-sparse-2-4-h200"):
-        assert figures(name)[0] in text
-
-
-def test_the_kernel_figures_quoted_are_those_of_the_record() -> None:
-    record = json.loads((BENCHMARKS / "kernels" / "gemm-cublaslt-h100.json").read_text())
-    assert record["failures"] == []
-    found = record["summary"]["all"]
-    count = found["verdicts"]
-    words = (
-        f"geometric mean {found['geometric_mean']:.3f}",
-        f"{count['FASTER']} faster, {count['SAME']} same, {count['AMBIGUOUS']} ambiguous, "
-        f"{count['SLOWER']} slower ({found['lowest']:.3f}",
-    )
-    for page in ("README.md", "benchmarks/README.md"):
-        text = " ".join((ROOT / page).read_text().split())
-        assert all(word in text for word in words)
-
-
-def test_the_sparse_figures_quoted_are_those_of_the_record() -> None:
-    record = json.loads((BENCHMARKS / "kernels" / "sparse_gemm-h200.json").read_text())
-    page = (BENCHMARKS / "README.md").read_text()
-    quoted = re.findall(r"^\| (\d+:\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
-    assert len(quoted) == 12
-    for pattern, tokens, *figures in quoted:
-        rows = [
-            row["contenders"]
-            for row in record["rows"]
-            if row["labels"]["pattern"] == pattern and row["labels"]["M"] == int(tokens)
-        ]
-        for name, figure in zip(("cutlass", "cusparselt"), figures, strict=True):
-            assert f"{geometric_mean([row[name]['ratio'] for row in rows]):.3f}" == figure
-
-
 def test_the_figures_quoted_for_few_tokens_and_quantization_are_those_of_the_records() -> None:
     page = " ".join((BENCHMARKS / "README.md").read_text().split())
     gemm = json.loads((BENCHMARKS / "kernels" / "gemm-h200.json").read_text())
-    for name in ("skinny", "cublaslt", "triton", "cupy"):
-        assert f"{name} {gemm['summary'][name]['all']['geometric_mean']:.3f}" in page
     tuned = json.loads((PACKAGE / "gemm" / "tuning" / "NVIDIA-H200.json").read_text())
     chosen = [row["contenders"][choice(tuned, row["labels"])] for row in gemm["rows"]]
     verdicts = [one["verdict"] for one in chosen]

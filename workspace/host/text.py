@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Mapping
 
 
 def say(message: str) -> None:
@@ -42,3 +44,16 @@ def make_command(verb: str, **variables: object) -> str:
         if value is not None
     ]
     return " ".join(["make", verb, *words])
+
+
+def with_blocks(page: str, kind: str, blocks: Mapping[str, Callable[[], Iterable[str]]]) -> str:
+    """A page with current lines from `<!-- KIND: NAME -->` to `<!-- end -->`.
+
+    Raises:
+        KeyError: a name in the page is not among the blocks.
+    """
+
+    def lines(found: re.Match[str]) -> str:
+        return "\n".join([found[1], *blocks[found[2]](), "<!-- end -->"])
+
+    return re.sub(rf"(<!-- {kind}: (\w+) -->).*?<!-- end -->", lines, page, flags=re.DOTALL)
