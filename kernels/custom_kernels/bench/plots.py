@@ -169,7 +169,9 @@ def ratios(record: Record, path: Path) -> bool:
     sizes = sorted({int(row.labels["M"]) for rows in panels.values() for row in rows})
     axes = grid[0][0]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes[:: -(-len(sizes) // 5)], sizes[:: -(-len(sizes) // 5)])
+    shown = sizes[:: -(-len(sizes) // 5)]
+    ticks = [f"{size >> 10}k" if size % 1024 == 0 else str(size) for size in shown]
+    axes.set_xticks(shown, ticks)
     axes.minorticks_off()
     figure.supxlabel("M (tokens)", fontsize=8)
     figure.supylabel(f"{record.baseline} time / own time (above 1: faster)", fontsize=8)
