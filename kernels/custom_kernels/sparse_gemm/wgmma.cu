@@ -23,7 +23,7 @@
 // and then the metadata: for each thread the registers that its instructions want.
 //
 // What bounds it: an SM takes in 64 bytes per cycle, and 128 bytes of K' of a tile of
-// 128 x 256 are 42 KiB: 656 cycles, for which the tensor core would take 512. So tiles are as wide
+// 128 x 256 are 42 KiB: 672 cycles, for which the tensor core would take 512. So tiles are as wide
 // in tokens as they can be. With many tokens an H200 is held at its power limit before that.
 //
 // float8: sums are kept in the tensor core's own accumulator throughout, as vLLM's dense kernels
