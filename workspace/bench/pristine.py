@@ -64,7 +64,10 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     archive = run_git("archive", tag, "vllm", tree=source).stdout
     unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], input=archive, check=False)
     if unpacked.returncode != 0:
-        raise WorkspaceError(f"BASELINE=pristine: cannot unpack {tag} into {partial}")
+        raise WorkspaceError(
+            f"BASELINE=pristine: cannot unpack {tag} into {partial} (tar's message is above); free "
+            "some space there and re-run"
+        )
     for name in git(*IGNORED, "vllm", tree=source).split("\0"):
         if name and not name.endswith(".pyc"):
             target = partial / name

@@ -182,7 +182,7 @@ def git(*arguments: str, cwd: Path) -> str:
         raise UnbundleError("git is missing; install it, e.g. apt-get install git") from None
     if done.returncode:
         complaint = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UnbundleError(f"git {arguments[0]} in {cwd}: {complaint}")
+        raise UnbundleError(f"git {arguments[0]} failed in {cwd}: {complaint}")
     return done.stdout
 
 

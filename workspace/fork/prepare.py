@@ -52,7 +52,10 @@ def unpack(sdist: Path, folder: Path) -> Path:
     if result.returncode:
         reason = result.stderr.strip().partition("\n")[0].removeprefix("tar: ")
         # The sdist has the pinned hash, so the cause is the folder, usually a full disk.
-        raise WorkspaceError(f"{sdist.name} cannot be unpacked into {folder}: {reason}")
+        raise WorkspaceError(
+            f"{sdist.name} cannot be unpacked into {folder}: {reason}; free some space there and "
+            "re-run"
+        )
     (tree,) = folder.iterdir()
     return tree
 

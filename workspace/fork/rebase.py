@@ -188,7 +188,7 @@ def _git_rebase(tree: Path, *arguments: str, editor: str = "true") -> None:
     result = run_git("rebase", *arguments, tree=tree, env=env, check=False, pass_fds=fds)
     if result.returncode and not in_git(tree):
         reason = last_line(result.stderr.decode(errors="replace"))
-        raise WorkspaceError(f"git rebase in {shown(tree)}: {reason}")
+        raise WorkspaceError(f"git rebase failed in {shown(tree)}: {reason}")
 
 
 def _todo(rebase: Rebase) -> list[str]:

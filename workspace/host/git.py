@@ -115,7 +115,7 @@ def run(
     if check and result.returncode:
         command = next(word for word in arguments if word[0] != "-" and "=" not in word)
         reason = last_line(result.stderr.decode(errors="replace"))
-        raise WorkspaceError(f"git {command} in {tree}: {reason}")
+        raise WorkspaceError(f"git {command} failed in {tree}: {reason}")
     return result
 
 

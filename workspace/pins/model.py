@@ -153,7 +153,7 @@ def read(path: Path) -> Pins:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise WorkspaceError(f"{path}: {where}: {first['msg']}") from None
+        raise WorkspaceError(f"{path} is not valid: {where}: {first['msg']}") from None
 
 
 @cache

@@ -118,7 +118,9 @@ def compare(a: Side, b: Side) -> Comparison:
         RecordError: they have nothing in common.
     """
     if a.kind != b.kind:
-        raise RecordError(f"A is a record of the {a.kind} bench and B of the {b.kind} bench")
+        raise RecordError(
+            f"A is a record of the {a.kind} bench and B of the {b.kind} bench; name two of one kind"
+        )
     notes = [
         f"{name} differs: {a.facts.get(name) or '?'} in A, {b.facts.get(name) or '?'} in B"
         for name in dict.fromkeys([*a.facts, *b.facts])

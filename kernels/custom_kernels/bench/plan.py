@@ -83,7 +83,9 @@ def known(what: str, wanted: Iterable[str], existing: Iterable[str]) -> list[str
     wanted, existing = list(dict.fromkeys(wanted)), list(dict.fromkeys(existing))
     unknown = sorted(set(wanted) - set(existing))
     if unknown or not wanted:
-        raise UsageError(f"no {what} {', '.join(unknown)}; known: {', '.join(existing)}")
+        raise UsageError(
+            f"no {what} {', '.join(unknown) or 'is named'}; known: {', '.join(existing)}"
+        )
     return wanted
 
 

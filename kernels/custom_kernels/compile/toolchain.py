@@ -198,7 +198,7 @@ def _version(command: list[str], pattern: str) -> str:
     match = re.search(pattern, result.stdout)
     if result.returncode != 0 or match is None:
         raise BuildError(
-            f"`{' '.join(command)}` failed: {(result.stderr or result.stdout).strip()}"
+            f"the tool `{' '.join(command)}` failed: {(result.stderr or result.stdout).strip()}"
         )
     return match.group(1)
 

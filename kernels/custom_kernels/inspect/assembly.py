@@ -175,7 +175,7 @@ def _number(sass: str, architecture: str | None) -> int:
 def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0 or "does not contain device code" in result.stderr:
-        raise BuildError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")
+        raise BuildError(f"the tool `{' '.join(command)}` failed: {result.stderr.strip()}")
     return result.stdout
 
 
