@@ -24,14 +24,14 @@ from workspace.host.paths import BENCHMARKS, PATCHES, ROOT, lock_files
 from workspace.pins.model import load
 
 README = (ROOT / "README.md").read_text()
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", prose):
-        assert (page.parent / target).exists(), target
+FIRST_KERNELS = {"triton": "triton", "cuda": "skinny", "cupy": "cupy"}
+"""The pages docs/first-kernel-*.md → the backend whose records they show. What they show of a run
+without a GPU is compared in new_kernel/test_scaffold.py."""
+PAGES = [
+    page
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md"))
+    if not page.name.startswith("first-kernel-")
+]
 
 
 def test_the_versions_named_are_the_pinned_ones() -> None:
@@ -113,20 +113,45 @@ def test_every_transcript_is_compared_here() -> None:
     assert set(TRANSCRIPTS) == {"make bench", "make doctor", "make fork-status"}
 
 
+def printed(shown: record.Record, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that a bench prints of its record."""
+    lines = io.StringIO()
+    monkeypatch.setattr(
+        report, "console",
+        Console(file=lines, highlight=False, soft_wrap=True, width=80, color_system=None),
+    )  # fmt: skip
+    path = BENCHMARKS / "results" / f"{shown.run}.json"
+    report.show(shown, path, path.with_suffix(".png"))
+    return [line.rstrip() for line in lines.getvalue().splitlines()]
+
+
 def test_the_transcript_of_a_bench_is_what_its_record_shows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown = record.read(BENCHMARKS / "engine" / "tiny-qwen2-throughput-cpu.json")
-    printed = io.StringIO()
-    monkeypatch.setattr(
-        report, "console",
-        Console(file=printed, highlight=False, soft_wrap=True, width=80, color_system=None),
-    )  # fmt: skip
-    path = BENCHMARKS / "results" / f"{shown.run}.json"
-    report.show(shown, path, path.with_suffix(".png"))
-    lines = [line.rstrip() for line in printed.getvalue().splitlines()]
+    lines = printed(shown, monkeypatch)
     # What is before it tells how far a run is, and how long that took.
     assert TRANSCRIPTS["make bench"][-len(lines) :] == lines
+
+
+@pytest.mark.parametrize(("name", "backend"), FIRST_KERNELS.items())
+def test_the_pages_on_a_first_kernel_show_what_records_show(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / f"first-kernel-{name}.md").read_text()
+    engine = record.read(BENCHMARKS / "engine" / f"qwen2.5-0.5b-{backend}-h200.json")
+    assert "\n".join([f"$ {engine.command}", "…", *printed(engine, monkeypatch)]) in page
+    kernels = json.loads((BENCHMARKS / "kernels" / "gemm-h200.json").read_text())
+    quoted = re.findall(r"^\| (\w+) \| (\d+) \| [\d.]+ \|.*\|$", page, re.MULTILINE)
+    assert len(quoted) == 6
+    for layer, tokens in quoted:
+        labels = {"model": "qwen2.5-7b", "layer": layer, "M": int(tokens)}
+        (found,) = [row for row in kernels["rows"] if labels.items() <= row["labels"].items()]
+        torch, ours = (found["contenders"][one] for one in ("torch", backend))
+        assert (
+            f"| {layer} | {tokens} | {torch['us']:.2f} | {ours['us']:.2f} | {ours['ratio']:.3f} "
+            f"[{ours['low']:.3f}, {ours['high']:.3f}] | {ours['verdict'].lower()} |"
+        ) in page
 
 
 def without_this_machine(text: str) -> str:

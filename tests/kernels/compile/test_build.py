@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tvm_ffi
 from custom_kernels import paths, registry
 from custom_kernels.compile import build, toolchain
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
@@ -285,12 +283,3 @@ def test_with_nothing_to_do_nothing_is_compiled_and_torch_not_imported() -> None
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False False"
-
-
-def test_the_kernel_in_the_readme_compiles_and_exports_its_function(toy: PackageCopy) -> None:
-    readme = Path(__file__).parents[3] / "kernels" / "README.md"
-    (example,) = re.findall(r"```cuda\n(.*?)```", readme.read_text(), re.DOTALL)
-    toy.add("toy/cuda.cu", example)
-    (backend,) = registry.compiled()
-    library = build.build(backend, (ARCHITECTURE,)).path
-    assert tvm_ffi.load_module(str(library))["gemm"] is not None

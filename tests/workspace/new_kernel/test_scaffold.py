@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from custom_kernels import paths
+from custom_kernels.inspect.report import Report
+from custom_kernels.inspect.table import cells, short
 
 from tests.conftest import nvcc_missing
 from workspace import verbs
 from workspace.host.errors import WorkspaceError
+from workspace.host.git import git
 from workspace.host.paths import ROOT
 from workspace.new_kernel import scaffold
 
@@ -39,6 +45,16 @@ class Copy:
             [sys.executable, *arguments],
             env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
+
+    def inspect(self, kernels: Iterable[str]) -> list[Report]:
+        """What the compilers made of them for 9.0a, without a warning."""
+        found = self.python("-m", "custom_kernels.inspect", *kernels, "--arch=9.0a", "--json")
+        assert found.returncode == 0, found.stderr
+        document = json.loads(found.stdout)
+        assert document["warnings"] == []
+        for report in document["reports"]:
+            del report["occupancy"]
+        return [Report(**report) for report in document["reports"]]
 
     def error(self, *arguments: str) -> str:
         """What `make new-kernel` cannot do with these values."""
@@ -90,14 +106,11 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy) -> None:
         assert "scaled_silu" not in (copy.root / "custom_kernels" / name).read_text()
 
     mine = [f"{operation}.my_{kind}" for operation in operations for kind in kinds]
-    found = copy.python("-m", "custom_kernels.inspect", *mine, "--arch", "9.0a", "--json")
-    assert found.returncode == 0, found.stderr
-    document = json.loads(found.stdout)
-    assert document["warnings"] == []
+    reports = copy.inspect(mine)
     tensor: dict[str, bool] = {}
-    for report in document["reports"]:
-        name = f"{report['operation']}.{report['backend']}"
-        tensor[name] = tensor.get(name, False) or bool(report["tensor"])
+    for report in reports:
+        name = f"{report.operation}.{report.backend}"
+        tensor[name] = tensor.get(name, False) or bool(report.tensor)
     assert tensor == {name: name.startswith("gemm.") for name in mine}
 
     checked = copy.python("-m", "custom_kernels.check", *operations)
@@ -105,6 +118,14 @@ def test_new_kernels_of_every_kind_work_at_once(copy: Copy) -> None:
     lines = dict(line.split(" ", 1) for line in checked.stdout.splitlines())
     for name in ("gemm.my_triton", "gelu_gate.my_triton", "gelu_gate.reference"):
         assert "cases right" in lines[name]
+    for kind in kinds:
+        page = Page(kind)
+        if AS_SHOWN:
+            assert page.tables()[0] == rows(reports, kind)
+        if not torch.cuda.is_available():
+            (shown,) = page.outputs("custom_kernels.check")
+            shown = shown.partition("; available")[0].replace("mine", f"my_{kind}")
+            assert without_numbers(shown) in without_numbers(checked.stdout)
     program = (
         "import torch; from custom_kernels import custom_gelu_gate as run\n"
         "x, scale = torch.randn(2, 3, 8), torch.ones(8)\n"
@@ -177,3 +198,70 @@ def test_what_it_writes_passes_ruff_in_its_place(template: Path) -> None:
             input=template.read_text(), cwd=ROOT, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert checked.returncode == 0, checked.stdout
+
+
+# --- the pages on a first kernel ------------------------------------------------------------------
+
+AS_SHOWN = Path(sys.prefix) == ROOT / ".venv"
+"""Whether the compilers are those of the pages: of the default release."""
+
+
+@dataclass(frozen=True)
+class Page:
+    kind: str
+
+    def blocks(self, language: str) -> list[str]:
+        text = (ROOT / "docs" / f"first-kernel-{self.kind}.md").read_text()
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        return [block for named, block in blocks if named == language]
+
+    def outputs(self, command: str) -> list[str]:
+        """What the page shows under each such command."""
+        transcripts = [block.split("\n", 1) for block in self.blocks("")]
+        return [output for first, output in transcripts if command in first]
+
+    def tables(self) -> list[dict[str, list[str]]]:
+        """Of each `make inspect`: kernel → the cells that depend on its code alone."""
+        found = []
+        for output in self.outputs("make inspect"):
+            lines = [line.strip("│").split("│") for line in output.splitlines() if line[0] == "│"]
+            stripped = [[cell.strip() for cell in line] for line in lines]
+            found.append({name.partition(": ")[2]: kept(rest) for name, *rest in stripped})
+        return found
+
+
+def kept(shown: list[str]) -> list[str]:
+    """Without registers, occupancy and sizes, which may change with a compiler."""
+    return [cell for number, cell in enumerate(shown) if number not in (1, 6, 7, 8)]
+
+
+def rows(reports: list[Report], kind: str) -> dict[str, list[str]]:
+    found = [one for one in reports if (one.operation, one.backend) == ("gemm", f"my_{kind}")]
+    return {short(one.kernel): kept(cells(one)) for one in found}
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+(\.\d+)?", "N", text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AS_SHOWN, reason="the pages show the default release's compilers")
+def test_the_pages_on_a_first_kernel_show_what_happens(
+    copy: Copy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, template in scaffold.KINDS.items():
+        page, name = Page(kind), f"my_{kind}"
+        scaffold.run(verbs.NewKernel("gemm", kind, name))
+        said = "".join(reversed(capsys.readouterr())).replace(f"{copy.root}/", "kernels/")
+        assert page.outputs("make new-kernel") == [said.replace(name, "mine")]
+        file = (copy.root / "custom_kernels" / "gemm" / name).with_suffix(Path(template).suffix)
+        for code in page.blocks("python") + page.blocks("cuda"):
+            assert code in file.read_text()
+        (change,) = page.blocks("diff")
+        patch = change.replace("kernels/custom_kernels/gemm/mine", f"custom_kernels/gemm/{name}")
+        git("apply", tree=copy.root, stdin=patch.encode())
+    reports = copy.inspect(f"gemm.my_{kind}" for kind in scaffold.KINDS)
+    for kind in scaffold.KINDS:
+        assert Page(kind).tables()[1] == rows(reports, kind)
+    checked = copy.python("-m", "custom_kernels.check", "gemm.my_triton", "--quick")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
