@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tvm_ffi
 from custom_kernels import paths
 from custom_kernels.inspect.report import Report
 from custom_kernels.inspect.table import cells, short
@@ -263,5 +264,7 @@ def test_the_pages_on_a_first_kernel_show_what_happens(
     reports = copy.inspect(f"gemm.my_{kind}" for kind in scaffold.KINDS)
     for kind in scaffold.KINDS:
         assert Page(kind).tables()[1] == rows(reports, kind)
+    (library,) = copy.cache.glob("gemm.my_cuda-*.so")
+    assert tvm_ffi.load_module(str(library))["gemm"] is not None
     checked = copy.python("-m", "custom_kernels.check", "gemm.my_triton", "--quick")
     assert checked.returncode == 0, checked.stdout + checked.stderr
