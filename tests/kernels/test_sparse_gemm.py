@@ -13,6 +13,7 @@ import torch
 from custom_kernels import launches, registry, sparsity
 from custom_kernels.buckets import buckets
 from custom_kernels.check.check import check
+from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.quantization import quantize
 from custom_kernels.sparse_gemm import (
     DTYPES,
@@ -462,6 +463,9 @@ def test_wgmma_tiles_are_those_that_python_numbers() -> None:
     [
         (1, 4608, 3584, 16, 1, False),
         (1, 37888, 3584, 16, 1, False),
+        (16, 3584, 3584, 16, 2, False),
+        (16, 3584, 18944, 16, 2, False),
+        (64, 4608, 3584, 32, 1, False),
         (64, 37888, 3584, 64, 1, False),
         (256, 3584, 18944, 128, 2, False),
         (1024, 3584, 3584, 256, 1, False),
@@ -552,6 +556,31 @@ def test_capture_and_replay(
         torch.cuda.synchronize()
         eager = custom_sparse_gemm(a, scale, weight, bias)
         assert torch.equal(out, eager)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16, 64, 1000])
+def test_wgmma_waits_for_what_quant_expand_writes(gpu: torch.device, m: int) -> None:
+    """Its blocks start while quant_expand runs: one after the other with waits between them must
+    give the same, in a graph and without."""
+    weight = make_weight(3584, 18944, "2:4", torch.float8_e4m3fn, gpu)
+    packed = pack(weight, "2:4", torch.ones(3584, device=gpu), backend="wgmma")
+    inputs = [torch.randn(m, 18944, device=gpu, dtype=torch.bfloat16) for _ in range(20)]
+    apart = []
+    for x in inputs:
+        q, scale = custom_quant_expand(x, "2:4", torch.float8_e4m3fn)
+        torch.cuda.synchronize()
+        apart.append(custom_sparse_gemm(q, scale, packed))
+        torch.cuda.synchronize()
+    together = [sparse_linear(x, packed) for x in inputs]
+    assert all(map(torch.equal, together, apart))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [sparse_linear(x, packed) for x in inputs]
+    for out in outputs:
+        out.fill_(math.nan)
+    graph.replay()
+    assert all(map(torch.equal, outputs, apart))
 
 
 @pytest.mark.gpu

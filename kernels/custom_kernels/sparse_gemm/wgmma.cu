@@ -26,6 +26,11 @@
 // 128 x 256 are 42 KiB: 672 cycles, for which the tensor core would take 512. So tiles are as wide
 // in tokens as they can be. With many tokens an H200 is held at its power limit before that.
 //
+// With few tokens, memory bounds it, and how soon it is asked. Blocks may start while the kernel
+// that writes A still runs: W does not depend on it, so its first part is brought to L2 meanwhile.
+// That is a hint: what is multiplied is read after A is complete, so a weight may have been written
+// just before, too.
+//
 // float8: sums are kept in the tensor core's own accumulator throughout, as vLLM's dense kernels
 // do.
 //
@@ -78,6 +83,16 @@ __device__ __forceinline__ void cluster_sync() {
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;" ::
           : "memory");
+}
+
+// Brings global memory to L2: a hint, so it may run ahead of what wrote that memory.
+__device__ __forceinline__ void prefetch(void const* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Waits for the kernel before, which may still run when this one starts (see the launch).
+__device__ __forceinline__ void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // All threads of one warpgroup.
@@ -293,6 +308,9 @@ struct Tile {
   static constexpr int fixed = staging + scales + 1280 /* barriers, and to align */;
   static constexpr int room = (227 * 1024 + 1024) / per_multiprocessor - 1024;
   static constexpr int stages = (room - fixed) / (stage_w + stage_a);
+  // Bytes of W for 64 features that are on their way to L2 before A is there: what memory delivers
+  // to an SM while the kernel that writes A runs, 1.5 to 2.5 us with few tokens.
+  static constexpr int ahead = (64 << 10) / (per_multiprocessor * groups);
   static constexpr int shared = fixed + stages * (stage_w + stage_a);
   static_assert(stages >= 2 && stages * 16 <= 256);
   // Sums of all parts fit into the ring, and a part is whole boxes.
@@ -368,6 +386,16 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
     return true;
   };
   int tile, first_step, last_step;
+
+  if (!T::share && warp == 4 * T::groups && lane < T::groups) {
+    int feature_block, token;
+    place(cluster, feature_block, token);
+    const int64_t row = min(feature_block + lane, (p.n + 63) / 64 - 1);
+    const int from = p.steps * part / p.split * T::steps;
+    prefetch(p.weight + (row * p.columns + from) * T::block,
+             min(T::ahead / T::block, p.columns - from) * T::block);
+  }
+  wait_for_kernel_before();
 
   if (warp >= 4 * T::groups) {
     if constexpr (T::share_out)
@@ -669,17 +697,20 @@ CUtensorMap describe(void const* data, CUtensorMapDataType type, int bytes, int6
 }
 
 template <class T>
-cudaLaunchConfig_t configuration(cudaLaunchAttribute& attribute, int cluster, int blocks,
+cudaLaunchConfig_t configuration(cudaLaunchAttribute (&attributes)[2], int cluster, int blocks,
                                  cudaStream_t stream) {
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  // Blocks may start while the kernel before ends: quant_expand, which lets them.
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(T::threads);
   config.dynamicSmemBytes = T::shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return config;
 }
 
@@ -694,8 +725,8 @@ int resident(int device, int cluster) {
   if (const auto found = known.find(key); found != known.end()) return found->second;
   CHECK_CUDA(cudaFuncSetAttribute(multiply_sparse<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   T::shared));
-  cudaLaunchAttribute attribute;
-  const auto config = configuration<T>(attribute, cluster, cluster, nullptr);
+  cudaLaunchAttribute attributes[2];
+  const auto config = configuration<T>(attributes, cluster, cluster, nullptr);
   int count = 0;
   CHECK_CUDA(cudaOccupancyMaxActiveClusters(&count, multiply_sparse<T>, &config));
   return known[key] = count;
@@ -743,8 +774,8 @@ void launch(Problem const& problem) {
     p.parts = reinterpret_cast<uint4*>(data + flags);
     CHECK_CUDA(cudaMemsetAsync(data, 0, flags, problem.stream));
   }
-  cudaLaunchAttribute attribute;
-  const auto config = configuration<T>(attribute, cluster, blocks, problem.stream);
+  cudaLaunchAttribute attributes[2];
+  const auto config = configuration<T>(attributes, cluster, blocks, problem.stream);
   CHECK_CUDA(cudaLaunchKernelEx(&config, multiply_sparse<T>, p, a_map, y_map));
 }
 
