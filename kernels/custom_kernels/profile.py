@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m custom_kernels.profile OPERATION --backend NAME``: Nsight Compute on one call of
-one backend.
+one backend; ``of_launches`` does the same for kernels of a notebook.
 
 A child process sets up the case and warms up the backend; only the one call after that is
 profiled, with flushed caches and with the clocks as they are. The report, for ``ncu-ui``, goes to
@@ -14,24 +14,28 @@ import datetime
 import glob
 import io
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from custom_kernels import registry
 from custom_kernels.bench.plan import backend_names, choose, known
-from custom_kernels.bench.record import results_folder
+from custom_kernels.bench.provenance import machine
+from custom_kernels.bench.record import Provenance, results_folder
 from custom_kernels.bench.report import label_text
 from custom_kernels.check.case import Case, contender_of
-from custom_kernels.command import UsageError, command, console, exit_with
+from custom_kernels.command import UsageError, command, console, exit_with, write_whole
 from custom_kernels.compile.toolchain import BuildError
 
 if TYPE_CHECKING:
@@ -49,6 +53,10 @@ CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv")
 TOP_STALLS = 3
 
 _STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio$")
+_SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op_{}.sum"
+_REQUESTS = "l1tex__t_requests_pipe_lsu_mem_global_op_{}.sum"
+_SHARED_PASSES = "l1tex__data_pipe_lsu_wavefronts_mem_shared_op_ld.sum"
+_SHARED_LOADS = "smsp__sass_inst_executed_op_shared_ld.sum"
 _TENSOR = re.compile(r"pipe_tensor\w*\.avg\.pct_of_peak_sustained_(?:active|elapsed)$")
 
 
@@ -63,14 +71,48 @@ class Profile:
     sm_percent: float | None
     tensor_percent: float | None
     """Of the busiest tensor pipe, while the SMs were active."""
+    l1_percent: float | None
+    """Of what L1 and shared memory can move, while the SMs were active."""
+    l2_percent: float | None
+    dram_bytes: float | None
+    """Read plus written."""
+    load_sectors: float | None
+    """Sectors of 32 bytes per request of a warp that loads from global memory."""
+    store_sectors: float | None
+    shared_load_passes: float | None
+    """Passes through shared memory per load of a warp, bank conflicts included."""
     occupancy: float | None
     """Achieved, percent of the warps an SM can hold."""
     occupancy_limit: float | None
     registers: float | None
     shared_bytes: float | None
     stalls: tuple[tuple[str, float], ...]
-    """The reasons for which warps waited most, and their share of the time between two
-    instructions of a warp, percent."""
+    """The reasons for which warps waited, the longest first, and their share of the time between
+    two instructions of a warp, percent."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a CuPy kernel, to be profiled in another process."""
+
+    kernel: Any
+    """A ``cupy.RawKernel``."""
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    """Numbers as the kernel takes them, and tensors. Of a tensor only shape and dtype are used, so
+    its device may be ``meta``: random numbers are in it when the kernel runs."""
+    shared: int = 0
+    """Bytes of dynamic shared memory per block."""
+
+
+class Recorded(BaseModel):
+    """Profiles in a file, each under a name, and where they come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    provenance: Provenance
+    profiles: dict[str, Profile]
 
 
 @command
@@ -125,16 +167,99 @@ def _call(options: argparse.Namespace) -> None:
     inputs = case.empty_inputs(device)
     case.fill(inputs)
     arguments = contender.prepare(inputs)
+    _profile_call(lambda: contender.run(*arguments), device)
+
+
+def _profile_call(call: Callable[[], object], device: torch.device) -> None:
     for _ in range(3):  # compiles, searches, loads modules
-        contender.run(*arguments)
+        call()
     torch.cuda.synchronize(device)
     torch.cuda.profiler.start()
-    contender.run(*arguments)
+    call()
     torch.cuda.synchronize(device)
     torch.cuda.profiler.stop()
 
 
+def run_launches(file: str) -> None:
+    """Run the launches that ``of_launches`` wrote, in their order."""
+    import cupy
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    launches: list[Launch] = pickle.loads(Path(file).read_bytes())
+    arguments = [
+        [
+            torch.randn(one.shape, device=device).to(one.dtype)
+            if isinstance(one, torch.Tensor)
+            else one
+            for one in launch.arguments
+        ]
+        for launch in launches
+    ]
+
+    def call() -> None:
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
+            for launch, own in zip(launches, arguments, strict=True):
+                if launch.shared:
+                    launch.kernel.max_dynamic_shared_size_bytes = launch.shared
+                values = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in own]
+                launch.kernel(launch.grid, launch.block, (*values,), shared_mem=launch.shared)
+
+    _profile_call(call, device)
+
+
 # --- the process that profiles --------------------------------------------------------------------
+
+
+def of_launches(launches: Sequence[Launch], report: Path) -> list[Profile]:
+    """Profile launches of CuPy kernels in a process of their own.
+
+    Args:
+        report: where ncu's report goes, for ``ncu-ui``; its folder exists.
+
+    Returns:
+        A profile for each.
+
+    Raises:
+        UsageError: there is no ``ncu``, or it failed; its reason.
+    """
+    code = "import sys; from custom_kernels import profile; profile.run_launches(sys.argv[1])"
+    sent = [
+        replace(
+            launch,
+            arguments=tuple(
+                one.to("meta") if isinstance(one, torch.Tensor) else one for one in launch.arguments
+            ),
+        )
+        for launch in launches
+    ]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(pickle.dumps(sent))
+        file.flush()
+        return of_command([sys.executable, "-P", "-c", code, file.name], report)
+
+
+def of_command(command: Sequence[str], report: Path) -> list[Profile]:
+    """Profile what a program launches between ``torch.cuda.profiler.start()`` and ``stop()``."""
+    ncu = find_ncu()
+    run_ncu(ncu, report, command)
+    return parse(_raw(ncu, report))
+
+
+def write(path: Path, profiles: Mapping[str, Profile], command: str) -> None:
+    """Write profiles that were made on this machine's GPU.
+
+    Args:
+        command: what repeats them.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorded = Recorded(provenance=machine(device, command), profiles=dict(profiles))
+    text = recorded.model_dump_json(indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
+
+
+def read(path: Path) -> Recorded:
+    """Read what ``write`` wrote."""
+    return Recorded.model_validate_json(path.read_text())
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -143,7 +268,7 @@ def _profile(options: argparse.Namespace) -> None:
             "profiling needs a GPU and torch sees none; without one, "
             f"`make inspect K={options.operation}` shows registers, occupancy and instructions"
         )
-    ncu = find_ncu()
+    find_ncu()  # before anything is compiled
     operation = registry.operation(options.operation)
     case = case_of(options, operation.cases)
     device = torch.device("cuda", torch.cuda.current_device())
@@ -158,8 +283,8 @@ def _profile(options: argparse.Namespace) -> None:
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H%M%SZ")
     slug = re.sub(r"[^\w.-]+", "-", labels)
     report = folder / f"profile-{name}-{slug}-{stamp}.ncu-rep"
-    run_ncu(ncu, report, [sys.executable, "-m", "custom_kernels.profile", *_child(options)])
-    profiles = parse(_raw(ncu, report))
+    child = [sys.executable, "-m", "custom_kernels.profile", *_child(options)]
+    profiles = of_command(child, report)
     if not profiles:
         raise UsageError(f"no kernel ran in the profiled call; ncu's report is {report}")
     screen = console(140)
@@ -281,6 +406,12 @@ def _figures(row: dict[str, str]) -> Profile:
         ),
         sm_percent=figures.get(f"sm__throughput.{of_peak}"),
         tensor_percent=max(tensor, default=None),
+        l1_percent=figures.get("l1tex__throughput.avg.pct_of_peak_sustained_active"),
+        l2_percent=figures.get(f"lts__throughput.{of_peak}"),
+        dram_bytes=_sum(figures, "dram__bytes_read.sum", "dram__bytes_write.sum"),
+        load_sectors=_ratio(figures, _SECTORS.format("ld"), _REQUESTS.format("ld")),
+        store_sectors=_ratio(figures, _SECTORS.format("st"), _REQUESTS.format("st")),
+        shared_load_passes=_ratio(figures, _SHARED_PASSES, _SHARED_LOADS),
         occupancy=figures.get("sm__warps_active.avg.pct_of_peak_sustained_active"),
         occupancy_limit=figures.get("sm__maximum_warps_per_active_cycle_pct"),
         registers=figures.get("launch__registers_per_thread"),
@@ -289,11 +420,22 @@ def _figures(row: dict[str, str]) -> Profile:
     )
 
 
+def _sum(figures: Mapping[str, float], *names: str) -> float | None:
+    values = [figures[name] for name in names if name in figures]
+    return sum(values) if len(values) == len(names) else None
+
+
+def _ratio(figures: Mapping[str, float], above: str, below: str) -> float | None:
+    if above not in figures or not figures.get(below):
+        return None
+    return figures[above] / figures[below]
+
+
 def _stalls(figures: dict[str, float]) -> tuple[tuple[str, float], ...]:
     cycles = {match[1]: value for name, value in figures.items() if (match := _STALL.match(name))}
     total = sum(cycles.values())
     cycles.pop("selected", None)  # the warp that issues does not wait
-    worst = sorted(cycles.items(), key=lambda item: -item[1])[:TOP_STALLS]
+    worst = sorted(cycles.items(), key=lambda item: -item[1])
     return tuple((name.replace("_", " "), 100 * value / total) for name, value in worst if value)
 
 
@@ -325,7 +467,7 @@ def table(profiles: Sequence[Profile]) -> "Table":
             _text(one.occupancy) + limit,
             _text(one.registers, 0),
             _text(one.shared_bytes, 0),
-            ", ".join(f"{name} {share:.0f} %" for name, share in one.stalls),
+            ", ".join(f"{name} {share:.0f} %" for name, share in one.stalls[:TOP_STALLS]),
         )
     return shown
 

@@ -30,7 +30,9 @@ def test_the_key_figures_of_a_real_report() -> None:
     assert found.occupancy_limit == pytest.approx(18.75)
     assert found.registers == 168
     assert found.shared_bytes == 201_916
-    assert [name for name, _ in found.stalls] == ["long scoreboard", "barrier", "no instruction"]
+    names = [name for name, _ in found.stalls]
+    assert names[:3] == ["long scoreboard", "barrier", "no instruction"]
+    assert "selected" not in names
     shares = [share for _, share in found.stalls]
     assert shares[0] == pytest.approx(100 * 5.39 / 16.1, abs=1)  # of 16.10 in all, by ncu
     assert shares == sorted(shares, reverse=True)
@@ -176,6 +178,29 @@ def test_without_a_gpu_one_line_says_what_to_run_instead() -> None:
         "error: profiling needs a GPU and torch sees none; without one, `make inspect K=gemm` "
         "shows registers, occupancy and instructions\n"
     )
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_notebook_are_profiled_in_their_order(tmp_path: Path) -> None:
+    cupy = pytest.importorskip("cupy")
+    try:
+        profile.find_ncu()
+    except UsageError as error:
+        pytest.skip(str(error))
+    source = (
+        'extern "C" __global__ void {}(float* y) {{ y[blockIdx.x * 32 * {} + threadIdx.x] = 1; }}'
+    )
+    launches = [
+        profile.Launch(
+            cupy.RawKernel(source.format(name, stride), name), (64,), (32,), (torch.empty(4096),)
+        )
+        for name, stride in (("first", 1), ("second", 2))
+    ]
+    found = profile.of_launches(launches, tmp_path / "a.ncu-rep")
+    assert [one.kernel for one in found] == ["first", "second"]
+    assert [one.store_sectors for one in found] == [4, 4]
+    profile.write(tmp_path / "a.json", {"x": found[0]}, "make test")
+    assert profile.read(tmp_path / "a.json").profiles == {"x": found[0]}
 
 
 @pytest.mark.gpu

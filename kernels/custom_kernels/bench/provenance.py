@@ -23,11 +23,16 @@ PACKAGES = ("triton", "cupy-cuda13x", "vllm", "flashinfer-python", "nvidia-cubla
 
 def provenance(device: torch.device, plan: Plan) -> Provenance:
     """Of a run of the plan on this GPU, now."""
+    return machine(device, plan.command()).model_copy(update={"compiled": _compiled(plan, device)})
+
+
+def machine(device: torch.device, command: str) -> Provenance:
+    """Of a run on this GPU, now, that ``command`` repeats; without compiled libraries."""
     commit = _git("rev-parse", "HEAD")
     properties = torch.cuda.get_device_properties(device)
     return Provenance(
         time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=plan.command(),
+        command=command,
         device=properties.name,
         sms=properties.multi_processor_count,
         memory_bytes=properties.total_memory,
@@ -41,7 +46,6 @@ def provenance(device: torch.device, plan: Plan) -> Provenance:
         git_dirty=None if commit is None else _dirty(),
         locks=_locks(),
         kernel_source_hash=source_hash(),
-        compiled=_compiled(plan, device),
         tool_chain=_tool_chain(),
     )
 
