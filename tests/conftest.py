@@ -30,7 +30,8 @@ TERMINAL += ("TTY_COMPATIBLE", "TTY_INTERACTIVE", "LANGUAGE")
 SCOPES = {
     "newcomer": ("container/test_newcomer.py",),
     "container": ("tests/container/",),  # they share what they build
-    "engine": ("test_second_release.py", "bench/test_run.py"),  # one engine at a time, for memory
+    # One engine at a time, for memory.
+    "engine": ("test_second_release.py", "bench/test_run.py", "test_notebook_in_engine.py"),
     "programs": ("test_vllm.py", "test_vllm_quantization.py", "test_dummy_weights.py"),
     "build": ("fork/test_build.py",),
     "conda": ("test_conda_dev.py",),

@@ -10,21 +10,29 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pytest
 
 from workspace import notebook
 
 NOTEBOOKS = sorted(notebook.NOTEBOOKS.glob("*.ipynb"))
+# nbformat is imported where it is used: that takes seconds, in each process of the suite.
 ALL = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+IN_ENGINE = "06_into_vllm"
+"""It runs in test_notebook_in_engine.py."""
+WITHOUT_ENGINE = pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem != IN_ENGINE], ids=lambda path: path.stem
+)
 
 
 def test_they_are_numbered_from_the_first() -> None:
-    assert [path.stem for path in NOTEBOOKS][:2] == ["01_rawkernel", "02_gemm"]
+    numbers = [int(path.stem.partition("_")[0]) for path in NOTEBOOKS]
+    assert numbers == list(range(1, len(numbers) + 1))
 
 
 @ALL
 def test_committed_with_the_outputs_of_one_run_and_nothing_of_the_machine(path: Path) -> None:
+    import nbformat
+
     book: Any = nbformat.read(path, as_version=4)
     again = f"run `{notebook.COMMAND} {path.stem}`"
     assert list(notebook.problems(book)) == [], again
@@ -33,25 +41,31 @@ def test_committed_with_the_outputs_of_one_run_and_nothing_of_the_machine(path: 
 
 
 @pytest.mark.slow
-@ALL
+@WITHOUT_ENGINE
 def test_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient")
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as `make test` sets it where there is no GPU
     book = notebook.executed(path)
     assert list(notebook.problems(book)) == []
     assert any("image/png" in output.get("data", {}) for output in outputs(book))
-    text = "".join(
-        output.get("text", "") + output.get("data", {}).get("text/plain", "")
-        for output in outputs(book)
-    )
-    assert "LDG 16 B" in text or path.stem == "04_sparsity"  # which inspects no kernel
+    assert "LDG 16 B" in printed(book) or path.stem == "04_sparsity"  # which inspects no kernel
 
 
 def outputs(book: Any) -> list[Any]:
     return [output for cell in book.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
+def printed(book: Any) -> str:
+    """All text of the outputs."""
+    return "".join(
+        output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        for output in outputs(book)
+    )
+
+
 def written(folder: Path, *cells: str) -> Path:
+    import nbformat
+
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     path = folder / "one.ipynb"
     nbformat.write(book, path)
@@ -60,6 +74,8 @@ def written(folder: Path, *cells: str) -> Path:
 
 def test_a_second_run_gives_the_same_file(tmp_path: Path) -> None:
     pytest.importorskip("nbclient")
+    import nbformat
+
     path = written(tmp_path, "import time\nprint(1, flush=True)\ntime.sleep(0.3)\nprint(2)", "3")
     assert notebook.write_outputs(path)
     book: Any = nbformat.read(path, as_version=4)
@@ -82,6 +98,8 @@ def test_a_second_run_gives_the_same_file(tmp_path: Path) -> None:
     ],
 )
 def test_an_output_that_names_the_machine_is_refused(text: str, problem: str) -> None:
+    import nbformat
+
     cell: Any = nbformat.v4.new_code_cell("x", execution_count=1)
     book: Any = nbformat.v4.new_notebook(cells=[cell])
     book.metadata[notebook.CODE] = notebook.code_hash(book)

@@ -74,8 +74,10 @@ def run() -> None:
 
 
 def _environment() -> dict[str, str]:
-    # Kernels are compiled and inspected in notebooks, which the interpreter does not.
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Kernels are compiled and inspected in notebooks, which the interpreter does not. Under pytest
+    # ipykernel's sys.stdout has no file descriptor, and vLLM asks for it.
+    dropped = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 # --- outputs --------------------------------------------------------------------------------------

@@ -183,6 +183,11 @@ class Bench:
     eager: Literal["0", "1"] | None = choice(
         "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
     )
+    interpret: bool = flag(
+        "TRITON_INTERPRET",
+        "on a CPU, run a Triton `BACKEND` in Triton's interpreter: its outputs are proven, its "
+        "speed counts for nothing",
+    )
     baseline: Literal["stock", "pristine"] | None = choice(
         "BASELINE",
         "`pristine`: compare the fork with the switch off with the unpatched release",

@@ -131,6 +131,8 @@ def _agreements(
 
 def _notes(plan: Plan) -> list[str]:
     notes = [CPU_NOTE] if plan.device.kind == "cpu" else []
+    if plan.interpret:
+        notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
     if plan.quantization:
         notes.append(f"custom is quantized ({plan.quantization}) and computes something else")
     return notes

@@ -59,6 +59,8 @@ class Plan:
     tensor_parallel: int
     eager: bool
     baseline: Literal["stock", "pristine"]
+    interpret: bool = False
+    """Whether the backend is a Triton kernel that runs in Triton's interpreter."""
 
     @property
     def input_tokens_per_round(self) -> int:
@@ -144,7 +146,14 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         tensor_parallel=tp,
         eager=device.kind == "cpu" if options.eager is None else options.eager == "1",
         baseline=options.baseline or "stock",
+        interpret=options.interpret and device.kind == "cpu" and _is_triton(options.backend),
     )
+
+
+def _is_triton(backend: str | None) -> bool:
+    from custom_kernels import registry
+
+    return backend is not None and registry.operation("gemm").backend(backend).kind == "triton"
 
 
 def check_backend(backend: str | None, device: Device) -> None:
@@ -227,6 +236,7 @@ def repeat_command(plan: Plan) -> str:
         EAGER=int(plan.eager),
         BASELINE=plan.baseline if plan.baseline != "stock" else None,
         VLLM_VERSION=selected() if selected() != default else None,
+        TRITON_INTERPRET=1 if plan.interpret else None,
     )
 
 

@@ -38,8 +38,8 @@ BUSY = 0.2
 """The user is warned if other processes use more than this share of the processors."""
 
 
-def run(options: Bench) -> None:
-    """Run the benchmark that `options` describe.
+def run(options: Bench) -> Record:
+    """Run the benchmark that `options` describe; its record, which is in a file, too.
 
     Raises:
         WorkspaceError: it could not be run, or a check failed; then the record says so, too.
@@ -68,6 +68,7 @@ def run(options: Bench) -> None:
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
         report.show(result, path, plot)
         require_valid(result, path)
+        return result
 
 
 def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:

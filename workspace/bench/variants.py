@@ -18,6 +18,8 @@ SWITCH = "VLLM_USE_CUSTOM_GEMM"
 BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
 LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
 SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
+INTERPRET = "TRITON_INTERPRET"
+"""Triton's own variable: kernels run in its interpreter, one operation after the other."""
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
 PLUGINS, PLUGIN = "VLLM_PLUGINS", "custom_kernels"
 """The variable that names the plugins vLLM loads, and this one's name (kernels/pyproject.toml)."""
@@ -53,6 +55,7 @@ def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
     switches = {SWITCH: "1"}
     switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
     switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
+    switches |= {INTERPRET: "1"} if plan.interpret else {}
     return Variant("stock"), Variant("custom", switches, launches=True)
 
 
@@ -81,9 +84,9 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     Switches and `common_settings` that the user has set are replaced: the variants differ in
     nothing but their switches.
     """
-    # Triton's interpreter is for tests without a GPU: vLLM's own Triton kernels would run a
-    # thousand times slower in it, or fail.
-    removed = (*SWITCHES, "TRITON_INTERPRET")
+    # Triton's interpreter is for a custom kernel on the CPU, and then a switch of its variant:
+    # elsewhere vLLM's own Triton kernels would run a thousand times slower in it, or fail.
+    removed = (*SWITCHES, INTERPRET)
     inherited = {k: v for k, v in os.environ.items() if k not in removed}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)

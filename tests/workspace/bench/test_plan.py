@@ -130,11 +130,24 @@ def test_model_larger_than_memory_is_refused_before_the_engine_starts() -> None:
 
 
 def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
-    made = sample(rounds=3, backend="reference", layers="*.mlp.*,lm_head")
-    words = shlex.split(repeat_command(made))
-    assert words[:2] == ["make", "bench"]
-    given = dict(word.split("=", 1) for word in words[2:])
-    assert make_plan(read(Bench, given), CPU, MODEL) == made
+    layers = "*.mlp.*,lm_head"
+    for made in (
+        sample(rounds=3, backend="reference", layers=layers),
+        sample(backend="triton", interpret=True),
+    ):
+        words = shlex.split(repeat_command(made))
+        assert words[:2] == ["make", "bench"]
+        given = dict(word.split("=", 1) for word in words[2:])
+        assert make_plan(read(Bench, given), CPU, MODEL) == made
+
+
+def test_only_a_triton_kernel_on_the_cpu_is_interpreted() -> None:
+    asked = Bench(backend="triton", interpret=True)
+    assert make_plan(asked, CPU, MODEL).interpret
+    assert not make_plan(replace(asked, interpret=False), CPU, MODEL).interpret
+    assert not make_plan(replace(asked, backend="reference"), CPU, MODEL).interpret
+    assert not make_plan(replace(asked, backend=None), CPU, MODEL).interpret
+    assert not make_plan(asked, GPU, MODEL).interpret
 
 
 def test_command_that_repeats_a_run_names_a_release_that_is_not_the_default(

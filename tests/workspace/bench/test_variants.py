@@ -51,10 +51,15 @@ def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -
     assert variants.BACKEND_SWITCH not in variants.environment(plan(), custom, LOG)
 
 
-def test_an_engine_never_runs_in_tritons_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interpret", [True, False])
+def test_only_the_custom_variant_runs_in_tritons_interpreter(
+    interpret: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    stock, _ = variants.stock_and_custom(plan())
-    assert "TRITON_INTERPRET" not in variants.environment(plan(), stock, LOG)
+    made = plan(backend="triton", interpret=interpret)
+    stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
+    assert "TRITON_INTERPRET" not in stock  # vLLM's own kernels would run in it
+    assert ("TRITON_INTERPRET" in custom) is interpret
 
 
 def test_settings_that_keep_an_engine_from_its_work_are_named(
