@@ -26,6 +26,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "vllm-fork" / "releases").symlink_to(ROOT / "vllm-fork" / "releases")
     monkeypatch.setenv("PYTHONPATH", str(root / "kernels"))
     monkeypatch.setenv("CUSTOM_KERNELS_CACHE", str(paths.cache_dir()))
+    # Five engines start, and each would trace and compile some of vLLM's functions anew.
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     return root
 
 

@@ -178,7 +178,7 @@ class Bench:
         "QUANTIZATION",
         "a method of this workspace (`sparse_2_4`, `sparse_4_6`, `sparse_6_8`, or "
         "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
-        "variant, compared with the unquantized model",
+        "variant, compared with the unquantized model or that of `BASELINE=fp8`",
     )
     eager: Literal["0", "1"] | None = choice(
         "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
@@ -188,20 +188,22 @@ class Bench:
         "on a CPU, run a Triton `BACKEND` in Triton's interpreter: its outputs are proven, its "
         "speed counts for nothing",
     )
-    baseline: Literal["stock", "pristine"] | None = choice(
+    baseline: Literal["stock", "fp8", "pristine"] | None = choice(
         "BASELINE",
+        "`fp8`: compare with vLLM's own fp8, which quantizes the model while it loads; "
         "`pristine`: compare the fork with the switch off with the unpatched release",
-        "stock", "pristine",
+        "stock", "fp8", "pristine",
         default="`stock`",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        others = {"BACKEND": self.backend, "LAYERS": self.layers, "BASELINE": self.baseline}
+        others = {"BACKEND": self.backend, "LAYERS": self.layers}
+        others |= {"BASELINE": self.baseline if self.baseline == "pristine" else None}
         given = [name for name, value in others.items() if value]
         if self.quantization and given:
             raise WorkspaceError(
                 f"QUANTIZATION={self.quantization} selects its own kernels and is compared with "
-                f"stock; leave out {' and '.join(given)}"
+                f"stock or fp8; leave out {' and '.join(given)}"
             )
 
 

@@ -35,6 +35,7 @@ FEWEST = 6
 """A message with fewer letters has no words of its own."""
 NOT_ERRORS = {
     "……; …, then re-run",  # after what `Shadowed` says
+    "… is quantized (…) and computes something else",  # a note in a record
     "and … more",
     "and … others",
     "damaged",  # always caught

@@ -108,8 +108,8 @@ def _failures(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
 def _agreements(
     plan: Plan, baseline: Sequence[Result], candidate: Sequence[Result]
 ) -> tuple[Agreement, Agreement | None, Agreement | None]:
-    """The worst of candidate against baseline; the baseline against itself, and a quantized
-    candidate against itself, if they ran twice."""
+    """The worst of candidate against baseline; the baseline against itself, and the candidate
+    against itself where it computes something else, if they ran twice."""
     tolerance = checks.TOLERANCES.get(baseline[0].dtype, checks.TOLERANCES["bfloat16"])
     vocab_size, reference = plan.model.config.vocab_size, baseline[0].generations
 
@@ -121,20 +121,24 @@ def _agreements(
 
     agreements = [
         checks.distance(reference, result.generations, vocab_size)
-        if plan.quantization
+        if plan.lossy
         else checks.agreement(reference, result.generations, tolerance, vocab_size)
         for result in candidate
     ]
     worst = max(agreements, key=lambda a: (len(a.failures), a.largest))
-    return worst, itself(baseline), itself(candidate) if plan.quantization else None
+    return worst, itself(baseline), itself(candidate) if plan.lossy else None
 
 
 def _notes(plan: Plan) -> list[str]:
     notes = [CPU_NOTE] if plan.device.kind == "cpu" else []
     if plan.interpret:
         notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
-    if plan.quantization:
-        notes.append(f"custom is quantized ({plan.quantization}) and computes something else")
+    methods = {"fp8": "fp8" if plan.baseline == "fp8" else None, "custom": plan.quantization}
+    notes += [
+        f"{variant} is quantized ({method}) and computes something else"
+        for variant, method in methods.items()
+        if method
+    ]
     return notes
 
 

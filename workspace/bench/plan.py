@@ -58,9 +58,14 @@ class Plan:
     rounds: int
     tensor_parallel: int
     eager: bool
-    baseline: Literal["stock", "pristine"]
+    baseline: Literal["stock", "fp8", "pristine"]
     interpret: bool = False
     """Whether the backend is a Triton kernel that runs in Triton's interpreter."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the variants compute different things, because one is quantized."""
+        return self.quantization is not None or self.baseline == "fp8"
 
     @property
     def input_tokens_per_round(self) -> int:

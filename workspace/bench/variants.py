@@ -48,15 +48,19 @@ class Variant:
 
 
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
-    """vLLM with the switch unset; and with it set, or with a custom quantization method."""
+    """vLLM with the switch unset, perhaps with a quantization method of its own; and with it set,
+    or with a custom quantization method."""
+    stock = Variant("stock")
+    if plan.baseline == "fp8":
+        stock = Variant("fp8", arguments=("--quantization", "fp8"))
     if plan.quantization:
         method = ("--quantization", plan.quantization)
-        return Variant("stock"), Variant("custom", launches=True, arguments=method)
+        return stock, Variant("custom", launches=True, arguments=method)
     switches = {SWITCH: "1"}
     switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
     switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
     switches |= {INTERPRET: "1"} if plan.interpret else {}
-    return Variant("stock"), Variant("custom", switches, launches=True)
+    return stock, Variant("custom", switches, launches=True)
 
 
 def common_settings(plan: Plan) -> dict[str, str]:

@@ -134,6 +134,7 @@ def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
     for made in (
         sample(rounds=3, backend="reference", layers=layers),
         sample(backend="triton", interpret=True),
+        sample(quantization="sparse_2_4", baseline="fp8"),
     ):
         words = shlex.split(repeat_command(made))
         assert words[:2] == ["make", "bench"]

@@ -45,6 +45,16 @@ def test_a_quantization_method_is_an_argument_and_no_switch(
     assert variants.command_line(made, sides[1]).endswith("--quantization sparse_6_8")
 
 
+@pytest.mark.parametrize("quantization", ["sparse_2_4", None])
+def test_vllms_own_fp8_is_a_baseline_for_every_custom_variant(quantization: str | None) -> None:
+    made = plan(quantization=quantization, baseline="fp8")
+    baseline, custom = variants.stock_and_custom(made)
+    assert (baseline.name, baseline.launches, baseline.switches) == ("fp8", False, {})
+    assert variants.arguments(made, baseline)[-2:] == ["--quantization", "fp8"]
+    assert custom == variants.stock_and_custom(plan(quantization=quantization))[1]
+    assert made.lossy
+
+
 def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
     _, custom = variants.stock_and_custom(plan())
