@@ -44,7 +44,7 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
     """The runs of the engine, the largest model first.
 
     Args:
-        only_clear: leave out CPUs, and ambiguous verdicts.
+        only_clear: leave out CPUs, ambiguous verdicts, and runs without custom kernels.
     """
     found, _ = records.find([BENCHMARKS / "engine"])
     runs = [one for one in found if isinstance(one, Engine)]
@@ -53,9 +53,9 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
     for one in runs:
         run, settings = one.record, one.record.settings
         ambiguous = run.comparison.verdict == "ambiguous"
-        if only_clear and (ambiguous or run.device_kind == "cpu"):
-            continue
         before, after = run.variants
+        if only_clear and (ambiguous or run.device_kind == "cpu" or not after.launches):
+            continue
         ran = ", ".join(f"`{name}`" for name in after.launches) or f"vLLM's own, {after.name}"
         ran += f" in `{settings.layers}`" if settings.layers else ""
         ran = f"{settings.quantization}: {ran}" if settings.quantization else ran
@@ -74,7 +74,7 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
                 f"ambiguous: {reason}" if ambiguous else run.comparison.verdict,
             ]
         )
-    heads = ("record", "device", "workload", "custom kernels", "custom / stock", "verdict")
+    heads = ("record", "device", "workload", "custom kernels", "custom / baseline", "verdict")
     return _table(heads, rows)
 
 
