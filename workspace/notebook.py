@@ -116,7 +116,7 @@ def executed(path: Path) -> Any:
 
     book: Any = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        book, kernel_name="python3", record_timing=False, timeout=600,
+        book, kernel_name="python3", record_timing=False, timeout=1800,
         resources={"metadata": {"path": str(path.parent)}},
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
