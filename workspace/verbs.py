@@ -197,8 +197,11 @@ class Bench:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        others = {"BACKEND": self.backend, "LAYERS": self.layers}
-        others |= {"BASELINE": self.baseline if self.baseline == "pristine" else None}
+        others = {
+            "BACKEND": self.backend,
+            "LAYERS": self.layers,
+            "BASELINE": self.baseline == "pristine",
+        }
         given = [name for name, value in others.items() if value]
         if self.quantization and given:
             raise WorkspaceError(

@@ -13,6 +13,7 @@ from statistics import geometric_mean
 
 from custom_kernels import sparsity
 from custom_kernels.bench import plots
+from custom_kernels.bench.compare import Ratio
 
 from workspace.bench import chart
 from workspace.host.files import write_file
@@ -60,7 +61,8 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
         ran += f" in `{settings.layers}`" if settings.layers else ""
         ran = f"{settings.quantization}: {ran}" if settings.quantization else ran
         ran += f" against {before.name}" if before.name != "stock" else ""
-        (low, high), reason = run.comparison.interval, run.comparison.because.partition(";")[0]
+        ratio = Ratio(run.comparison.ratio, *run.comparison.interval)
+        reason = run.comparison.because.partition(";")[0]
         rows.append(
             [
                 _link(one, page),
@@ -70,7 +72,7 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
                 f"{settings.input_len} in, {settings.output_len} out, "
                 f"{'eager' if settings.eager else 'compiled'}",
                 ran,
-                f"{run.comparison.ratio:.3f} [{low:.3f}, {high:.3f}]",
+                ratio.text,
                 f"ambiguous: {reason}" if ambiguous else run.comparison.verdict,
             ]
         )

@@ -69,10 +69,12 @@ TILES = (
 the fastest choice, for N from 3584 to 37888, K 3584 and 18944, and M from 1 to 16384; up to M = 64,
 measured again behind quant_expand, 0.3 %."""
 
-FEWEST = {16: 1, 32: 17, 64: 17}
-MOST = {16: 16, 32: 64, 64: 256}
-"""Tokens for which a tile is taken, by its width. Narrow tiles read the weight again for every few
-tokens, and the narrowest is the fastest wherever it holds them all."""
+NARROWEST = min(tile.tokens for tile in TILES)
+"""This tile is the fastest wherever it holds all tokens."""
+
+MOST = {32: 64, 64: 256}
+"""Tokens up to which other narrow tiles are taken, by their width: they read the weight again for
+every few."""
 
 BYTES_PER_MICROSECOND = 4.0e6
 """Bandwidth of HBM, from which the weight is read."""
@@ -137,7 +139,7 @@ def choose(dtype: torch.dtype, m: int, n: int, k: int, sms: int) -> Choice:
         (
             Choice(index, _pair(tile, m * dtype.itemsize), split)
             for index, tile in enumerate(TILES)
-            if FEWEST.get(tile.tokens, 17) <= m <= MOST.get(tile.tokens, m)
+            if (tile.tokens == NARROWEST) == (m <= NARROWEST) and m <= MOST.get(tile.tokens, m)
             for split in tile.splits
         ),
         key=lambda choice: _microseconds(choice, dtype, m, n, k, sms),
