@@ -81,6 +81,8 @@ def test_a_change_in_our_own_code_leaves_the_environments_layers(host: Host, ima
     assert after["Config"]["Labels"]["changed"] == "yes"
     assert after["RootFS"]["Layers"][: len(before) - 2] == before[:-2]
     assert host.make("image").status == 0
+    kept = docker("images", "--all", "--quiet", "--no-trunc").split()
+    assert after["Id"] not in kept  # it lost its name, and nothing runs it
 
 
 def test_the_indexs_password_that_the_build_used_is_in_no_layer(host: Host, image: Ran) -> None:

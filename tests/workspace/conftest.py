@@ -492,6 +492,23 @@ def nasty_settings(folder: Path) -> dict[str, str]:
     }
 
 
+def edit_in_the_same_second(path: Path) -> None:
+    """Edit a committed file so that neither its length nor, in seconds, its times differ from what
+    git's index has of it; git sees that only by the index's own time."""
+    index = path.parent / ".git" / "index"
+    text = path.read_text()
+    for _ in range(20):
+        time.sleep(1.05 - time.time() % 1)
+        path.write_text(text)
+        subprocess.run(["git", "update-index", path.name], cwd=path.parent, check=True)
+        path.write_text(text.swapcase())
+        if len({int(one.stat().st_mtime) for one in (path, index)}) == 1:
+            break
+    else:
+        raise AssertionError("one git command takes more than a second here")
+    time.sleep(1.05 - time.time() % 1)
+
+
 def still_running(processes: list[psutil.Process], seconds: float = 120) -> list[psutil.Process]:
     """Those that have not ended after so long; none as soon as all have.
 

@@ -53,7 +53,9 @@ def snapshot(tree: Path, bare: Path) -> str:
     shared = [(path.name, folder) for path in folder.glob("sharedindex.*")]
     for name, source in (("info/exclude", common), ("shallow", common), ("index", folder), *shared):
         if (source / name).exists():
-            shutil.copy(source / name, bare / name)
+            # With its time: git looks into a file only if it changed since the index was written,
+            # or in the same second.
+            shutil.copy2(source / name, bare / name)
     variables = {"GIT_DIR": str(bare), "GIT_WORK_TREE": str(tree)}
     git("add", "--all", ".", tree=tree, env=variables)
     staged = git("ls-files", "--stage", "-z", tree=tree, env=variables).split("\0")

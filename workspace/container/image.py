@@ -7,6 +7,7 @@ registry is asked, so a container opens without a network.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -161,6 +162,11 @@ def ensure(options: verbs.BuildImage, *, force: bool = False) -> str:
         failure=f"the image on {build['BASE_IMAGE']} could not be built",
         brief=_step,
     )  # fmt: skip
+    built = inspect_image(name)
+    if existing and built and existing.identity != built.identity:
+        # It has no name any more. Refused, and kept, if it has a container.
+        with contextlib.suppress(WorkspaceError):
+            docker("rmi", existing.identity)
     return name
 
 

@@ -32,8 +32,9 @@ def run(options: verbs.ForkDiff) -> int:
     command = ["diff", *plain, "--stat" if options.stat else "--binary", base, "--"]
     with tempfile.TemporaryDirectory() as work:
         # A copy of the index, to which new files are added: the user's index has what they staged.
+        # With its time: git looks into a file only if it changed since, or in the same second.
         index = Path(work) / "index"
-        shutil.copy(tree / ".git" / "index", index)
+        shutil.copy2(tree / ".git" / "index", index)
         env = {"GIT_INDEX_FILE": str(index)}
         git("add", "--intent-to-add", "--all", ".", tree=tree, env=env)
         names = git("diff", "--name-only", "-z", base, "--", tree=tree, env=env).split("\0")[:-1]

@@ -17,6 +17,7 @@ from custom_kernels.compile import toolchain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.workspace.conftest import edit_in_the_same_second
 from workspace.bundle import archive, pack, packages, place, repository, unbundle
 from workspace.bundle.target import Host, problems, require_workable, supported_tags
 from workspace.environment import inventory
@@ -358,6 +359,14 @@ def test_a_shallow_clone_and_a_detached_head_travel(tree: Path, tmp_path: Path) 
     restored = packed(shallow, tmp_path)
     assert git(restored, "log", "--format=%s").split() == ["second"]
     assert uncommitted(restored) == [" M kept"]
+
+
+def test_an_edit_travels_that_was_made_in_the_second_of_the_commit(
+    tree: Path, tmp_path: Path
+) -> None:
+    edit_in_the_same_second(tree / "kept")
+    restored = packed(tree, tmp_path)
+    assert (restored / "kept").read_text() == "SECOND\n"
 
 
 def test_a_repository_inside_the_tree_is_refused(tree: Path, tmp_path: Path) -> None:
