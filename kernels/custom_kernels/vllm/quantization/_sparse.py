@@ -9,20 +9,28 @@ Pruning by magnitude alone, without training after it, costs accuracy: it shows 
 and saves in time, for any checkpoint. A checkpoint that was trained with the pattern keeps its
 values: the weights that it has are the ones that are kept.
 
+Under torch.compile the compiler gets the quantization as plain torch, where the pattern's expansion
+is the row itself (2:4, K a multiple of 64): it becomes part of the kernel that computes x, a norm
+or an activation, so x is not written and read again. Such a kernel quantizes x as it was before it
+was rounded to bfloat16. ``CUSTOM_KERNELS_FUSE=0`` turns it off.
+
 With tensor parallelism each rank quantizes its part of the weight, with scales of its own. Where a
 layer's K is split, the parts must be whole groups, so that any number of ranks prunes the same
 weights.
 """
 
 import logging
+import os
 from typing import Any, ClassVar
 
 import torch
 
-from custom_kernels import registry, sparse_gemm, sparsity
+from custom_kernels import quantization, registry, sparse_gemm, sparsity
 from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.vllm import upstream
 from custom_kernels.vllm.quantization import _base
+
+FUSE = "CUSTOM_KERNELS_FUSE"
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +72,18 @@ class SparseLinear(_base.LinearMethod):
             weight.device, weight.dtype
         )
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
-        # Constants of the graph that depend on what this machine can run.
-        upstream.graphs_depend_on(f"{name} {dtype} {packed.backend}")
+        self.fused = fuses() and packed.expanded == packed.k
+        # Constants of the graph that depend on what this machine can run, and on a variable.
+        upstream.graphs_depend_on(f"{name} {dtype} {packed.backend} fused {self.fused}")
         return {"values": packed.values, "metadata": packed.metadata, "scale": scale}
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        q, scale = custom_quant_expand(x, self.config.pattern, self.dtype)
+        if self.fused and torch.compiler.is_compiling():
+            q, scale = quantization.quantize(x, self.dtype)
+        else:
+            q, scale = custom_quant_expand(x, self.config.pattern, self.dtype)
         weight = layer.values, layer.metadata, layer.scale
         return torch.ops.custom_kernels.sparse_gemm.default(
             q, scale, *weight, bias, self.features, self.backend
@@ -88,3 +100,8 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         return torch.float8_e4m3fn
     return torch.int8
+
+
+def fuses() -> bool:
+    """Whether ``CUSTOM_KERNELS_FUSE`` leaves the quantization to torch.compile: if it is not 0."""
+    return os.environ.get(FUSE, "1") != "0"
