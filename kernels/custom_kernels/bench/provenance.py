@@ -17,7 +17,10 @@ from custom_kernels.compile import build, sources, toolchain
 from custom_kernels.compile.toolchain import BuildError
 from custom_kernels.source_hash import source_hash
 
-PACKAGES = ("triton", "cupy-cuda13x", "vllm", "flashinfer-python", "nvidia-cublas")
+PACKAGES = (
+    "triton", "cupy-cuda13x", "vllm", "flashinfer-python",
+    "nvidia-cublas", "nvidia-cusparselt-cu13",
+)  # fmt: skip
 """Whose version a time may depend on, beside torch's."""
 
 

@@ -179,10 +179,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) skinny(const Problem p, con
   uint32_t to = queue;
   const T* row = static_cast<const T*>(p.w) + (tile * 8 * R + g) * p.w_stride;
 
-#if __CUDA_ARCH__ >= 900
-  // Launched while the kernel before drains (see the launch): what it wrote is there from here on.
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
+  custom_kernels::wait_for_previous_kernel();
 
   const auto copy_next = [&] {
     if (tile < tiles) {
@@ -325,11 +322,7 @@ void launch(const Problem& p, Config config, const Device& device, cudaStream_t 
   how.stream = stream;
   cudaLaunchAttribute attributes[2];
   how.attrs = attributes;
-  if (device.major >= 9) {
-    // Its blocks may start while the last of the kernel before end; they wait before they read.
-    attributes[how.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[how.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  if (device.major >= 9) attributes[how.numAttrs++] = custom_kernels::early_launch();
   if (config.ranks > 1) {
     attributes[how.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[how.numAttrs].val.clusterDim.x = config.ranks;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the host side of every .cu file needs: an error check, the device, the current stream. A
-// file names itself before it includes this: #define KERNEL "gemm.skinny".
+// What every .cu file needs: on the host an error check, the device, the current stream; and both
+// halves of a launch that may begin before the previous kernel has ended. A file names itself
+// before it includes this: #define KERNEL "gemm.skinny".
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,6 +48,30 @@ class DeviceGuard {
 // The stream that torch launches on.
 inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(TVMFFIEnvGetStream(kDLCUDA, device));
+}
+
+// Programmatic dependent launch, compute capability 9.0 and above: with this attribute the blocks
+// of a kernel may start while the last ones of the previous kernel in the stream run, so that
+// starting them costs no time. The kernel must call wait_for_previous_kernel() before it reads what
+// that one wrote, or writes what that one reads.
+inline cudaLaunchAttribute early_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream start early as soon as every block has called this or ended.
+__device__ __forceinline__ void launch_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 }  // namespace custom_kernels

@@ -286,13 +286,10 @@ struct Arguments {
   bool bulk;
 };
 
-// Until the kernel before this one in the stream is over. Launches allow this one to start earlier,
-// so that starting it costs nothing; in turn the next one may.
-__device__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+// In the chain of kernels that may each start before the one before it has ended.
+__device__ void take_turn() {
+  custom_kernels::wait_for_previous_kernel();
+  custom_kernels::launch_next_kernel();
 }
 
 template <typename In>
@@ -344,7 +341,7 @@ __device__ uint32_t fetch(const uint16_t* x, int count, int total, uint64_t* bar
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     // The rest of the team waits with this thread: for the row.
-    wait_for_previous_kernel();
+    take_turn();
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full),
                  "r"(count * 2)
                  : "memory");
@@ -391,7 +388,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2) whole_rows(const __grid_consta
   } else
 #endif
   {
-    wait_for_previous_kernel();
+    take_turn();
     found = load<In>(x, a.layout.k, total, a.aligned, team, words);
   }
   const float amax = team.max_abs<In>(found, partial + team.index * team.warps);
@@ -407,7 +404,7 @@ template <typename In, typename Out>
 __global__ void __launch_bounds__(kTileWarps * 32)
     tiled_rows(const __grid_constant__ Arguments a, int tile_chunks) {
   __shared__ uint32_t partial[kTileWarps];
-  wait_for_previous_kernel();
+  take_turn();
   const Team team(a.warps);
   const int64_t row = blockIdx.x;
   const uint16_t* x = a.x + row * a.stride;
@@ -503,9 +500,7 @@ void launch(void (*kernel)(Parameters...), int device, cudaStream_t stream, int6
     CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     Device::get(device).shared_bytes - kStaticShared));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = custom_kernels::early_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);

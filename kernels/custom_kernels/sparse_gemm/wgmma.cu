@@ -90,11 +90,6 @@ __device__ __forceinline__ void prefetch(void const* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
-// Waits for the kernel before, which may still run when this one starts (see the launch).
-__device__ __forceinline__ void wait_for_kernel_before() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // All threads of one warpgroup.
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -395,7 +390,7 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
     prefetch(p.weight + (row * p.columns + from) * T::block,
              min(T::ahead / T::block, p.columns - from) * T::block);
   }
-  wait_for_kernel_before();
+  custom_kernels::wait_for_previous_kernel();
 
   if (warp >= 4 * T::groups) {
     if constexpr (T::share_out)
@@ -701,9 +696,7 @@ cudaLaunchConfig_t configuration(cudaLaunchAttribute (&attributes)[2], int clust
                                  cudaStream_t stream) {
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  // Blocks may start while the kernel before ends: quant_expand, which lets them.
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1] = custom_kernels::early_launch();  // quant_expand lets it
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(T::threads);
