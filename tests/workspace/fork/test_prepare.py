@@ -228,12 +228,13 @@ def test_our_patches_are_small(version: str) -> None:
     assert sum(len(added(patch)) for patch in patch_queue.files(version)) < 60
 
 
-def test_our_patches_are_the_same_for_each_release() -> None:
-    names = {
-        version: [path.name for path in patch_queue.files(version)]
-        for version in load().vllm.release
-    }
-    assert set(map(tuple, names.values())) == {tuple(names[VERSION])}
+def test_our_three_patches_are_the_same_for_each_release() -> None:
+    """What follows them mends the release itself."""
+
+    def names(version: str) -> tuple[str, ...]:
+        return tuple(path.name for path in patch_queue.files(version))
+
+    assert len({names(version)[:3] for version in load().vllm.release}) == 1
 
 
 @EACH_RELEASE
