@@ -19,7 +19,7 @@ from shlex import quote
 from workspace import verbs
 from workspace.environment import lock
 from workspace.environment.fetch import fetch
-from workspace.fork import patch_queue, pin_release, prepare, rebase_state, tree_state
+from workspace.fork import conflict, patch_queue, pin_release, prepare, rebase_state, tree_state
 from workspace.fork.patch_queue import is_ancestor, short
 from workspace.fork.rebase_state import Rebase, conflicts, in_git
 from workspace.fork.tree_state import require, require_no_edits, require_no_operation, shown
@@ -185,7 +185,8 @@ def _git_rebase(tree: Path, *arguments: str, editor: str = "true") -> None:
     editors = {"GIT_SEQUENCE_EDITOR": editor, "GIT_EDITOR": "true"}
     env = editors | committer(tree)  # authors stay
     fds = setup_lock.held()
-    result = run_git("rebase", *arguments, tree=tree, env=env, check=False, pass_fds=fds)
+    command = (*conflict.STYLE, "rebase", *arguments)
+    result = run_git(*command, tree=tree, env=env, check=False, pass_fds=fds)
     if result.returncode and not in_git(tree):
         reason = last_line(result.stderr.decode(errors="replace"))
         raise WorkspaceError(f"git rebase failed in {shown(tree)}: {reason}")
@@ -237,6 +238,8 @@ def _conflict(rebase: Rebase) -> str:
     tree, number = rebase.tree, rebase_state.position(rebase.tree)
     stopped = git("rev-parse", "-q", "--verify", "REBASE_HEAD", tree=tree, check=False).strip()
     what = f"{short(tree, stopped)}, {number}," if stopped else f"commit {number}"
+    if stopped and (places := conflict.places(rebase, stopped)):
+        say(f"the conflict, each place in three versions:\n{places}")
     where = ", ".join(conflicts(tree)) or "no file, but git needs a decision (see git status)"
     return (
         f"{what} does not apply to vLLM {rebase.target}: conflicts in {where}; resolve them in "

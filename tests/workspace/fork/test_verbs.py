@@ -363,6 +363,22 @@ def test_a_conflict_leaves_the_user_in_it_with_the_files_and_the_next_command(
     assert status(fork)["rebase"] is None
 
 
+def test_a_conflict_is_shown_in_three_versions_with_the_patch_that_it_is_of(fork: Checkout) -> None:
+    conflicting(fork)
+    succeed(fork, "fork-export")
+    shown = fork.make("fork-rebase", f"VERSION={NEW}").stdout
+    (made,) = re.findall(r"\w{7,} \(Conflict\)", shown.split("error: ")[1])
+    assert shown.split("three versions:\n")[1].split("error: ")[0] == (
+        "vllm/kept.py:1\n"
+        f"  vLLM {NEW}:\n"
+        f"    {CHANGED['vllm/kept.py']}"
+        f"  vLLM {OLD}:\n"
+        "    untouched = True\n"
+        f"  {made}, vllm-fork/patches/{OLD}/0003-conflict.patch:\n"
+        "    mine = True\n"
+    )
+
+
 def test_a_conflict_may_be_ended_with_gits_own_commands(fork: Checkout) -> None:
     conflicting(fork)
     fail(fork, "fork-rebase", f"VERSION={NEW}")
