@@ -6,17 +6,32 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.model_executor.layers import quantization
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers import linear, quantization
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
 
 from custom_kernels.source_hash import source_hash
 
-__all__ = ["LinearBase", "QuantizationConfig", "UnquantizedLinearMethod"]
+__all__ = [
+    "BasevLLMParameter",
+    "ChannelQuantScaleParameter",
+    "LinearBase",
+    "ModelWeightParameter",
+    "PerTensorScaleParameter",
+    "QuantizationConfig",
+    "UnquantizedLinearMethod",
+]
 
 OUTPUT_HEAD = "lm_head"
 
@@ -54,6 +69,22 @@ def quantization_methods() -> list[str]:
 
 def register_quantization(name: str, config: Any) -> None:
     quantization.register_quantization_config(name)(config)
+
+
+def shards_by_parameter(method: type) -> type:
+    """A class decorator: the parameters that this linear method creates know how they are sharded
+    and merged, by their classes."""
+    linear.WEIGHT_LOADER_V2_SUPPORTED.append(method.__name__)
+    return method
+
+
+def draws_weights() -> bool:
+    """Whether the model that is being built gets random weights instead of a checkpoint's."""
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    loader = get_model_loader(get_current_vllm_config().load_config)
+    return isinstance(loader, DummyModelLoader)
 
 
 def graphs_depend_on(fact: str) -> None:

@@ -38,8 +38,13 @@ class LinearMethod(upstream.UnquantizedLinearMethod):
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         assert isinstance(layer.weight, torch.Tensor)
-        tensors = self.quantize(layer.weight.data)
-        del layer.weight
+        self.keep(layer, self.quantize(layer.weight.data))
+
+    def keep(self, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+        """Put ``tensors`` in the place of all of the layer's parameters but its bias."""
+        for name, _ in list(layer.named_parameters(recurse=False)):
+            if name != "bias":
+                delattr(layer, name)
         for name, tensor in tensors.items():
             parameter = torch.nn.Parameter(tensor, requires_grad=False)
             layer.register_parameter(name, parameter)

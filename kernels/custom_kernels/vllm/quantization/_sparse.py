@@ -7,7 +7,8 @@ the weight per output channel and the activation per token; the product runs on 
 
 Pruning by magnitude alone, without training after it, costs accuracy: it shows what a pattern costs
 and saves in time, for any checkpoint. A checkpoint that was trained with the pattern keeps its
-values: the weights that it has are the ones that are kept.
+values: the weights that it has are the ones that are kept. One that is quantized already is loaded
+as it is (``_stored.py``).
 
 Under torch.compile the compiler gets the quantization as plain torch, where the pattern's expansion
 is the row itself (2:4, K a multiple of 64): it becomes part of the kernel that computes x, a norm
@@ -21,7 +22,7 @@ weights.
 
 import logging
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -34,9 +35,27 @@ FUSE = "CUSTOM_KERNELS_FUSE"
 
 log = logging.getLogger(__name__)
 
+QUANTIZED = ("compressed-tensors", "sparse")
+"""Methods of quantized checkpoints that a sparse method can load."""
+
+
+class Sparse(Protocol):
+    """What the linear method reads of its configuration."""
+
+    pattern: str
+
+    def get_name(self) -> str: ...
+
 
 class SparseLinear(_base.LinearMethod):
-    config: "SparseConfig"
+    """Prunes and quantizes the weight of an unquantized layer while it is loaded."""
+
+    config: Sparse
+
+    def __init__(self, config: Sparse, dtype: torch.dtype | None = None) -> None:
+        """``dtype``: of the quantized weight; None: the best of its device."""
+        super().__init__(config)
+        self.wanted = dtype
 
     def create_weights(
         self,
@@ -58,23 +77,28 @@ class SparseLinear(_base.LinearMethod):
         super().create_weights(layer, *sizes, *others, **attributes)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        name, pattern = self.config.get_name(), self.config.pattern
-        dtype = best_dtype(weight.device)
-        values, scale = sparse_gemm.quantize_weight(
-            sparse_gemm.prune_weight(weight, pattern), dtype
-        )
-        packed = sparse_gemm.pack(values, pattern, scale)
-        if weight.is_cuda and packed.backend == "reference":
+        pruned = sparse_gemm.prune_weight(weight, self.config.pattern)
+        return self.pack(*sparse_gemm.quantize_weight(pruned, self.dtype_on(weight.device)))
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        return self.wanted or best_dtype(device)
+
+    def pack(self, values: torch.Tensor, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What ``apply`` multiplies by. values [N, K] int8 or float8_e4m3fn with the zeros of the
+        pattern, scale [N] float32. Raises ValueError if the zeros are not there."""
+        name, dtype, device = self.config.get_name(), values.dtype, values.device
+        packed = sparse_gemm.pack(values, self.config.pattern, scale)
+        if values.is_cuda and packed.backend == "reference":
             log.warning("%s: no custom kernel runs on this GPU, only the reference", name)
         # Compiled and loaded now: while a CUDA graph is captured it would be too late.
-        registry.operation("sparse_gemm").runner(packed.backend, weight.device, dtype)
-        registry.operation("quant_expand").best(weight.device, weight.dtype).runner(
-            weight.device, weight.dtype
-        )
+        registry.operation("sparse_gemm").runner(packed.backend, device, dtype)
+        activations = torch.bfloat16
+        registry.operation("quant_expand").best(device, activations).runner(device, activations)
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
         self.fused = fuses() and packed.expanded == packed.k
-        # Constants of the graph that depend on what this machine can run, and on a variable.
-        upstream.graphs_depend_on(f"{name} {dtype} {packed.backend} fused {self.fused}")
+        # Constants of the graph: by what this machine can run, the checkpoint, and a variable.
+        kind = f"{name} {self.config.pattern} {dtype} {packed.backend}"
+        upstream.graphs_depend_on(f"{kind} fused {self.fused}")
         return {"values": packed.values, "metadata": packed.metadata, "scale": scale}
 
     def apply(
@@ -93,6 +117,21 @@ class SparseLinear(_base.LinearMethod):
 class SparseConfig(_base.Config):
     linear_method = SparseLinear
     pattern: ClassVar[str]
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take a quantized checkpoint where the user names this method."""
+        asked = user_quant == cls.get_name() and hf_quant_cfg["quant_method"] in QUANTIZED
+        return user_quant if asked else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> upstream.QuantizationConfig:
+        """For a quantized checkpoint; vLLM makes a ``cls()`` for any other."""
+        from custom_kernels.vllm.quantization import _checkpoint
+
+        return _checkpoint.read(cls.get_name(), config, cls.pattern)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
