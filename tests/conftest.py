@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests import language_model
 from workspace.container import docker
 from workspace.host import git
 from workspace.host.errors import WorkspaceError
@@ -72,6 +73,12 @@ def pytest_configure() -> None:
     # Started in the background, the tests would have all that they start ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def trained_model() -> language_model.LanguageModel:
+    """A small language model that was really trained; the first use takes a minute."""
+    return language_model.trained()
 
 
 def _gpu_missing() -> str | None:
