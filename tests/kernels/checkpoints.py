@@ -5,11 +5,11 @@ weights: written with safetensors and compressed-tensors, as their own tools wri
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from custom_kernels.quantization import QMAX
 from custom_kernels.sparse_gemm import prune_weight
 
 from workspace.bench import tiny_model
@@ -18,7 +18,6 @@ INNER = 112
 """Inner size of the MLP: of the down projection it is K, no multiple of 128."""
 
 Tensors = dict[str, torch.Tensor]
-QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def source(folder: Path) -> tuple[dict[str, Any], Tensors]:
@@ -52,8 +51,11 @@ def pruned(tensors: Tensors, pattern: str) -> Tensors:
     return found
 
 
-def quantized(tensors: Tensors, dtype: torch.dtype, *, per_tensor: bool = False) -> Tensors:
-    """As compressed-tensors' own compressor does: weight and weight_scale of linear layers."""
+def quantized(
+    tensors: Tensors, dtype: torch.dtype, *, per_tensor: bool = False, largest: float | None = None
+) -> Tensors:
+    """As compressed-tensors' own compressor does: weight and weight_scale of linear layers.
+    ``largest``: the quantized value of a row's largest, if not the dtype's."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -66,8 +68,9 @@ def quantized(tensors: Tensors, dtype: torch.dtype, *, per_tensor: bool = False)
         if not is_linear(name):
             found[name] = tensor
             continue
-        largest = tensor.abs().amax() if per_tensor else tensor.abs().amax(1, keepdim=True)
-        scale = (largest.float().reshape(1) if per_tensor else largest.float()) / QMAX[dtype]
+        magnitudes = tensor.float().abs()
+        amax = magnitudes.max().reshape(1) if per_tensor else magnitudes.amax(1, keepdim=True)
+        scale = amax / (largest or QMAX[dtype])
         state = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
         layer = name.removesuffix("weight")
         found |= {f"{layer}{key}": value for key, value in state.items() if value is not None}
@@ -146,7 +149,7 @@ def slide(weight: torch.Tensor, group: int) -> torch.Tensor:
 def write(
     folder: Path, model: dict[str, Any], tensors: Tensors, quantization: dict[str, Any] | None
 ) -> Path:
-    """A model's folder; `tokenizer` in it is kept."""
+    """A model's folder, without a tokenizer."""
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
@@ -155,7 +158,3 @@ def write(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    shutil.copytree(source / "tokenizer", folder / "tokenizer")

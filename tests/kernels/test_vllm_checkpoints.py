@@ -7,16 +7,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from custom_kernels import launches
 from custom_kernels.quantization import quantize
 from custom_kernels.sparse_gemm import reference
 
 from tests.kernels import checkpoints, vllm_program
 from tests.kernels.checkpoints import Tensors
+from tests.language_model import LanguageModel
 from workspace.bench import tiny_model
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.host.paths import ROOT
@@ -418,3 +421,155 @@ def test_static_scales_of_activations_are_said_once_not_to_be_used(ran: Ran) -> 
     told = "sparse: activations are quantized per token while the model runs, and not per tensor"
     assert ran.errors.count(told) == ran.cases["compressed-int8-tensor-static"].ranks
     assert {*LOADED, *REFUSED, "not-2:4", "dummy", "scaled-dummy"} == set(ran.cases)
+
+
+# Log-probabilities of the likeliest tokens, after each of a prompt and of those generated from it.
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+folder, tokenizer, overrides, prompts = sys.argv[1:]
+engine = LLM(folder, tokenizer=tokenizer, hf_overrides=json.loads(overrides), enforce_eager=True,
+             max_model_len=128, max_num_seqs=4, max_num_batched_tokens=512)
+greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2,
+                        prompt_logprobs=2)
+wanted = [{"prompt_token_ids": tokens} for tokens in json.loads(prompts)]
+for found in engine.generate(wanted, greedy, use_tqdm=False):
+    steps = [*found.prompt_logprobs[1:], *found.outputs[0].logprobs]
+    print("steps", json.dumps([{i: entry.logprob for i, entry in step.items()} for step in steps]))
+"""
+LENGTH = 60
+"""Tokens of a prompt."""
+TIE = 0.0625
+"""Distance between bfloat16 logits from 8 to 16: that far apart, kernels that round differently may
+swap two tokens."""
+
+Steps = list[dict[int, float]]
+
+
+def generated(
+    folder: Path, model: LanguageModel, log: Path, **overrides: Any
+) -> tuple[list[Steps], dict[str, dict[str, int]]]:
+    """Steps of every prompt in vLLM's engine, and what ran in every layer."""
+    output, _ = vllm_program.run(
+        ENGINE, str(folder), str(model.folder), json.dumps(overrides), json.dumps(prompts(model)),
+        CUSTOM_KERNELS_LAUNCH_LOG=str(log), VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_HOST_IP="127.0.0.1",
+    )  # fmt: skip
+    steps = [json.loads(line.removeprefix("steps ")) for line in output if line[:5] == "steps"]
+    layers = next(iter(launches.read_layers(log).values()), {})
+    return [[{int(i): p for i, p in step.items()} for step in one] for one in steps], layers
+
+
+def prompts(model: LanguageModel) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+    tokens = tokenizer.encode(model.held_out.read_text()).ids
+    return [tokens[start : start + LENGTH] for start in range(0, 4 * 1000, 1000)]
+
+
+def likeliest(step: dict[int, float]) -> tuple[int, float]:
+    """The likeliest token, and by how much it leads."""
+    (token, first), (_, second) = sorted(step.items(), key=lambda entry: -entry[1])[:2]
+    return token, first - second
+
+
+def assert_same_tokens(found: list[Steps], wanted: list[Steps], tie: float = TIE) -> None:
+    """The same token is the likeliest after every one of the prompts, but where two are a tie."""
+    after_prompts = [
+        (likeliest(step), likeliest(other))
+        for steps, others in zip(found, wanted, strict=True)
+        for step, other in zip(steps[: LENGTH - 1], others[: LENGTH - 1], strict=True)
+    ]
+    same = [first[0] == second[0] for first, second in after_prompts]
+    assert sum(same) >= 0.97 * len(same)
+    for (token, _), (other, lead) in after_prompts:
+        assert token == other or lead <= tie
+
+
+def assert_same_continuations(found: list[Steps], wanted: list[Steps]) -> None:
+    """Token for token, until the two likeliest are a tie."""
+    compared = 0
+    for steps, others in zip(found, wanted, strict=True):
+        for step, other in zip(steps[LENGTH - 1 :], others[LENGTH - 1 :], strict=True):
+            (token, _), (wanted_token, lead) = likeliest(step), likeliest(other)
+            if token != wanted_token:
+                assert lead <= TIE
+                break  # from here on they continue different texts
+            compared += 1
+    assert compared >= 24
+
+
+def sparse_folder(folder: Path, model: LanguageModel, dtype: torch.dtype) -> tuple[Path, Tensors]:
+    from safetensors.torch import load_file
+
+    sparse = checkpoints.pruned(load_file(model.folder / "model.safetensors"), "2:4")
+    # Where the CPU has no instruction for it (VNNI), stock's product of int8 adds two products in
+    # 16 bits that saturate; weights of half the range leave room for two.
+    largest = 63 if dtype == INT8 else None
+    stored = checkpoints.quantized(sparse, dtype, largest=largest)
+    described = json.loads((model.folder / "config.json").read_text())
+    return checkpoints.write(folder, described, stored, ours(dtype, "2:4")), stored
+
+
+def assert_sparse_everywhere(layers: dict[str, dict[str, int]]) -> None:
+    linear = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    assert sorted(layers) == sorted(f"model.layers.{i}.{name}" for i in (0, 1) for name in linear)
+    (count,) = {tuple(launched.items()) for launched in layers.values()}
+    assert count[0][0] == "sparse_gemm.reference"
+    assert count[0][1] >= 24  # a forward pass for every token
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_sparse_engine_generates_what_stock_vllm_does_from_the_same_tensors(
+    trained_model: LanguageModel, tmp_path: Path
+) -> None:
+    """Int8, for which stock vLLM has a dense kernel on the CPU."""
+    pytest.importorskip("vllm")
+    folder, _ = sparse_folder(tmp_path / "int8", trained_model, INT8)
+    found, layers = generated(folder, trained_model, tmp_path / "log")
+    assert_sparse_everywhere(layers)
+    dense = checkpoints.config(INT8)
+    wanted, layers = generated(folder, trained_model, tmp_path / "none", quantization_config=dense)
+    assert layers == {}
+    assert_same_tokens(found, wanted)
+    assert_same_continuations(found, wanted)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_the_sparse_engine_with_fp8_computes_what_plain_torch_does(
+    trained_model: LanguageModel, tmp_path: Path
+) -> None:
+    """Stock vLLM has no dense fp8 kernel on the CPU."""
+    pytest.importorskip("vllm")
+    from transformers import AutoModelForCausalLM
+
+    folder, stored = sparse_folder(tmp_path / "fp8", trained_model, FP8)
+    found, layers = generated(folder, trained_model, tmp_path / "log")
+    assert_sparse_everywhere(layers)
+
+    model = AutoModelForCausalLM.from_pretrained(trained_model.folder, dtype=torch.bfloat16)
+    for name, layer in model.named_modules():
+        if f"{name}.weight_scale" in stored:
+            layer.forward = partial(plain, layer, stored, name)
+    tokens = torch.tensor(prompts(trained_model))
+    logits = model(tokens).logits.float().log_softmax(-1).topk(2)
+    wanted = [
+        [
+            dict(zip(ids.tolist(), values.tolist(), strict=True))
+            for ids, values in zip(*both, strict=True)
+        ]
+        for both in zip(logits.indices, logits.values, strict=True)
+    ]
+    # transformers rounds elsewhere, and 8 bits of floating point keep 4 of a value's.
+    assert_same_tokens(found, wanted, tie=0.25)
+
+
+def plain(layer: torch.nn.Linear, stored: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:
+    values, scale = quantize(x.flatten(0, -2), FP8)
+    weight, w_scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"][:, 0]
+    y = reference.dense(values, scale, weight, w_scale.float(), layer.bias)
+    return y.bfloat16().view(*x.shape[:-1], -1)
