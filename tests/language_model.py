@@ -6,8 +6,8 @@ CPython carries (`pydoc_data.topics`); every tenth topic is held out. K is 192 f
 and up and 384 for down: both are multiples of 64 and of 24, so of the groups of 2:4, 4:6 and 6:8,
 also on each of two ranks; 192 is not one of 128.
 
-On the held-out text its perplexity is about 13; with the linear layers pruned to 2:4 by magnitude it
-is a fifth to a third higher.
+On the held-out text its perplexity is about 13; with the linear layers pruned to 2:4 by magnitude
+it is a fifth to a third higher.
 
 `python -m tests.language_model FOLDER` trains it: less than 60 s of processor time, and each time
 the same bits on the same machine.

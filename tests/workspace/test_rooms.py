@@ -19,7 +19,7 @@ FLOORS = [
     {"host"},
     {"pins", "verbs"},
     {"environment"},
-    {"fork", "credentials"},
+    {"fork", "credentials", "convert"},
     {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook"},
     {"doctor", "set_up", "reference", "clean", "report"},
     {"cli"},
