@@ -139,6 +139,16 @@ def bench(options: verbs.Bench) -> None:
     run(options)
 
 
+def convert(options: verbs.Convert) -> None:
+    set_up.package_only()
+    from workspace.bench import models
+    from workspace.convert.run import Source, run
+
+    model = models.resolve(options.model, device(), dummy=options.dummy)
+    has_weights = model.weights != "dummy"
+    run(options, Source(model.name, model.folder, model.tokenizer, has_weights))
+
+
 def bench_kernels(options: verbs.BenchKernels) -> int:
     operation, backend = split_kernel(options.k or "gemm")
     set_up.up_to_date(partial(set_up.kernels_for_device, operation))
@@ -251,6 +261,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "fork-build": set_up.compile_fork,
     "kernels": kernels,
     "bench": bench,
+    "convert": convert,
     "new-kernel": new_kernel,
     "watch": watch,
     "inspect": inspect,

@@ -211,6 +211,35 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Convert:
+    model: str | None = text(
+        "MODEL", "a folder or a hub id, as for `bench`", "as for `bench`", "Qwen/Qwen2.5-0.5B"
+    )
+    out: str | None = text("OUT", "the folder to write", example="models/q05-24")
+    pattern: str | None = text("PATTERN", "a sparsity pattern", "`2:4`", "2:4")
+    dtype: Literal["fp8", "int8"] | None = choice(
+        "DTYPE", "what the weights are quantized to", "fp8", "int8", default="`fp8`"
+    )
+    scores: str | None = text(
+        "SCORES",
+        "prune by |W| · norm instead of |W|: a safetensors file, layer → norms of its K input "
+        "features",
+        example="norms.safetensors",
+    )
+    calibrate: str | None = text(
+        "CALIBRATE",
+        "a text; the model is run on its first 65,536 tokens to gather those norms",
+        example="text.txt",
+    )
+    dummy: bool = flag("DUMMY", "write no weights; the engine draws, prunes and quantizes them")
+    force: bool = flag("FORCE", "replace the model that is in `OUT` when the new one is complete")
+
+    def __post_init__(self) -> None:
+        if bool(self.scores) + bool(self.calibrate) + self.dummy > 1:
+            raise WorkspaceError("SCORES, CALIBRATE and DUMMY exclude each other; use one of them")
+
+
+@dataclass(frozen=True)
 class ForkBuild(Compile):
     target: str | None = text("TARGET", "one extension", "all", "_C")
     force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
@@ -338,6 +367,7 @@ VERBS = {
         Verb("fork-build", "compile what changed in vLLM's C++ and CUDA", ForkBuild),
         Verb("kernels", "compile the kernels that changed", Kernels),
         Verb("bench", "benchmark vLLM, stock against custom GEMM", Bench),
+        Verb("convert", "prune a checkpoint to a sparsity pattern and quantize it", Convert),
         Verb("new-kernel", "scaffold a working kernel", NewKernel),
         Verb("watch", "on saving a kernel: compile, check, time, show what changed", Watch),
         Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),

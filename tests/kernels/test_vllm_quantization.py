@@ -165,6 +165,16 @@ def test_sparse_methods_compute_what_they_say_in_two_ops_and_count_by_layer(
     assert "quantization/broken.py cannot be used: ModuleNotFoundError" in errors
 
 
+def test_pruning_by_importance_keeps_small_weights_of_large_inputs() -> None:
+    weight = torch.tensor([[4.0, -3.0, 2.0, 1.0, torch.nan, -torch.inf, 1.0, 0.0]])
+    norms = torch.tensor([1.0, 1.0, 2.0, 10.0, 1.0, 1.0, 9.0, 9.0])
+    assert prune_weight(weight, "2:4").tolist()[0][:4] == [4.0, -3.0, 0.0, 0.0]
+    pruned = prune_weight(weight, "2:4", norms).tolist()[0]
+    assert pruned[:4] == [4.0, 0.0, 0.0, 1.0]  # 4 and 2 · 2 are equal: the first is kept
+    assert pruned[5:] == [-torch.inf, 0.0, 0.0]
+    assert pruned[4] != pruned[4]  # a broken weight is not hidden
+
+
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), "8:10"])
 def test_pruning_keeps_the_largest_of_each_group(pattern: str) -> None:
     kind = sparsity.pattern(pattern)

@@ -110,12 +110,13 @@ class Model:
         return 2 * 2 * self.config.num_hidden_layers * self.config.kv_width
 
 
-def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
+def resolve(name: str | None, device: str, folder: Path = MODELS, *, dummy: bool = False) -> Model:
     """The model called `name` on `device` ("cpu" or "cuda").
 
     Args:
         name: a local folder, a hub id, "tiny-qwen2", or None for the device's default.
         folder: where generated models are kept.
+        dummy: do without weights where the catalogue has the model; nothing is fetched.
 
     Raises:
         WorkspaceError: no such model; the message lists the known ones.
@@ -126,6 +127,8 @@ def resolve(name: str | None, device: str, folder: Path = MODELS) -> Model:
         return _tiny(folder)
     if (path := Path(name).expanduser()).is_dir():
         return replace(_local(path.resolve(), folder), requested_path=path.resolve())
+    if dummy and (entry := catalogue().get(name)):
+        return _dummy(name, entry, folder, "catalogue")
     cached, broken = _from_cache(name)
     if cached:
         return _real(name, cached, "local hub cache")

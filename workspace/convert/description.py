@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `quantization_config` in config.json of a sparse checkpoint.
 
-The tensors are those of compressed-tensors' W8A8: `<layer>.weight` [N, K] in 8 bits with its zeros,
-`<layer>.weight_scale` [N, 1] float32, dequantized = weight · weight_scale; activations are quantized
-per token while they come. Only the quantization_config says that the zeros have a pattern.
+The tensors are those of compressed-tensors' W8A8: `<layer>.weight` [N, K] in 8 bits with its
+zeros, `<layer>.weight_scale` [N, 1] float32, dequantized = weight · weight_scale; activations are
+quantized per token while they come. Only this description says that the zeros have a pattern.
 """
 
 from __future__ import annotations

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One linear layer: prune, quantize, and say what that cost.
+
+    W' = dequantize(quantize(prune(W)))
+    relative error = ‖W − W'‖ / ‖W‖,  weighted: every column k times norms[k] before
+
+The weighted error estimates that of the layer's output, for inputs whose features are independent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from custom_kernels.sparse_gemm import prune_weight, quantize_weight
+from pydantic import BaseModel
+
+from workspace.convert.description import Dtype
+from workspace.host.errors import WorkspaceError
+
+BLOCK = 1 << 19
+"""Weights that one thread takes at a time; it needs about 30 bytes of memory for each."""
+TORCH: dict[Dtype, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class Error(BaseModel):
+    """Sums of squares over the weights of a layer, or of several."""
+
+    lost: float = 0.0
+    """Of W − W'."""
+    whole: float = 0.0
+    """Of W."""
+    weighted_lost: float = 0.0
+    weighted_whole: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        return (self.lost / self.whole) ** 0.5 if self.whole else 0.0
+
+    @property
+    def weighted(self) -> float | None:
+        """None if there were no norms."""
+        return (self.weighted_lost / self.weighted_whole) ** 0.5 if self.weighted_whole else None
+
+
+def total(errors: Iterable[Error]) -> Error:
+    fields = [error.model_dump() for error in errors]
+    return Error(**{name: sum(one[name] for one in fields) for name in Error.model_fields})
+
+
+@dataclass(frozen=True)
+class Converter:
+    """Converts weights [N, K] by blocks of rows, in as many threads as there are cores."""
+
+    pattern: str
+    dtype: Dtype
+    pool: ThreadPoolExecutor
+
+    def __call__(
+        self, name: str, weight: torch.Tensor, norms: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Error]:
+        """The weight in 8 bits [N, K], its scale [N, 1] float32, and the error.
+
+        Args:
+            name: the layer's, for messages.
+            weight: [N, K] floating point.
+            norms: [K] float32, or None for pruning by magnitude.
+
+        Raises:
+            WorkspaceError: the weight is not of floating point or not finite.
+        """
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise WorkspaceError(f"{name} has weights of {weight.dtype}; use the original model")
+        rows = max(1, BLOCK // weight.shape[1])
+        quantized = torch.empty(weight.shape, dtype=TORCH[self.dtype])
+        scales = torch.empty(weight.shape[0], 1)
+
+        def convert(first: int) -> Error:
+            block = slice(first, first + rows)
+            pruned = prune_weight(weight[block], self.pattern, norms)
+            quantized[block], scale = quantize_weight(pruned, quantized.dtype)
+            scales[block] = scale.unsqueeze(1)
+            source = weight[block].float()
+            return _error(source, quantized[block].float().mul_(scales[block]).sub_(source), norms)
+
+        error = total(self.pool.map(convert, range(0, weight.shape[0], rows)))
+        if not torch.isfinite(torch.tensor(error.lost + error.whole)):
+            raise WorkspaceError(f"{name} has weights that are not finite; the model is damaged")
+        return quantized, scales, error
+
+
+def _error(source: torch.Tensor, lost: torch.Tensor, norms: torch.Tensor | None) -> Error:
+    both = [lost, source]
+    if norms is not None:
+        both += [lost * norms, source * norms]
+    sums = [torch.linalg.vector_norm(values).item() ** 2 for values in both]
+    return Error(**dict(zip(Error.model_fields, sums, strict=False)))
+
+
+def threads() -> ThreadPoolExecutor:
+    """For `Converter`: one thread for each core that this process may use, at most 16."""
+    count = min(len(os.sched_getaffinity(0)), 16)
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
