@@ -132,7 +132,9 @@ def notebook(_: verbs.NoOptions) -> None:
 
 
 def bench(options: verbs.Bench) -> None:
-    operation = None if options.quantization else "gemm"
+    from workspace.bench.checkpoint import is_sparse
+
+    operation = None if options.quantization or is_sparse(options.model) else "gemm"
     set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, operation))
     from workspace.bench.runner import run
 

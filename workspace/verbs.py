@@ -178,7 +178,7 @@ class Bench:
         "QUANTIZATION",
         "a method of this workspace (`sparse_2_4`, `sparse_4_6`, `sparse_6_8`, or "
         "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
-        "variant, compared with the unquantized model or that of `BASELINE=fp8`",
+        "variant, compared with the unquantized model or what `BASELINE` says",
     )
     eager: Literal["0", "1"] | None = choice(
         "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
@@ -188,12 +188,15 @@ class Bench:
         "on a CPU, run a Triton `BACKEND` in Triton's interpreter: its outputs are proven, its "
         "speed counts for nothing",
     )
-    baseline: Literal["stock", "fp8", "pristine"] | None = choice(
+    baseline: Literal["stock", "bf16", "fp8", "int8", "pristine"] | None = choice(
         "BASELINE",
-        "`fp8`: compare with vLLM's own fp8, which quantizes the model while it loads; "
-        "`pristine`: compare the fork with the switch off with the unpatched release",
-        "stock", "fp8", "pristine",
-        default="`stock`",
+        "`stock`, `bf16`: compare with the unquantized model, of a sparse `MODEL` the one that it "
+        "was converted from; `fp8`, `int8`: with the weights of a sparse `MODEL` of that precision "
+        "as dense ones, in vLLM's own method; `fp8` of an unquantized `MODEL`: with vLLM's own, "
+        "which quantizes it while it loads; `pristine`: compare the fork with the switch off with "
+        "the unpatched release",
+        "stock", "bf16", "fp8", "int8", "pristine",
+        default="the precision of a sparse `MODEL`, else `stock`",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -205,8 +208,8 @@ class Bench:
         given = [name for name, value in others.items() if value]
         if self.quantization and given:
             raise WorkspaceError(
-                f"QUANTIZATION={self.quantization} selects its own kernels and is compared with "
-                f"stock or fp8; leave out {' and '.join(given)}"
+                f"QUANTIZATION={self.quantization} selects its own kernels and is a variant of "
+                f"its own; leave out {' and '.join(given)}"
             )
 
 

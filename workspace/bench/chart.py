@@ -64,8 +64,9 @@ def draw(record: Record, path: Path) -> None:
         color=INK,
     )
     seed = f", seed {record.model.seed}" if record.model.seed is not None else ""
+    stored = f"{record.model.quantized} · " if record.model.quantized else ""
     lines = [
-        f"{record.model.weights} weights{seed} · {record.model.dtype} · {record.device}"
+        f"{record.model.weights} weights{seed} · {stored}{record.model.dtype} · {record.device}"
         f" · TP {settings.tensor_parallel} · {'eager' if settings.eager else 'compiled'}",
         f"requests: {settings.num_prompts} of {settings.input_len} in, {settings.output_len} out · "
         f"pairs of processes: {settings.repeats}, rounds each: {settings.rounds} · "

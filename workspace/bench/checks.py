@@ -165,15 +165,15 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
             f"{variant}: launched custom kernels ({dict(result.total_launches())}), it must not"
         ]
     named = f"gemm.{plan.backend}" if plan.backend else "gemm."
-    if plan.quantization:
+    if plan.method:
         named = ""  # any kernels that the method uses
     running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
     failures = []
     if len(running) != plan.tensor_parallel:
         what = named.rstrip(".") or "a custom kernel"
         remedy = "is the fork patched? run make doctor"
-        if plan.quantization:
-            remedy = f"does {plan.quantization} count its launches? see kernels/README.md"
+        if plan.method:
+            remedy = f"does {plan.method} count its launches? see kernels/README.md"
         failures.append(
             f"{variant}: {what} ran in {len(running)} of {plan.tensor_parallel} worker processes; "
             f"{remedy}"

@@ -71,6 +71,7 @@ def evaluate(
             source=plan.model.source,
             dtype=first.dtype,
             parameters=plan.model.config.parameters,
+            quantized=plan.model.quantized.label if plan.model.quantized else None,
         ),
         device=plan.device.name if on_cpu else f"{plan.tensor_parallel} x {gpu}",
         device_kind=plan.device.kind,
@@ -99,7 +100,7 @@ def _failures(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
         name, result = f"{run.variant.name} (process {run.order})", run.result
         failures += checks.tokens(plan, name, result)
         failures += checks.launches(plan, name, result, run.variant.launches)
-        if run.variant.launches and (plan.layers or plan.quantization):
+        if run.variant.launches and (plan.layers or plan.method):
             failures += checks.layers(plan.layers or "*", name, result)
         failures += checks.imports(name, result, run.variant.python_path or tree(), expected)
     return failures
@@ -133,7 +134,13 @@ def _notes(plan: Plan) -> list[str]:
     notes = [CPU_NOTE] if plan.device.kind == "cpu" else []
     if plan.interpret:
         notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
-    methods = {"fp8": "fp8" if plan.baseline == "fp8" else None, "custom": plan.quantization}
+    if plan.same_weights:
+        return [*notes, f"{plan.baseline} loads the same weights as dense ones"]
+    sparse = plan.model.quantized.label if plan.model.quantized else None
+    methods = {
+        "fp8": "fp8" if plan.baseline == "fp8" else None,
+        "custom": plan.quantization or sparse if plan.method else None,
+    }
     notes += [
         f"{variant} is quantized ({method}) and computes something else"
         for variant, method in methods.items()

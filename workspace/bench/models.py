@@ -5,6 +5,8 @@ In this order: a local folder, the hub's local cache, the hub, the catalogue of 
 (dummy weights). Without MODEL: the bundled tiny model on the CPU, Qwen2.5-0.5B on a GPU.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from workspace.bench import synthetic_tokenizer, tiny_model, weights
+from workspace.bench import checkpoint, synthetic_tokenizer, tiny_model, weights
+from workspace.bench.checkpoint import Quantized
 from workspace.bench.record import Weights
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import new_folder
@@ -98,6 +101,15 @@ class Model:
     seed: int | None = None
     requested_path: Path | None = None
     """The local folder that MODEL named, if it named one."""
+    quantized: Quantized | None = None
+    """Its weights in 8 bits, if its config.json says so."""
+    converted_from: Model | None = None
+    """The model that this one was converted from, where it is measured, too."""
+
+    @property
+    def pattern(self) -> str | None:
+        """The sparsity pattern of a model that vLLM loads as a sparse one by itself."""
+        return self.quantized.pattern if self.quantized else None
 
     @property
     def weights_label(self) -> str:
@@ -151,6 +163,36 @@ def resolve(name: str | None, device: str, folder: Path = MODELS, *, dummy: bool
     )
 
 
+def original(model: Model, device: str, folder: Path = MODELS) -> Model:
+    """The unquantized model that `model` was converted from: a folder beside it, or a hub id.
+
+    Raises:
+        WorkspaceError: it is not known, or not on this machine.
+    """
+    name = model.quantized.source if model.quantized else None
+    if name is None:
+        raise WorkspaceError(
+            f"MODEL={model.name}: its config.json does not say what it was converted from; choose "
+            "another baseline than the unquantized model"
+        )
+    beside = (model.requested_path or model.folder).parent / name
+    try:
+        found = resolve(str(beside) if beside.is_dir() else name, device, folder)
+    except WorkspaceError as error:
+        raise WorkspaceError(
+            f"MODEL={model.name} was converted from {name}, which is neither in {beside.parent} "
+            "nor a model that can be had by that name; put its folder there, or choose another "
+            "baseline than the unquantized model"
+        ) from error
+    if "dummy" in (found.weights, model.weights) and found.weights != model.weights:
+        raise WorkspaceError(
+            f"MODEL={model.name} has {model.weights} weights and {name}, from which it was "
+            f"converted, has {found.weights} ones here; put its weights into its folder, or choose "
+            "another baseline than the unquantized model"
+        )
+    return found
+
+
 def catalogue() -> dict[str, JsonObject]:
     """Hub id -> config.json values, with "parameters" (the published count) beside them."""
     data = tomllib.loads(CATALOGUE.read_text())
@@ -175,7 +217,7 @@ def _tiny(folder: Path) -> Model:
 
 def _local(path: Path, folder: Path) -> Model:
     whole = weights.complete(path, str(path))
-    config = _read_config(path)
+    config, quantized = _read_config(path), checkpoint.read(_read_json(path))
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     has_tokenizer = _has_tokenizer(tokenizer)
     if whole and not has_tokenizer:
@@ -184,16 +226,19 @@ def _local(path: Path, folder: Path) -> Model:
             "add the model's own"
         )
     if whole:
-        return Model(path.name, path, tokenizer, "real", "local folder", config)
+        source = "local folder"
+        return Model(path.name, path, tokenizer, "real", source, config, quantized=quantized)
     if not has_tokenizer:
         source = "local folder without weights and tokenizer"
         return _dummy(path.name, _read_json(path), folder, source, config)
     source = "local folder without weights"
-    return Model(path.name, path, tokenizer, "dummy", source, config, seed=DUMMY_SEED)
+    seed = DUMMY_SEED
+    return Model(path.name, path, tokenizer, "dummy", source, config, seed, quantized=quantized)
 
 
 def _real(name: str, path: Path, source: str) -> Model:
-    return Model(name, path, path, "real", source, _read_config(path))
+    quantized = checkpoint.read(_read_json(path))
+    return Model(name, path, path, "real", source, _read_config(path), quantized=quantized)
 
 
 def _dummy(
@@ -215,7 +260,8 @@ def _dummy(
         with new_folder(path) as partial:
             (partial / "config.json").write_text(text)
             synthetic_tokenizer.write(partial / "tokenizer", config.vocab_size)
-    return Model(name, path, path / "tokenizer", "dummy", source, config, seed=DUMMY_SEED)
+    tokenizer, quantized = path / "tokenizer", checkpoint.read(values)
+    return Model(name, path, tokenizer, "dummy", source, config, DUMMY_SEED, quantized=quantized)
 
 
 def _read_json(path: Path) -> JsonObject:

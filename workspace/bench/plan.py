@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 
+from workspace.bench.checkpoint import METHOD
 from workspace.bench.models import Model
 from workspace.bench.provenance import cpu_name
 from workspace.bench.record import DeviceKind, Metric
@@ -16,6 +17,8 @@ from workspace.host.text import make_command, plural
 from workspace.pins.model import load
 from workspace.pins.release import selected
 from workspace.verbs import Bench
+
+Baseline = Literal["stock", "bf16", "fp8", "int8", "pristine"]
 
 
 class Sizes(NamedTuple):
@@ -53,19 +56,30 @@ class Plan:
     layers: str | None
     """Comma-separated patterns of the layers that run the custom kernel; None means all."""
     quantization: str | None
-    """The method of the custom variant, which then does not run the custom GEMM."""
+    """The method that the custom variant is given, which then does not run the custom GEMM."""
     repeats: int
     rounds: int
     tensor_parallel: int
     eager: bool
-    baseline: Literal["stock", "fp8", "pristine"]
+    baseline: Baseline
     interpret: bool = False
     """Whether the backend is a Triton kernel that runs in Triton's interpreter."""
 
     @property
+    def method(self) -> str | None:
+        """The quantization method of the custom variant: given, or the one that vLLM chooses."""
+        return self.quantization or (METHOD if self.model.pattern else None)
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether the baseline has the same 8-bit weights as the custom variant, dense."""
+        quantized = self.model.quantized
+        return bool(self.method and quantized and self.baseline == quantized.precision)
+
+    @property
     def lossy(self) -> bool:
         """Whether the variants compute different things, because one is quantized."""
-        return self.quantization is not None or self.baseline == "fp8"
+        return not self.same_weights and (self.method is not None or self.baseline == "fp8")
 
     @property
     def input_tokens_per_round(self) -> int:
@@ -115,7 +129,8 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
 
     Raises:
         WorkspaceError: more tensor-parallel workers than devices, or a number that does not
-            divide the attention heads; or more tokens than the model's maximum length.
+            divide the attention heads; more tokens than the model's maximum length; or a BASELINE
+            that the model does not have.
     """
     metric: Metric = options.metric or "throughput"
     sizes = sizes or DEFAULTS[device.kind, metric]
@@ -150,9 +165,50 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         rounds=options.rounds or sizes.rounds,
         tensor_parallel=tp,
         eager=device.kind == "cpu" if options.eager is None else options.eager == "1",
-        baseline=options.baseline or "stock",
+        baseline=_baseline(options, model),
         interpret=options.interpret and device.kind == "cpu" and _is_triton(options.backend),
     )
+
+
+def _baseline(options: Bench, model: Model) -> Baseline:
+    """What the custom variant is compared with.
+
+    Raises:
+        WorkspaceError: this model has no such baseline, or ignores another option.
+    """
+    wanted, quantized = options.baseline, model.quantized
+    if quantized is None or not (quantized.pattern or options.quantization):
+        if wanted == "int8":
+            raise WorkspaceError(
+                f"BASELINE=int8: vLLM has no method that quantizes {model.name} to int8 while it "
+                "loads; make convert DTYPE=int8 writes a sparse model that has this baseline"
+            )
+        return "stock" if wanted in (None, "bf16") else wanted
+    ignored = {
+        "BACKEND": options.backend,
+        "LAYERS": options.layers,
+        "QUANTIZATION": quantized.pattern and options.quantization,
+        "BASELINE=pristine": wanted == "pristine",
+    }
+    if given := [name for name, value in ignored.items() if value]:
+        raise WorkspaceError(
+            f"MODEL={model.name}: its weights are sparse ({quantized.label}), so vLLM runs the "
+            f"sparse kernels in all of its layers; leave out {' and '.join(given)}"
+        )
+    if wanted in ("stock", "bf16"):
+        return "bf16"
+    if wanted not in (None, quantized.precision):
+        raise WorkspaceError(
+            f"BASELINE={wanted}: the weights of {model.name} are {quantized.precision}; use "
+            f"BASELINE={quantized.precision} (the same weights, dense) or BASELINE=bf16"
+        )
+    if quantized.dense is None:
+        raise WorkspaceError(
+            f"MODEL={model.name}: its tensors are stored without the zeros, so vLLM's own methods "
+            f"cannot load them as {quantized.precision}; a model that make convert writes has that "
+            "baseline"
+        )
+    return quantized.precision
 
 
 def _is_triton(backend: str | None) -> bool:

@@ -52,7 +52,8 @@ class Round(_Strict):
 
 
 class ModelRecord(_Strict):
-    """The model: `weights` says whether its weights are real, dummy or random."""
+    """The model: `weights` says whether its weights are real, dummy or random, `quantized` how they
+    are stored in its folder if that is in 8 bits ("2:4 int8")."""
 
     name: str
     weights: Weights
@@ -60,6 +61,7 @@ class ModelRecord(_Strict):
     source: str
     dtype: str
     parameters: int | None
+    quantized: str | None = None
 
 
 class ProcessRecord(_Strict):

@@ -144,8 +144,9 @@ def table(record: Record) -> Table:
     """The figures of both variants, as a table."""
     settings, model = record.settings, record.model
     seed = f" (seed {model.seed})" if model.seed is not None else ""
+    stored = f"{model.quantized}, " if model.quantized else ""
     title = (
-        f"{model.name}, [bold]{model.weights} weights{seed}[/bold], {model.dtype}, "
+        f"{model.name}, [bold]{model.weights} weights{seed}[/bold], {stored}{model.dtype}, "
         f"{escape(record.device)}, TP {settings.tensor_parallel}, "
         f"{'eager' if settings.eager else 'compiled'}"
     )

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:
     report.line("resolving the model …")
     model = models.resolve(options.model, device.kind)
     report.line(f"{model.name}: {model.weights_label}, from: {model.source}")
+    if model.pattern and options.baseline in ("stock", "bf16"):
+        model = replace(model, converted_from=models.original(model, device.kind))
     plan, expected = workload.fit(options, device, model)
     check_memory(plan)
     report.announce(plan, options, workload.total(plan, expected))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variants of a comparison: environment and arguments of their processes."""
 
+import json
 import math
 import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from workspace.bench.models import DUMMY_FORMAT
+from workspace.bench.models import DUMMY_FORMAT, Model
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
 from workspace.host.errors import WorkspaceError
@@ -37,7 +38,8 @@ COMPARED_PROMPTS = 8
 class Variant:
     """One variant: its name, switches and arguments, and whether it must launch custom kernels.
 
-    `python_path` comes first on the module path, for example another vLLM tree.
+    `python_path` comes first on the module path, for example another vLLM tree; `model` is loaded
+    instead of the plan's.
     """
 
     name: str
@@ -45,22 +47,33 @@ class Variant:
     launches: bool = False
     arguments: tuple[str, ...] = ()
     python_path: Path | None = None
+    model: Model | None = None
 
 
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
     """vLLM with the switch unset, perhaps with a quantization method of its own; and with it set,
     or with a custom quantization method."""
-    stock = Variant("stock")
+    return _baseline(plan), _custom(plan)
+
+
+def _baseline(plan: Plan) -> Variant:
+    if plan.same_weights and plan.model.quantized:
+        dense = json.dumps({"quantization_config": plan.model.quantized.dense})
+        return Variant(plan.baseline, arguments=("--hf-overrides", dense))
     if plan.baseline == "fp8":
-        stock = Variant("fp8", arguments=("--quantization", "fp8"))
-    if plan.quantization:
-        method = ("--quantization", plan.quantization)
-        return stock, Variant("custom", launches=True, arguments=method)
+        return Variant("fp8", arguments=("--quantization", "fp8"))
+    return Variant(plan.baseline, model=plan.model.converted_from)
+
+
+def _custom(plan: Plan) -> Variant:
+    if plan.method:
+        given = ("--quantization", plan.quantization) if plan.quantization else ()
+        return Variant("custom", launches=True, arguments=given)
     switches = {SWITCH: "1"}
     switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
     switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
     switches |= {INTERPRET: "1"} if plan.interpret else {}
-    return stock, Variant("custom", switches, launches=True)
+    return Variant("custom", switches, launches=True)
 
 
 def common_settings(plan: Plan) -> dict[str, str]:
@@ -129,15 +142,21 @@ def check_surroundings() -> None:
 
 def arguments(plan: Plan, variant: Variant) -> list[str]:
     """Arguments of a variant for `vllm bench METRIC`, without seed and output file."""
-    result = ["--model", str(plan.model.folder), "--tokenizer", str(plan.model.tokenizer)]
     if plan.metric == "throughput":
-        result += ["--dataset-name", "random"]
-        result += random_lengths(tree(), plan.input_len, plan.output_len)
-        result += ["--num-prompts", str(plan.num_prompts)]
+        workload = ["--dataset-name", "random"]
+        workload += random_lengths(tree(), plan.input_len, plan.output_len)
+        workload += ["--num-prompts", str(plan.num_prompts)]
     else:
-        result += ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
-        result += ["--batch-size", str(plan.num_prompts)]
-        result += ["--num-iters-warmup", "0", "--num-iters", "1"]
+        workload = ["--input-len", str(plan.input_len), "--output-len", str(plan.output_len)]
+        workload += ["--batch-size", str(plan.num_prompts)]
+        workload += ["--num-iters-warmup", "0", "--num-iters", "1"]
+    return [*workload, *engine_arguments(plan, variant)]
+
+
+def engine_arguments(plan: Plan, variant: Variant) -> list[str]:
+    """Those of them that are about the engine."""
+    model = variant.model or plan.model
+    result = ["--model", str(model.folder), "--tokenizer", str(model.tokenizer)]
     result += ["--max-model-len", str(max_model_len(plan))]
     result += ["--tensor-parallel-size", str(plan.tensor_parallel)]
     if plan.device.kind == "cpu":
@@ -149,6 +168,8 @@ def arguments(plan: Plan, variant: Variant) -> list[str]:
     if plan.model.weights == "dummy":
         result += ["--load-format", DUMMY_FORMAT]
         result += ["--worker-extension-cls", "workspace.bench.dummy_weights.WorkerExtension"]
+        if plan.model.pattern:  # which the configuration of its dense peer does not name
+            result += ["--model-loader-extra-config", json.dumps({"pattern": plan.model.pattern})]
     return [*result, *variant.arguments]
 
 

@@ -116,7 +116,7 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
     layers, head = _weights(plan.model)
 
     # Averaged: only half of the processes run it.
-    quantized = QUANTIZED_SECONDS / 2 if plan.quantization else 0.0
+    quantized = QUANTIZED_SECONDS / 2 if plan.method else 0.0
 
     def step(tokens: int, sequences: int) -> float:
         products = layers * speed.product(tokens) + head * speed.product(sequences)

@@ -3,10 +3,11 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from workspace.bench import loaded
+from workspace.bench import checkpoint, loaded
 from workspace.bench.messages import Generation, Result, Step
 from workspace.bench.models import Config, Model
 from workspace.bench.plan import Device, Plan
@@ -38,6 +39,35 @@ def plan(**changes: Any) -> Plan:
         "baseline": "stock",
     }
     return Plan(**(values | changes))
+
+
+def quantization_config(precision: str = "int8", **changes: Any) -> dict[str, Any]:
+    """The entry of a converted model's config.json; an entry that is changed to None is left
+    out."""
+    kind = {"fp8": "float", "int8": "int"}[precision]
+    numbers = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+        "output_activations": None,
+    }
+    entry: dict[str, Any] = {
+        "quant_method": "sparse",
+        "pattern": "2:4",
+        "format": f"{kind}-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+        "source": {"model": "tiny-qwen2", "scores": None, "workspace": "0" * 40},
+    }
+    return {name: value for name, value in (entry | changes).items() if value is not None}
+
+
+def sparse_model(precision: str = "int8", **changes: Any) -> Model:
+    """The sample plan's model, converted."""
+    config = {"quantization_config": quantization_config(precision, **changes)}
+    return replace(plan().model, name="sparse", quantized=checkpoint.read(config))
 
 
 def generation(tokens: tuple[int, ...] = (7, 8, 9), lead: float = 3.0) -> Generation:

@@ -47,6 +47,23 @@ print([name for name, weight in model.named_parameters() if weight.is_meta])
 loader.load_weights(model, None)
 finalize_layerwise_processing(model, None)
 print(waiting)
+
+from custom_kernels.sparse_gemm import prune_weight, quantize_weight
+stored = torch.nn.ModuleDict()
+for kind in (torch.int8, torch.float8_e4m3fn):
+    stored["down"] = torch.nn.Module()
+    for name, tensor in (("weight", torch.zeros(64, 64, dtype=kind)),
+                         ("weight_scale", torch.zeros(64, 1)), ("bias", torch.zeros(64))):
+        stored["down"].register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    for pattern in ("2:4", None):
+        options = {"pattern": pattern} if pattern else {}
+        config = LoadConfig(load_format=DUMMY_FORMAT, model_loader_extra_config=options)
+        get_model_loader(config).load_weights(stored, vllm_config.model_config)
+        drawn = plain["down"].weight
+        values, scale = quantize_weight(prune_weight(drawn, pattern) if pattern else drawn, kind)
+        assert torch.equal(stored["down"].weight.float(), values.float())
+        assert torch.equal(stored["down"].weight_scale[:, 0], scale)
+        assert stored["down"].bias.std() > 0
 wanted = dict(plain.named_parameters())
 for name, weight in model.named_parameters():
     assert torch.equal(weight, wanted[name].to(weight.dtype)), name
@@ -55,7 +72,7 @@ for name, weight in model.named_parameters():
 )
 
 
-def test_layers_that_are_quantized_while_they_load_get_the_same_weights(tmp_path: Path) -> None:
+def test_quantized_layers_get_the_same_weights(tmp_path: Path) -> None:
     lines, _ = vllm_program.run(PROGRAM, str(tmp_path / "store"))
     assert lines == [
         "['down.weight', 'up.weight']",

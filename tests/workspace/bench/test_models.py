@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from tests.workspace.bench.samples import quantization_config
 from tests.workspace.conftest import NOBODY
 from workspace.bench import models, tiny_model
 from workspace.host.errors import WorkspaceError
@@ -69,6 +70,47 @@ def test_catalogue_configuration_loads_and_builds_a_model_of_that_size(
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.folder))
     assert sum(p.numel() for p in built.parameters()) == PUBLISHED[hub_id]
+
+
+def converted(folder: Path, source: str | None = None, name: str = "sparse") -> models.Model:
+    """A converted model in `folder`, without weights unless there is a file."""
+    config = {**tiny_model.CONFIG, "quantization_config": quantization_config(source=None)}
+    if source:
+        config["quantization_config"]["source"] = {"model": source}
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(config))
+    return models.resolve(str(folder / name), "cpu", folder / "models")
+
+
+def test_a_converted_folder_says_how_its_weights_are_stored(tmp_path: Path) -> None:
+    model = converted(tmp_path)
+    assert model.weights == "dummy"
+    assert model.pattern == "2:4"
+    assert model.quantized is not None
+    assert model.quantized.label == "2:4 int8"
+    assert models.resolve("tiny-qwen2", "cpu", tmp_path / "models").pattern is None
+
+
+def test_what_a_model_was_converted_from_is_beside_it_or_has_a_hub_id(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(tiny_model.CONFIG))
+    for source, name in (("base", "a"), ("Qwen/Qwen2.5-0.5B", "b")):
+        model = converted(tmp_path, source, name)
+        found = models.original(model, "cpu", tmp_path / "models")
+        assert (found.name, found.weights) == (source, "dummy")
+
+
+def test_an_unknown_or_missing_original_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="does not say what it was converted from"):
+        models.original(converted(tmp_path), "cpu", tmp_path / "models")
+    missing = converted(tmp_path, "lost", "missing")
+    with pytest.raises(WorkspaceError, match="from lost, which is neither in") as error:
+        models.original(missing, "cpu", tmp_path / "models")
+    assert "\n" not in str(error.value)
+    # Real weights on one side and drawn ones on the other would be compared with each other.
+    drawn = converted(tmp_path, "tiny-qwen2", "drawn")
+    with pytest.raises(WorkspaceError, match="put its weights into its folder"):
+        models.original(drawn, "cpu", tmp_path / "models")
 
 
 def test_generated_folder_is_made_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.bench.samples import plan as sample
+from tests.workspace.bench.samples import sparse_model
 from tests.workspace.conftest import clean_environment
 from workspace.bench.plan import (
     DEFAULTS,
@@ -135,11 +136,66 @@ def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
         sample(rounds=3, backend="reference", layers=layers),
         sample(backend="triton", interpret=True),
         sample(quantization="sparse_2_4", baseline="fp8"),
+        sample(model=sparse_model(), baseline="int8"),
+        sample(model=sparse_model(), baseline="bf16"),
     ):
         words = shlex.split(repeat_command(made))
         assert words[:2] == ["make", "bench"]
         given = dict(word.split("=", 1) for word in words[2:])
-        assert make_plan(read(Bench, given), CPU, MODEL) == made
+        assert make_plan(read(Bench, given), CPU, made.model) == made
+
+
+def test_a_sparse_model_is_compared_with_its_own_weights_unless_asked_otherwise() -> None:
+    for precision in ("int8", "fp8"):
+        made = make_plan(Bench(), CPU, sparse_model(precision))
+        assert (made.baseline, made.method) == (precision, "sparse")
+        assert made.same_weights
+        assert not made.lossy
+    for wanted in ("bf16", "stock"):
+        unquantized = make_plan(Bench(baseline=wanted), CPU, sparse_model())
+        assert unquantized.baseline == "bf16"
+        assert unquantized.lossy
+        assert not unquantized.same_weights
+
+
+def test_a_dense_8_bit_model_with_a_sparse_method_is_compared_with_itself() -> None:
+    dense = sparse_model(quant_method="compressed-tensors", pattern=None)
+    made = make_plan(Bench(quantization="sparse_2_4"), CPU, dense)
+    assert (made.baseline, made.method) == ("int8", "sparse_2_4")
+    assert not made.lossy
+    without = make_plan(Bench(), CPU, dense)  # the custom GEMM, in what is not quantized
+    assert (without.baseline, without.method, without.lossy) == ("stock", None, False)
+
+
+def test_the_unquantized_model_has_two_names() -> None:
+    for options in (Bench(), Bench(quantization="sparse_2_4")):
+        plain, named = (make_plan(replace(options, baseline=b), CPU, MODEL) for b in (None, "bf16"))
+        assert plain == named
+        assert plain.baseline == "stock"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (Bench(baseline="fp8"), r"are int8; use BASELINE=int8 .* or BASELINE=bf16$"),
+        (Bench(baseline="pristine"), r"weights are sparse .*; leave out BASELINE=pristine$"),
+        (Bench(backend="reference", layers="*"), r"\(2:4 int8\).*; leave out BACKEND and LAYERS$"),
+        (Bench(quantization="sparse_2_4"), r"; leave out QUANTIZATION$"),
+    ],
+)
+def test_what_a_sparse_model_cannot_be_asked_for_is_one_line(options: Bench, says: str) -> None:
+    with pytest.raises(WorkspaceError, match=says):
+        make_plan(options, CPU, sparse_model())
+
+
+def test_a_baseline_that_no_method_of_vllm_is_says_how_to_get_one() -> None:
+    with pytest.raises(WorkspaceError, match="make convert DTYPE=int8"):
+        make_plan(Bench(quantization="sparse_2_4", baseline="int8"), CPU, MODEL)
+    packed = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
+    model = sparse_model(quant_method="compressed-tensors", sparsity_config=packed)
+    with pytest.raises(WorkspaceError, match="stored without the zeros"):
+        make_plan(Bench(), CPU, model)
+    assert make_plan(Bench(baseline="bf16"), CPU, model).baseline == "bf16"
 
 
 def test_only_a_triton_kernel_on_the_cpu_is_interpreted() -> None:

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from tests.workspace.bench.samples import generation, plan, result
+from tests.workspace.bench.samples import generation, plan, result, sparse_model
 from workspace.bench import chart, record, report
 from workspace.bench.evaluate import evaluate
 from workspace.bench.measure import ProcessRun
@@ -66,6 +66,38 @@ def test_every_record_in_git_is_still_read_and_shown_with_todays_wording() -> No
         assert read.variants[1].processes
         assert not any(old in read.note + read.comparison.because for old in record.REWORDED)
         assert read.note.startswith(record.CPU_NOTE) == (read.device_kind == "cpu")
+
+
+def test_a_sparse_model_with_its_own_weights_has_to_agree_and_with_others_not() -> None:
+    other = generation((9, 8, 7))
+
+    def differ(done: list[ProcessRun]) -> None:
+        for run in done:
+            if run.variant.launches:
+                run.result.generations[:] = [other]
+                run.result.layers[11] = {"down_proj": {"sparse_gemm.reference": 3}}
+
+    same = make(differ, model=sparse_model(), baseline="int8")
+    assert not same.valid
+    assert "log-probabilities differ" in same.failures[0]
+    assert same.note.endswith("int8 loads the same weights as dense ones")
+    lossy = make(differ, model=sparse_model(), baseline="bf16")
+    assert lossy.valid
+    assert lossy.agreement.lossy
+    assert lossy.note.endswith("custom is quantized (2:4 int8) and computes something else")
+    assert lossy.model.quantized == "2:4 int8"
+    assert "2:4 int8" in str(report.table(lossy).title)
+
+
+def test_every_layer_of_a_sparse_model_must_run_a_custom_kernel() -> None:
+    def miss(done: list[ProcessRun]) -> None:
+        layers = {"a": {"sparse_gemm.reference": 3}, "b": {}}
+        for run in done:
+            if run.variant.launches:
+                run.result.layers[11] = layers
+
+    made = make(miss, model=sparse_model(), baseline="int8")
+    assert made.failures[0] == "custom (process 2): layer b did not run a custom kernel"
 
 
 def test_record_names_weights_device_sources_and_how_to_repeat_it() -> None:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each side is started with: the same but for its switches, and what vLLM really counts."""
 
+import json
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
-from tests.workspace.bench.samples import plan
+from tests.workspace.bench.samples import plan, sparse_model
 from workspace.bench import variants
 from workspace.bench.plan import Device
 from workspace.host.errors import WorkspaceError
@@ -53,6 +54,37 @@ def test_vllms_own_fp8_is_a_baseline_for_every_custom_variant(quantization: str 
     assert variants.arguments(made, baseline)[-2:] == ["--quantization", "fp8"]
     assert custom == variants.stock_and_custom(plan(quantization=quantization))[1]
     assert made.lossy
+
+
+def test_a_sparse_model_needs_no_argument_and_its_baseline_has_the_same_files() -> None:
+    made = plan(model=sparse_model(), baseline="int8")
+    baseline, custom = variants.stock_and_custom(made)
+    dense, sparse = (variants.arguments(made, side) for side in (baseline, custom))
+    assert variants.environment(made, baseline, LOG) == variants.environment(made, custom, LOG)
+    assert (baseline.name, baseline.launches, custom.launches) == ("int8", False, True)
+    assert dense[:-2] == sparse
+    assert dense[-2] == "--hf-overrides"
+    assert made.model.quantized is not None
+    assert json.loads(dense[-1]) == {"quantization_config": made.model.quantized.dense}
+
+
+def test_the_unquantized_model_is_loaded_from_its_own_folder() -> None:
+    original = replace(plan().model, folder=Path("o"))
+    made = plan(model=replace(sparse_model(), converted_from=original), baseline="bf16")
+    sides = variants.stock_and_custom(made)
+    baseline, custom = (variants.arguments(made, side) for side in sides)
+    assert [side.name for side in sides] == ["bf16", "custom"]
+    assert baseline[baseline.index("--model") + 1] == "o"
+    assert custom[custom.index("--model") + 1] == "m"
+    assert not sides[0].arguments
+
+
+def test_both_sides_draw_dummy_weights_with_the_pattern() -> None:
+    made = plan(model=replace(sparse_model(), weights="dummy"), baseline="int8")
+    for side in variants.stock_and_custom(made):
+        words = variants.arguments(made, side)
+        options = json.loads(words[words.index("--model-loader-extra-config") + 1])
+        assert options == {"pattern": "2:4"}
 
 
 def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
