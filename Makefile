@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench convert new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,9 @@ bench: ## benchmark vLLM, stock against custom GEMM (MODEL, METRIC=throughput|la
 
 convert: ## prune a checkpoint to a sparsity pattern and quantize it (MODEL=Qwen/Qwen2.5-0.5B, OUT=models/q05-24, PATTERN=2:4, DTYPE=fp8|int8, ...)
 	@$(WORKSPACE) convert
+
+eval: ## perplexity of a text in vLLM, sparse against dense (MODEL=models/q05-24, TEXT=wiki.txt, QUANTIZATION=sparse_2_4, AGAINST, ...)
+	@$(WORKSPACE) eval
 
 new-kernel: ## scaffold a working kernel (OP=gemm, BACKEND=triton|cuda|cupy, NAME=mine)
 	@$(WORKSPACE) new-kernel

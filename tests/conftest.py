@@ -32,12 +32,15 @@ SCOPES = {
     "newcomer": ("container/test_newcomer.py",),
     "container": ("tests/container/",),  # they share what they build
     # One engine at a time, for memory.
-    "engine": ("test_second_release.py", "bench/test_run.py", "test_notebook_in_engine.py"),
+    "engine": (
+        "test_second_release.py", "bench/test_run.py", "eval/test_eval_run.py",
+        "test_notebook_in_engine.py",
+    ),
     "programs": ("test_vllm.py", "test_vllm_quantization.py", "test_dummy_weights.py"),
     "build": ("fork/test_build.py",),
     "conda": ("test_conda_dev.py",),
     "unbundle": ("test_unbundle.py",),
-}
+}  # fmt: skip
 NEEDED = {"gpu": "a GPU", "nvcc": "nvcc", "container": "a Docker engine and root"}
 
 

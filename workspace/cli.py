@@ -151,6 +151,13 @@ def convert(options: verbs.Convert) -> None:
     run(options, Source(model.name, model.folder, model.tokenizer, has_weights))
 
 
+def evaluate(options: verbs.Eval) -> None:
+    set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, None))
+    from workspace.eval.runner import run
+
+    run(options)
+
+
 def bench_kernels(options: verbs.BenchKernels) -> int:
     operation, backend = split_kernel(options.k or "gemm")
     set_up.up_to_date(partial(set_up.kernels_for_device, operation))
@@ -264,6 +271,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "kernels": kernels,
     "bench": bench,
     "convert": convert,
+    "eval": evaluate,
     "new-kernel": new_kernel,
     "watch": watch,
     "inspect": inspect,

@@ -243,6 +243,31 @@ class Convert:
 
 
 @dataclass(frozen=True)
+class Eval:
+    model: str | None = text(
+        "MODEL", "a folder or hub id with trained weights", "as of `bench`", "models/q05-24"
+    )
+    text_file: str | None = text("TEXT", "a file in UTF-8", "Python's own manual", "wiki.txt")
+    quantization: str | None = text(
+        "QUANTIZATION",
+        "a method of this workspace, for an unquantized `MODEL`",
+        example="sparse_2_4",
+    )
+    against: str | None = text(
+        "AGAINST",
+        "another model with the same tokenizer; `fp8`, `int8`: the weights of a sparse `MODEL` of "
+        "that precision as dense ones; `fp8` of an unquantized `MODEL`: vLLM's own",
+        "the model that a sparse one was converted from; with `QUANTIZATION` the unquantized one",
+    )
+    tokens: int | None = number(
+        "TOKENS",
+        "of the text, from its begin",
+        "GPU: 262144; CPU: as many as take 4 minutes, at most 16384",
+    )
+    tp: int | None = number("TP", "tensor-parallel processes", "1")
+
+
+@dataclass(frozen=True)
 class ForkBuild(Compile):
     target: str | None = text("TARGET", "one extension", "all", "_C")
     force: bool = flag("FORCE", "replace binaries in the tree that were edited by hand")
@@ -371,6 +396,7 @@ VERBS = {
         Verb("kernels", "compile the kernels that changed", Kernels),
         Verb("bench", "benchmark vLLM, stock against custom GEMM", Bench),
         Verb("convert", "prune a checkpoint to a sparsity pattern and quantize it", Convert),
+        Verb("eval", "perplexity of a text in vLLM, sparse against dense", Eval),
         Verb("new-kernel", "scaffold a working kernel", NewKernel),
         Verb("watch", "on saving a kernel: compile, check, time, show what changed", Watch),
         Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),

@@ -21,7 +21,7 @@ FLOORS = [
     {"environment"},
     {"fork", "credentials", "convert"},
     {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook"},
-    {"doctor", "set_up", "reference", "clean", "report"},
+    {"doctor", "set_up", "reference", "clean", "report", "eval"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]

@@ -36,7 +36,7 @@ FEWEST = 6
 NOT_ERRORS = {
     "……; …, then re-run",  # after what `Shadowed` says
     "… is quantized (…) and computes something else",  # a note in a record
-    "… loads the same weights as dense ones",  # another
+    "… loads the same weights as dense ones…",  # another
     "and … more",
     "and … others",
     "damaged",  # always caught

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 
-from workspace.bench.messages import Generation, Result, Step
+from workspace.bench.messages import Generation, Ran, Result, Step
 from workspace.bench.plan import Plan
 from workspace.bench.provenance import Expected
 from workspace.bench.record import Agreement
@@ -135,7 +135,7 @@ def same_prompts(baseline: Result, candidate: Result) -> list[str]:
     return [] if old == new else ["the variants processed different prompt tokens"]
 
 
-def unchanged(results: Sequence[Result], launching: Sequence[Result]) -> list[str]:
+def unchanged(results: Sequence[Ran], launching: Sequence[Ran]) -> list[str]:
     """Nothing was edited or installed between the first and the last process.
 
     Args:
@@ -151,7 +151,7 @@ def unchanged(results: Sequence[Result], launching: Sequence[Result]) -> list[st
     return [f"{what} changed during the run; re-run" for what, yes in changed.items() if yes]
 
 
-def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[str]:
+def launches(plan: Plan, variant: str, result: Ran, expected: bool) -> list[str]:
     """The custom kernel ran in every worker process, or, for stock, in none.
 
     Args:
@@ -184,7 +184,7 @@ def launches(plan: Plan, variant: str, result: Result, expected: bool) -> list[s
     return failures
 
 
-def layers(patterns: str, variant: str, result: Result) -> list[str]:
+def layers(patterns: str, variant: str, result: Ran) -> list[str]:
     """In every worker process, the layers that ran a custom kernel are those that a pattern
     matches."""
     failures = []
@@ -211,7 +211,7 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern)}
 
 
-def imports(variant: str, result: Result, tree: Path, expected: Expected) -> list[str]:
+def imports(variant: str, result: Ran, tree: Path, expected: Expected) -> list[str]:
     """The process ran vLLM from `tree`, this checkout's kernels, and the locked packages."""
     failures = []
     for name, folder in (("vllm", tree), ("custom_kernels", expected.kernels)):

@@ -26,9 +26,11 @@ from workspace.bench.messages import (
     EVENTS,
     RESULT,
     WARM_ROUNDS,
+    EngineJob,
     Event,
     Generation,
     Job,
+    Ran,
     Result,
     Step,
 )
@@ -100,16 +102,11 @@ def main() -> None:
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
     deadline = math.inf if job.seconds is None else begin + job.seconds
     end_with_parent()
-
-    def report(event: Event) -> None:
-        with (job.folder / EVENTS).open("a") as file:
-            file.write(event.model_dump_json() + "\n")
-
+    report = functools.partial(write_event, job.folder)
     report(Event(stage="importing vLLM"))
     import vllm
 
-    vllm_folder = Path(vllm.__file__).parent
-    vllm_files = loaded.files_hash(vllm_folder)
+    vllm_files = loaded.files_hash(Path(vllm.__file__).parent)
     if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
         importlib.import_module("workspace.bench.dummy_weights")
     engine = KeptEngine(vllm.LLM, lambda: report(Event(stage="warming up", number=1)))
@@ -127,28 +124,48 @@ def main() -> None:
     report(Event(stage="comparing outputs"))
     generations = _generate(job, engine)
 
-    # Imported by stock too: the proof includes that it could have run the kernels.
-    from custom_kernels import launches
-    from custom_kernels.source_hash import source_hash
-
-    packages = loaded.packages()
     result = Result(
         engine_start_s=start_s,
         warm_up=warm_up,
         rounds=rounds,
         generations=generations,
+        **dict(what_ran(job, engine.llm, vllm_files)),
+    )
+    write_file(job.folder / RESULT, result.model_dump_json().encode())
+    report(Event(stage="stopping"))
+
+
+def write_event(folder: Path, event: Event) -> None:
+    """Tell the parent process that a step begins."""
+    with (folder / EVENTS).open("a") as file:
+        file.write(event.model_dump_json() + "\n")
+
+
+def what_ran(job: EngineJob, llm: Any, vllm_files: str) -> Ran:
+    """Launches, sources and versions of this process and its workers.
+
+    Args:
+        llm: the `vllm.LLM`.
+        vllm_files: `loaded.files_hash` of vLLM's folder when the process began.
+    """
+    import vllm
+
+    # Imported by stock too: the proof includes that it could have run the kernels.
+    from custom_kernels import launches
+    from custom_kernels.source_hash import source_hash
+
+    packages = loaded.packages()
+    return Ran(
         launches=launches.read(job.launches),
         layers=launches.read_layers(job.launches),
         kernels_source_hash=source_hash(),
         environment=loaded.versions(packages),
-        dtype=str(engine.llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        vllm_folder=str(vllm_folder),
+        dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
+        vllm_folder=str(Path(vllm.__file__).parent),
         vllm_files=vllm_files,
         modules=loaded.modules(),
         packages=packages,
     )
-    write_file(job.folder / RESULT, result.model_dump_json().encode())
-    report(Event(stage="stopping"))
 
 
 def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:

@@ -135,7 +135,8 @@ def _notes(plan: Plan) -> list[str]:
     if plan.interpret:
         notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
     if plan.same_weights:
-        return [*notes, f"{plan.baseline} loads the same weights as dense ones"]
+        inexact = ", and multiplies them inexactly: this CPU has no VNNI" if plan.inexact else ""
+        return [*notes, f"{plan.baseline} loads the same weights as dense ones{inexact}"]
     sparse = plan.model.quantized.label if plan.model.quantized else None
     methods = {
         "fp8": "fp8" if plan.baseline == "fp8" else None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between `make bench` and an engine process: the job, steps as they begin, the result.
+"""Messages between a verb and an engine process: the job, steps as they begin, the result.
 
 Each is JSON in a file of the job's folder.
 """
@@ -18,10 +18,11 @@ Stage = Literal[
     "warming up",
     "round",
     "comparing outputs",
+    "scoring",
     "stopping",
 ]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-"""What an engine process does, in this order."""
+STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage != "scoring")
+"""What an engine process of `make bench` does, in this order."""
 
 WARM_ROUNDS = (2, 8)
 """Fewest and most warm-up rounds of a process."""
@@ -31,11 +32,20 @@ JOB, EVENTS, RESULT = "job.json", "events.jsonl", "result.json"
 
 def repetitions(stage: Stage, rounds: int) -> int:
     """How often a process with so many measured rounds goes through a stage, at least."""
-    return {"warming up": WARM_ROUNDS[0], "round": rounds}.get(stage, 1)
+    return {"warming up": WARM_ROUNDS[0], "round": rounds, "scoring": rounds}.get(stage, 1)
 
 
-class Job(BaseModel):
-    """What the process is to do.
+class EngineJob(BaseModel):
+    """What every engine process is told: vLLM's arguments, the folder for the log of launches, and
+    the folder for these messages."""
+
+    arguments: list[str]
+    launches: Path
+    folder: Path
+
+
+class Job(EngineJob):
+    """What a process of `make bench` is to do.
 
     `arguments` go to `vllm bench METRIC`; `--seed` and `--output-json` are added per round.
     `prompts` are texts or token ids for the comparison of outputs. With `seconds`, no round begins
@@ -44,7 +54,6 @@ class Job(BaseModel):
     """
 
     metric: Metric
-    arguments: list[str]
     rounds: int
     fewest_rounds: int = 1
     seconds: float | None = None
@@ -52,8 +61,6 @@ class Job(BaseModel):
     prompts: list[str] | list[list[int]]
     new_tokens: int
     top: int
-    launches: Path
-    folder: Path
 
 
 class Event(BaseModel):
@@ -84,13 +91,11 @@ class Generation(BaseModel):
     steps: list[Step]
 
 
-class Result(BaseModel):
-    """What the process measured and what it ran."""
+class Ran(BaseModel):
+    """What an engine process ran."""
 
-    engine_start_s: float
-    warm_up: list[Round]
-    rounds: list[Round]
-    generations: list[Generation]
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     launches: dict[int, dict[str, int]]
     layers: dict[int, dict[str, dict[str, int]]]
     """Launches by process and layer; layers without launches are included, empty."""
@@ -109,3 +114,12 @@ class Result(BaseModel):
     def total_launches(self) -> Counter[str]:
         """Launches by operation and backend, over all processes."""
         return sum(map(Counter, self.launches.values()), Counter[str]())
+
+
+class Result(Ran):
+    """What a process of `make bench` measured."""
+
+    engine_start_s: float
+    warm_up: list[Round]
+    rounds: list[Round]
+    generations: list[Generation]

@@ -102,7 +102,7 @@ class Model:
     requested_path: Path | None = None
     """The local folder that MODEL named, if it named one."""
     quantized: Quantized | None = None
-    """Its weights in 8 bits, if its config.json says so."""
+    """What its config.json says of 8-bit or sparse weights."""
     converted_from: Model | None = None
     """The model that this one was converted from, where it is measured, too."""
 
@@ -217,7 +217,7 @@ def _tiny(folder: Path) -> Model:
 
 def _local(path: Path, folder: Path) -> Model:
     whole = weights.complete(path, str(path))
-    config, quantized = _read_config(path), checkpoint.read(_read_json(path))
+    config, quantized = _read_config(path), checkpoint.read(_read_json(path), path)
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     has_tokenizer = _has_tokenizer(tokenizer)
     if whole and not has_tokenizer:

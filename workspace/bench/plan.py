@@ -10,7 +10,7 @@ import psutil
 
 from workspace.bench.checkpoint import METHOD
 from workspace.bench.models import Model
-from workspace.bench.provenance import cpu_name
+from workspace.bench.provenance import cpu_flags, cpu_name
 from workspace.bench.record import DeviceKind, Metric
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import make_command, plural
@@ -32,11 +32,17 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """What vLLM is installed for; `count` is GPUs, or the cores that this process may use."""
+    """What vLLM is installed for; `count` is GPUs, or the cores that this process may use.
+
+    `exact_int8` says whether vLLM's products of int8 are exact. On a CPU without VNNI oneDNN adds
+    pairs of products in 16 bits, which saturate: a layer is 4 to 6 % off (measured on an AMD EPYC
+    with AVX2).
+    """
 
     kind: DeviceKind
     count: int
     name: str
+    exact_int8: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,16 @@ class Plan:
         return bool(self.method and quantized and self.baseline == quantized.precision)
 
     @property
+    def inexact(self) -> bool:
+        """Whether the baseline has the same weights, and products that are not exact."""
+        return self.same_weights and self.baseline == "int8" and not self.device.exact_int8
+
+    @property
     def lossy(self) -> bool:
-        """Whether the variants compute different things, because one is quantized."""
-        return not self.same_weights and (self.method is not None or self.baseline == "fp8")
+        """Whether the variants compute different things, because one is quantized or inexact."""
+        if self.same_weights:
+            return self.inexact
+        return self.method is not None or self.baseline == "fp8"
 
     @property
     def input_tokens_per_round(self) -> int:
@@ -114,7 +127,8 @@ def detect_device() -> Device:
     except PackageNotFoundError:
         raise WorkspaceError("vLLM is not installed in this environment; run make dev") from None
     if "cpu" in vllm_version:
-        return Device("cpu", len(os.sched_getaffinity(0)), cpu_name())
+        exact_int8 = any("vnni" in flag or flag == "amx_int8" for flag in cpu_flags())
+        return Device("cpu", len(os.sched_getaffinity(0)), cpu_name(), exact_int8)
     names = _gpu_names()
     if not names:
         raise WorkspaceError(
@@ -197,16 +211,16 @@ def _baseline(options: Bench, model: Model) -> Baseline:
         )
     if wanted in ("stock", "bf16"):
         return "bf16"
+    if quantized.precision is None or quantized.dense is None:
+        raise WorkspaceError(
+            f"MODEL={model.name}: its tensors ({quantized.label}) are not stored as dense 8-bit "
+            "ones, which vLLM's own method could load; a model that make convert writes has that "
+            "baseline"
+        )
     if wanted not in (None, quantized.precision):
         raise WorkspaceError(
             f"BASELINE={wanted}: the weights of {model.name} are {quantized.precision}; use "
             f"BASELINE={quantized.precision} (the same weights, dense) or BASELINE=bf16"
-        )
-    if quantized.dense is None:
-        raise WorkspaceError(
-            f"MODEL={model.name}: its tensors are stored without the zeros, so vLLM's own methods "
-            f"cannot load them as {quantized.precision}; a model that make convert writes has that "
-            "baseline"
         )
     return quantized.precision
 
@@ -244,14 +258,20 @@ def check_quantization(name: str | None) -> None:
     """Raise unless the kernels package has a quantization method of this name.
 
     Raises:
-        WorkspaceError: unknown; names the known methods.
+        WorkspaceError: unknown, or chosen by a model alone; names the known methods.
     """
     if name is None:
         return
+    if name == METHOD:
+        raise WorkspaceError(
+            f"QUANTIZATION={name}: vLLM chooses it by the model's config.json; leave it out and "
+            "pass a sparse MODEL, as make convert writes one"
+        )
     from custom_kernels.vllm import quantization
 
-    if name not in quantization.names():
-        known = ", ".join(quantization.names())
+    names = [one for one in quantization.names() if one != METHOD]
+    if name not in names:
+        known = ", ".join(names)
         raise WorkspaceError(
             f"QUANTIZATION={name}: no such method in kernels/custom_kernels/vllm/quantization; "
             f"known: {known}"

@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from workspace.bench.engine_log import explain
-from workspace.bench.messages import EVENTS, JOB, RESULT, Event, Job, Result
+from workspace.bench.messages import EVENTS, JOB, RESULT, EngineJob, Event, Job, Ran, Result
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
 POLL_SECONDS = 0.2
+
+AnyRan = TypeVar("AnyRan", bound=Ran)
 
 
 def run(
@@ -25,7 +28,20 @@ def run(
     on_step: Callable[[Event | None], None],
     name: str,
 ) -> Result:
-    """Run the job of variant `name` in a new process and return its result.
+    """Run the job of variant `name` of `make bench`; see `run_program`."""
+    return run_program("workspace.bench.engine_run", Result, job, environment, log, on_step, name)
+
+
+def run_program(
+    program: str,
+    result: type[AnyRan],
+    job: EngineJob,
+    environment: dict[str, str],
+    log: Path,
+    on_step: Callable[[Event | None], None],
+    name: str,
+) -> AnyRan:
+    """Run the job of variant `name` in a new process of the module `program`; what it answers.
 
     The process leads a new session and is killed with all its workers before this returns or
     raises. `on_step` is called for each step that begins and, with None, several times a second
@@ -38,7 +54,7 @@ def run(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = job.folder / JOB
     job_file.write_text(job.model_dump_json())
-    command = [sys.executable, "-m", "workspace.bench.engine_run", str(job_file)]
+    command = [sys.executable, "-m", program, str(job_file)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -53,11 +69,11 @@ def run(
             _follow(process, job.folder / EVENTS, on_step)
         finally:
             _end(process)
-    result = job.folder / RESULT
-    if process.returncode != 0 or not result.is_file():
+    answer = job.folder / RESULT
+    if process.returncode != 0 or not answer.is_file():
         text = log.read_text(errors="replace")
         raise WorkspaceError(f"{name}: {explain(text, process.returncode)}; log: {log}")
-    return Result.model_validate_json(result.read_text())
+    return result.model_validate_json(answer.read_text())
 
 
 def _follow(

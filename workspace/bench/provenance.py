@@ -19,7 +19,9 @@ from workspace.host.git import git
 from workspace.host.paths import KERNELS, LOCKS, ROOT, lock_files
 from workspace.pins import release
 
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+CPU_FLAGS = (
+    "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"
+)  # fmt: skip
 """The flags by which vLLM and oneDNN choose their CPU code."""
 
 
@@ -123,7 +125,7 @@ def collect(
         kernels=kernels,
         environment=environment,
         cpu=cpu_name(),
-        cpu_flags=[flag for flag in CPU_FLAGS if flag in _cpuinfo().get("flags", "").split()],
+        cpu_flags=cpu_flags(),
         cores=len(os.sched_getaffinity(0)),
         load_before=round(load_before, 2),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -133,6 +135,11 @@ def collect(
 def cpu_name() -> str:
     """The CPU's model name."""
     return _cpuinfo().get("model name", platform.machine())
+
+
+def cpu_flags() -> list[str]:
+    """Those of `CPU_FLAGS` that the CPU has."""
+    return [flag for flag in CPU_FLAGS if flag in _cpuinfo().get("flags", "").split()]
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -2,7 +2,7 @@
 """What the user sees: progress while it runs, a table at the end."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -163,7 +163,8 @@ def table(record: Record) -> Table:
         result.add_column(name, justify="right")
     for variant in record.variants:
         figures = (variant.median, variant.lowest, variant.highest)
-        result.add_row(variant.name, *(number(f, record.unit) for f in figures), launched(variant))
+        launches = launched(variant.launches, sum(len(p.launches) for p in variant.processes))
+        result.add_row(variant.name, *(number(f, record.unit) for f in figures), launches)
     return result
 
 
@@ -174,13 +175,12 @@ def number(value: float, unit: Unit) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def launched(variant: VariantRecord) -> str:
+def launched(launches: Mapping[str, int], processes: int) -> str:
     """ "gemm.reference: 1,234 in 2 processes", or "none"."""
-    if not variant.launches:
+    if not launches:
         return "none"
-    count = sum(len(process.launches) for process in variant.processes)
-    parts = [f"{name}: {launches:,}" for name, launches in variant.launches.items()]
-    return f"{', '.join(parts)} in {plural(count, 'process')}"
+    parts = [f"{name}: {count:,}" for name, count in launches.items()]
+    return f"{', '.join(parts)} in {plural(processes, 'process')}"
 
 
 def layer_lines(variant: VariantRecord) -> list[str]:

@@ -4,7 +4,7 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +49,7 @@ def run(options: Bench) -> Record:
         plan, expected = prepare(options)
         started, load = datetime.now(UTC), os.getloadavg()[0]
         warn_if_busy()
-        run_id = f"{started:%Y%m%d-%H%M%S}-{_slug(plan.model.name)}-{plan.metric}"
+        run_id = f"{started:%Y%m%d-%H%M%S}-{slug(plan.model.name)}-{plan.metric}"
         variants = (
             pristine.variants(plan) if plan.baseline == "pristine" else stock_and_custom(plan)
         )
@@ -68,7 +68,7 @@ def run(options: Bench) -> Record:
         path, plot = save(result)
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
         report.show(result, path, plot)
-        require_valid(result, path)
+        require_valid(result.run, result.failures, path)
         return result
 
 
@@ -86,7 +86,8 @@ def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:
     report.line("resolving the model …")
     model = models.resolve(options.model, device.kind)
     report.line(f"{model.name}: {model.weights_label}, from: {model.source}")
-    if model.pattern and options.baseline in ("stock", "bf16"):
+    sparse = model.pattern or (model.quantized and options.quantization)
+    if sparse and options.baseline in ("stock", "bf16"):
         model = replace(model, converted_from=models.original(model, device.kind))
     plan, expected = workload.fit(options, device, model)
     check_memory(plan)
@@ -113,14 +114,14 @@ def save(result: Record) -> tuple[Path, Path]:
     return path, plot
 
 
-def require_valid(result: Record, path: Path) -> None:
-    if not result.valid:
-        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+def require_valid(run: str, failures: Sequence[str], path: Path) -> None:
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise WorkspaceError(
-            f"the run is not valid: {result.failures[0]}{more}; "
-            f"logs: {shown(LOGS / result.run)}, record: {shown(path)}"
+            f"the run is not valid: {failures[0]}{more}; "
+            f"logs: {shown(LOGS / run)}, record: {shown(path)}"
         )
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower()

@@ -13,21 +13,29 @@ class TimeLeft:
         expected: seconds by stage, of one round where a stage has rounds; may be empty.
         rounds: measured rounds of a process.
         order: the variants of the processes.
+        stages: what a process does, in this order.
 
     All times are seconds of any one clock.
     """
 
-    def __init__(self, expected: Mapping[Stage, float], rounds: int, order: Sequence[str]) -> None:
+    def __init__(
+        self,
+        expected: Mapping[Stage, float],
+        rounds: int,
+        order: Sequence[str],
+        stages: Sequence[Stage] = STAGES,
+    ) -> None:
         self.rounds = rounds
+        self._stages = stages
         self._latest = dict(expected)
         self._measured: dict[tuple[str, Stage], float] = {}
         self._order = list(order)
-        self._now = Event(stage=STAGES[0])
+        self._now = Event(stage=stages[0])
         self._since = 0.0
 
     def start(self, time: float) -> None:
         """The next process starts, and with it its first step."""
-        self._now, self._since = Event(stage=STAGES[0]), time
+        self._now, self._since = Event(stage=self._stages[0]), time
 
     def step(self, event: Event, time: float) -> None:
         """A step begins, and the one before it ends."""
@@ -46,7 +54,8 @@ class TimeLeft:
         elapsed = time - self._since
         total = 0.0
         for index, variant in enumerate(self._order):
-            for stage in STAGES if index else STAGES[STAGES.index(self._now.stage) :]:
+            begin = 0 if index else self._stages.index(self._now.stage)
+            for stage in self._stages[begin:]:
                 seconds = self.of_stage(variant, stage)
                 repeats = repetitions(stage, self.rounds)
                 if index == 0 and stage == self._now.stage:

@@ -53,10 +53,11 @@ class Variant:
 def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
     """vLLM with the switch unset, perhaps with a quantization method of its own; and with it set,
     or with a custom quantization method."""
-    return _baseline(plan), _custom(plan)
+    return baseline(plan), custom(plan)
 
 
-def _baseline(plan: Plan) -> Variant:
+def baseline(plan: Plan) -> Variant:
+    """What the custom variant is compared with."""
     if plan.same_weights and plan.model.quantized:
         dense = json.dumps({"quantization_config": plan.model.quantized.dense})
         return Variant(plan.baseline, arguments=("--hf-overrides", dense))
@@ -65,7 +66,8 @@ def _baseline(plan: Plan) -> Variant:
     return Variant(plan.baseline, model=plan.model.converted_from)
 
 
-def _custom(plan: Plan) -> Variant:
+def custom(plan: Plan) -> Variant:
+    """The variant that launches custom kernels."""
     if plan.method:
         given = ("--quantization", plan.quantization) if plan.quantization else ()
         return Variant("custom", launches=True, arguments=given)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 
 from pydantic import BaseModel
@@ -102,7 +103,7 @@ def fit(options: Bench, device: Device, model: Model) -> tuple[Plan, dict[Stage,
     largest = make_plan(options, device, model)
     if device.kind != "cpu":
         return largest, {}
-    speed = measure_speed(model) if _weights(model)[0] > SMALL_MODEL else UNMEASURED
+    speed = speed_of(model)
     smaller = (make_plan(options, device, model, sizes) for sizes in SMALLER[largest.metric])
     for plan in (largest, *smaller):
         expected = estimate(plan, speed)
@@ -114,14 +115,8 @@ def fit(options: Bench, device: Device, model: Model) -> tuple[Plan, dict[Stage,
 def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
     """Seconds of each stage of one engine process; for "round" and "warming up" of one round."""
     layers, head = _weights(plan.model)
-
     # Averaged: only half of the processes run it.
-    quantized = QUANTIZED_SECONDS / 2 if plan.method else 0.0
-
-    def step(tokens: int, sequences: int) -> float:
-        products = layers * speed.product(tokens) + head * speed.product(sequences)
-        return STEP_SECONDS + products + layers * quantized
-
+    step = partial(step_seconds, plan.model, speed, 0.5 if plan.method else 0.0)
     sequences, batched = batch_limits(plan)
     start = STARTS_PER_IMPORT * speed.import_s * (2 if plan.tensor_parallel > 1 else 1)
     build = step(batched, sequences) + (0 if plan.eager else COMPILE_SECONDS)
@@ -141,6 +136,24 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
         "comparing outputs": compared,
         "stopping": 1.0,
     }
+
+
+def step_seconds(model: Model, speed: Speed, quantized: float, tokens: int, outputs: int) -> float:
+    """Seconds of a step of the engine.
+
+    Args:
+        quantized: how many of the processes run the reference of a quantization method.
+        tokens: in the batch.
+        outputs: tokens for which the output head is multiplied.
+    """
+    layers, head = _weights(model)
+    products = layers * speed.product(tokens) + head * speed.product(outputs)
+    return STEP_SECONDS + products + layers * quantized * QUANTIZED_SECONDS
+
+
+def speed_of(model: Model) -> Speed:
+    """Measured, unless the model's matrix products take negligible time."""
+    return measure_speed(model) if _weights(model)[0] > SMALL_MODEL else UNMEASURED
 
 
 def total(plan: Plan, expected: Mapping[Stage, float]) -> float | None:

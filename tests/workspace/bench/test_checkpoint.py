@@ -12,6 +12,8 @@ from workspace.bench import checkpoint
 from workspace.bench.checkpoint import Quantized
 
 SPARSITY = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]}
+EIGHT: dict[str, Any] = {"type": "int", "num_bits": 8}
+FOUR_BITS = EIGHT | {"num_bits": 4}
 THEIRS: dict[str, Any] = {"quant_method": "compressed-tensors", "pattern": None, "source": None}
 
 
@@ -50,24 +52,38 @@ def test_a_dense_checkpoint_has_no_pattern() -> None:
     assert (found.pattern, found.label) == (None, "int8")
 
 
+def test_slidesparse_writes_its_pattern_beside_the_configuration(tmp_path: Path) -> None:
+    config = {"quantization_config": quantization_config(**THEIRS)}
+    (tmp_path / checkpoint.SLIDESPARSE).write_text(json.dumps({"Z": 2, "L": 8, "extra": {}}))
+    found = checkpoint.read(config, tmp_path)
+    assert found is not None
+    assert (found.label, found.dense) == ("6:8 int8", None)
+
+
+def test_sparse_weights_need_not_be_in_8_bits() -> None:
+    found = read(**THEIRS, config_groups={}, sparsity_config=SPARSITY)
+    assert found is not None
+    assert (found.label, found.precision, found.dense) == ("2:4", None, None)
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         None,
         [],
         {"quant_method": "sparse"},
+        {**quantization_config(), "pattern": 7},
         quantization_config(quant_method="gptq"),
-        quantization_config(config_groups={}),
+        quantization_config(**THEIRS | {"config_groups": {}}),
         quantization_config(config_groups={"a": {"weights": None}}),
-        quantization_config(config_groups={"a": {"weights": {"type": "int", "num_bits": 4}}}),
+        quantization_config(**THEIRS | {"config_groups": {"a": {"weights": FOUR_BITS}}}),
         quantization_config(
-            config_groups={
-                name: {"weights": {"type": name, "num_bits": 8}} for name in ("int", "float")
-            }
+            **THEIRS
+            | {"config_groups": {n: {"weights": EIGHT | {"type": n}} for n in ("int", "float")}}
         ),
     ],
 )
-def test_what_is_not_in_8_bits_or_not_ours_is_left_to_vllm(entry: object) -> None:
+def test_what_is_neither_sparse_nor_in_8_bits_is_left_to_vllm(entry: object) -> None:
     assert checkpoint.read({"quantization_config": entry}) is None
     assert checkpoint.read({}) is None
 

@@ -119,6 +119,8 @@ def test_unknown_quantization_methods_name_those_there_are() -> None:
     check_quantization(None)
     check_quantization("sparse_6_8")
     with pytest.raises(WorkspaceError, match=r"no such method in .*; known: .*sparse_2_4, "):
+        check_quantization("sparse_2_5")
+    with pytest.raises(WorkspaceError, match=r"by the model's config.json; leave it out"):
         check_quantization("sparse")
 
 
@@ -193,9 +195,21 @@ def test_a_baseline_that_no_method_of_vllm_is_says_how_to_get_one() -> None:
         make_plan(Bench(quantization="sparse_2_4", baseline="int8"), CPU, MODEL)
     packed = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4"}
     model = sparse_model(quant_method="compressed-tensors", sparsity_config=packed)
-    with pytest.raises(WorkspaceError, match="stored without the zeros"):
+    with pytest.raises(WorkspaceError, match="not stored as dense 8-bit"):
         make_plan(Bench(), CPU, model)
     assert make_plan(Bench(baseline="bf16"), CPU, model).baseline == "bf16"
+
+
+def test_inexact_products_of_a_cpu_are_a_distance_and_no_proof() -> None:
+    old = replace(CPU, exact_int8=False)
+    for device, precision, lossy in (
+        (old, "int8", True),
+        (old, "fp8", False),
+        (CPU, "int8", False),
+    ):
+        made = make_plan(Bench(), device, sparse_model(precision))
+        assert made.same_weights
+        assert made.lossy is lossy
 
 
 def test_only_a_triton_kernel_on_the_cpu_is_interpreted() -> None:

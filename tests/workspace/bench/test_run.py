@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.language_model import LanguageModel
+from tests.workspace.bench import sparse_folder
 from tests.workspace.conftest import still_running
 from workspace.bench import record, runner, workload
 from workspace.bench.guards import only_bench
@@ -83,6 +85,31 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
                   "3 rounds of 5 because time is short", " ROUNDS=3 "):  # fmt: skip
         assert words in printed
     assert not list((here / "runs").iterdir())
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_sparse_model_agrees_with_its_own_weights_as_dense_ones(
+    here: Path, trained_model: LanguageModel, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # On a CPU vLLM multiplies fp8 exactly on any machine, int8 on a newer one only.
+    folder = sparse_folder.write(trained_model.folder, here / "sparse", "fp8")
+    sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1, "rounds": 3}
+    made = runner.run(Bench(model=str(folder), metric="latency", **sizes))
+    assert made.valid
+    assert not made.agreement.lossy
+    assert made.agreement.matched >= 0.9 * made.agreement.tokens
+    dense, sparse = made.variants
+    assert (dense.name, dense.launches) == ("fp8", {})
+    assert "--hf-overrides" in dense.command
+    assert "--hf-overrides" not in sparse.command
+    (layers,) = sparse.processes[0].layers.values()
+    assert len(layers) == 4 * 2  # qkv, o, gate_up and down of two layers
+    assert all(counts["sparse_gemm.reference"] > 0 for counts in layers.values())
+    printed = capfd.readouterr().out
+    assert "real weights, 2:4 fp8, bfloat16" in printed
+    assert "fp8 loads the same weights as dense ones" in printed
+    assert made.command.endswith(" BASELINE=fp8")
 
 
 def start(here: Path, **variables: str) -> subprocess.Popen[str]:
