@@ -18,8 +18,6 @@ JsonObject = dict[str, JsonValue]
 SPARSE = "sparse"
 """The quantization method of this workspace that reads it."""
 _TYPES = {"fp8": "float", "int8": "int"}
-_OWN = ("pattern", "source")
-"""What compressed-tensors does not know."""
 
 
 def quantization_config(
@@ -51,9 +49,3 @@ def quantization_config(
         "quantization_status": "compressed",
         "source": source,
     }
-
-
-def dense_config(config: JsonObject) -> JsonObject:
-    """The same checkpoint as vLLM without this workspace's kernels reads it: dense W8A8."""
-    rest = {name: value for name, value in config.items() if name not in _OWN}
-    return rest | {"quant_method": "compressed-tensors"}

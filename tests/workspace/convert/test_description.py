@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 
-from workspace.convert.description import Dtype, dense_config, quantization_config
+from workspace.bench.checkpoint import dense_config
+from workspace.convert.description import Dtype, quantization_config
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8"])

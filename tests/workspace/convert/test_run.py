@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config, Qwen2
 
 from tests.language_model import CONFIG, LanguageModel, perplexity
 from workspace import cli, verbs
+from workspace.bench.checkpoint import dense_config
 from workspace.convert import run as pipeline
 from workspace.convert.checkpoint import INDEX
-from workspace.convert.description import dense_config
 from workspace.convert.layer import TORCH
 from workspace.convert.run import NORMS, Source
 from workspace.host.errors import WorkspaceError
