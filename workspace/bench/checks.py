@@ -17,13 +17,6 @@ from workspace.bench.provenance import Expected
 from workspace.bench.record import Agreement
 from workspace.host.text import some
 
-REAL_TOKENIZER_SLACK = 0.01
-"""Share by which the number of prompt tokens may be off with a real tokenizer.
-
-vLLM's random dataset decodes random ids and encodes the text again; with a real vocabulary the
-number of tokens may change. With the synthetic tokenizer it does not.
-"""
-
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -113,7 +106,7 @@ def distance(
 def tokens(plan: Plan, variant: str, result: Result) -> list[str]:
     """Every round processed the planned tokens, by vLLM's report and by the request outputs."""
     asked_in, asked_out = plan.input_tokens_per_round, plan.output_tokens_per_round
-    slack = REAL_TOKENIZER_SLACK * asked_in if plan.model.weights == "real" else 0
+    slack = plan.slack * asked_in
     failures: list[str] = []
     if len(result.rounds) != plan.rounds:
         failures.append(f"{variant}: {len(result.rounds)} rounds measured, {plan.rounds} expected")

@@ -197,7 +197,7 @@ def batch_limits(plan: Plan) -> tuple[int, int]:
 
 def max_model_len(plan: Plan) -> int:
     """Room for a request and for the prompts of the output comparison, in whole KV blocks."""
-    blocks = math.ceil((plan.input_len + plan.output_len) / LENGTH_STEP)
+    blocks = math.ceil((plan.input_len * (1 + plan.slack) + plan.output_len) / LENGTH_STEP)
     return min(plan.model.config.max_position_embeddings, blocks * LENGTH_STEP)
 
 

@@ -194,6 +194,9 @@ def test_workers_get_cores_of_their_own(
 
 def test_length_limit_has_room_and_never_exceeds_the_model() -> None:
     assert variants.max_model_len(plan()) == 128
+    real = replace(plan().model, weights="real")  # whose prompts may get longer by a few tokens
+    whole = plan(model=real, input_len=64, output_len=64)
+    assert variants.max_model_len(whole) == 256
     assert variants.max_model_len(plan(input_len=128, output_len=1)) == 256
     short = replace(
         plan().model, config=plan().model.config.model_copy(update={"max_position_embeddings": 40})
