@@ -151,7 +151,7 @@ def _sides(options: Eval, device: Device, model: Model, sizes: Sizes) -> tuple[S
                 f"AGAINST={stored}, or name a model"
             )
     elif options.against:
-        wanted, other = "bf16", models.resolve(options.against, device.kind)
+        wanted, other = "bf16", _resolve_against(options.against, device)
         _require_real(other, "AGAINST")
     elif model.pattern:
         wanted = "bf16"
@@ -176,6 +176,14 @@ def _sides(options: Eval, device: Device, model: Model, sizes: Sizes) -> tuple[S
         return Side(AGAINST, plan, replace(baseline(plan), name=AGAINST)), candidate
     against = make_plan(replace(asked, quantization=None), device, other)
     return Side(AGAINST, against, _as_it_is(AGAINST, against)), candidate
+
+
+def _resolve_against(name: str, device: Device) -> Model:
+    try:
+        return models.resolve(name, device.kind)
+    except WorkspaceError as error:
+        error.args = (str(error).replace("MODEL=", "AGAINST=", 1),)
+        raise
 
 
 def _as_it_is(name: str, plan: Plan) -> Variant:

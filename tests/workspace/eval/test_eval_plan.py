@@ -84,6 +84,7 @@ def test_the_command_repeats_it(sparse: Path, trained_model: LanguageModel) -> N
         (Eval("TRAINED"), "it is not sparse, so it has no dense model of its own"),
         (Eval("TRAINED", against="int8"), "it is not sparse, so it has no dense model of its own"),
         (Eval("TRAINED", against="tiny-qwen2"), "AGAINST=tiny-qwen2: it has random weights"),
+        (Eval("SPARSE", against="no/such"), "^AGAINST=no/such: no such folder"),
         (Eval("SPARSE", against="fp8"), "are int8; use AGAINST=int8, or name a model"),
         (Eval("SPARSE", quantization="sparse_2_4"), "leave out QUANTIZATION"),
         (
