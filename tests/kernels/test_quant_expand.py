@@ -373,6 +373,27 @@ def test_long_rows(gpu: torch.device, backend: str, k: int) -> None:
         assert_right(x, pattern, FP8, backend)
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda", "triton", "cupy")),
+    ],
+)
+def test_65536_tokens_in_one_batch_are_each_what_they_are_alone(
+    request: pytest.FixtureRequest, backend: str
+) -> None:
+    """With a GPU x has more than 2³¹ values: offsets of 32 bits would overflow."""
+    device = torch.device("cpu") if backend == "reference" else request.getfixturevalue("gpu")
+    tokens, k = 65_536, 24 if backend == "reference" else 32_832
+    x = torch.randn(64, k, device=device).bfloat16().repeat(tokens // 64, 1)
+    found = custom_quant_expand(x, "6:8", INT8, backend=backend)
+    wanted = reference.run(x[:64], "6:8", INT8)
+    for part in (slice(0, 64), slice(tokens // 2, tokens // 2 + 64), slice(tokens - 64, tokens)):
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one[part], other)
+
+
 @pytest.mark.gpu
 def test_kernels_that_overlap_in_a_stream_wait_for_each_other(gpu: torch.device) -> None:
     """The input is written by the kernel right before, the output reused by the one right after."""

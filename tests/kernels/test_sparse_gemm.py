@@ -346,6 +346,22 @@ def test_a_call_is_counted_and_an_error_is_not() -> None:
     assert launches.counts() == {"sparse_gemm.reference": 1}
 
 
+def test_65536_tokens_in_one_batch_are_each_what_they_are_alone(
+    backend: str, device: torch.device
+) -> None:
+    """With a GPU the output has more than 2³¹ values: offsets of 32 bits would overflow."""
+    tokens, features, k = 65_536, 32_832 if device.type == "cuda" else 24, 20
+    weight = make_weight(features, k, "2:4", torch.int8, device)
+    packed = pack(weight, "2:4", torch.rand(features, device=device), backend=backend)
+    x = make_activation(tokens, k, torch.int8, device)
+    a, scale = expand(x, packed.pattern), torch.rand(tokens, device=device)
+    out = custom_sparse_gemm(a, scale, packed)
+    for part in (slice(0, 64), slice(tokens // 2, tokens // 2 + 64), slice(tokens - 64, tokens)):
+        assert_right(
+            out[part], reference.dense(x[part], scale[part], weight, packed.scale, None), backend
+        )
+
+
 @pytest.fixture
 def arguments() -> dict[str, Any]:
     (a, scale, weight, bias), _ = make(3, 8, 16, "6:8", torch.int8, "cpu", "reference")

@@ -18,7 +18,7 @@ __all__ = ["CompressedTensorsConfig"]
 RUNS_MARLIN_24 = hasattr(schemes, "CompressedTensorsW4A16Sparse24")
 """vLLM 0.13.0 has kernels for it, 0.25.1 has none."""
 
-_EXPERTS = getattr(fused_moe, "RoutedExperts", fused_moe.FusedMoE)
+_EXPERTS = getattr(fused_moe, "RoutedExperts", None) or fused_moe.FusedMoE
 
 
 def is_experts(layer: torch.nn.Module) -> bool:
