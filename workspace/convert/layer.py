@@ -103,4 +103,8 @@ def _error(source: torch.Tensor, lost: torch.Tensor, norms: torch.Tensor | None)
 def threads() -> ThreadPoolExecutor:
     """For `Converter`: one thread for each core that this process may use, at most 16."""
     count = min(len(os.sched_getaffinity(0)), 16)
+    # glibc keeps freed memory up to the size of the largest block that it was given back so far,
+    # at most 32 MB; else each intermediate value comes from the system anew, which takes as long
+    # again as computing it.
+    torch.empty(30 << 20, dtype=torch.uint8)
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
