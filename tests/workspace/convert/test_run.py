@@ -214,7 +214,7 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, save: int) -> Iterator[None]:
         original(*arguments)
 
     original = pipeline._save
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # noqa: PT012
         patch.setattr(pipeline, "_save", stop)
         yield
 
@@ -337,7 +337,7 @@ def test_a_full_disk_is_one_clear_error_and_it_goes_on_after(
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small file system here")
     try:
-        with pytest.raises(WorkspaceError, match="the converted weights take 0.0 GB"):
+        with pytest.raises(WorkspaceError, match=r"the converted weights take 0\.0 GB"):
             convert(sharded, place / "out")
         with monkeypatch.context() as patch:  # another process takes the space meanwhile
             patch.setattr(pipeline.place, "check_space", lambda *_: None)
