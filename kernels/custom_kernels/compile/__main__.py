@@ -29,6 +29,7 @@ def main() -> int:
             print(
                 f"  {kernel.name} on {kernel.architecture}: {kernel.registers} registers, "
                 f"{kernel.shared} B shared, {spills} B spilled"
+                + (f"; ptxas warns: {kernel.loss}" if kernel.loss else "")
             )
 
     try:

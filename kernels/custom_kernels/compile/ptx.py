@@ -28,6 +28,9 @@ class Kernel:
     """Threads in a block, where ``__launch_bounds__`` fixes it."""
     dynamic: bool = False
     """Whether it uses shared memory whose size the launch chooses, beyond ``shared``."""
+    loss: str = ""
+    """What ptxas warns of as a loss of performance: of wgmma instructions that wait for each other,
+    say. Empty: nothing."""
 
 
 # --- ptxas ----------------------------------------------------------------------
@@ -36,6 +39,7 @@ _COMPILING = re.compile(r"Compiling entry function '(?P<name>[^']+)' for 'sm_(?P
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_LOSS = re.compile(r"Potential Performance Loss: (?P<what>.+?) in the function '(?P<name>[^']+)'")
 
 
 def kernels(log: str, kept: Path) -> list[Kernel]:
@@ -65,6 +69,7 @@ def parse_ptxas(text: str) -> list[Kernel]:
     """Read ``ptxas -v``: an entry line, a line on stack and spills, a line on registers and shared
     memory."""
     kernels: list[Kernel] = []
+    losses = {match["name"]: " ".join(match["what"].split()) for match in _LOSS.finditer(text)}
     entry: dict[str, str] | None = None
     memory = (0, 0, 0)
     for line in text.splitlines():
@@ -81,6 +86,7 @@ def parse_ptxas(text: str) -> list[Kernel]:
                     int(match["registers"]),
                     *memory,
                     int(shared[1]) if shared else 0,
+                    loss=losses.get(entry["name"], ""),
                 )
             )
             entry = None

@@ -59,7 +59,7 @@ def read_library(backend: Backend, names: Sequence[str]) -> list[Report]:
         for kernel, code in zip(ptx.demangle([code.kernel for code in codes]), codes, strict=True):
             if known := compiled.get(kernel):
                 figures = {"spills": known.spill_stores + known.spill_loads, "ptx": known.ptx}
-                for figure in ("shared", "threads", "dynamic"):
+                for figure in ("shared", "threads", "dynamic", "loss"):
                     figures[figure] = getattr(known, figure)
                 reports.append(_report(code, backend, kernel=kernel, architecture=name, **figures))
     return reports
@@ -228,10 +228,11 @@ def raw_kernel(
             '(is it `extern "C" __global__`?)'
         )
     (code,) = (code for code in _disassembled(cubin) if code.kernel == kernel.name)
-    spilled = {one.name: one.spill_stores + one.spill_loads for one in ptx.parse_ptxas(log)}
+    (known,) = (one for one in ptx.parse_ptxas(log) if one.name == kernel.name)
     entry = entries[kernel.name]
     return _report(
-        code, backend, kernel=label, architecture=architecture, spills=spilled[kernel.name],
+        code, backend, kernel=label, architecture=architecture,
+        spills=known.spill_stores + known.spill_loads, loss=known.loss,
         ptx=entry.instructions, threads=entry.threads, dynamic=entry.dynamic,
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ class Report(Code):
     """Per block, where the compiler knows."""
     ptx: int | None
     """Instructions of its PTX."""
+    loss: str = ""
+    """What ptxas warns of as a loss of performance."""
 
     @property
     def occupancy(self) -> Occupancy | None:

@@ -74,9 +74,11 @@ def warnings(reports: Sequence[Report]) -> list[str]:
     by_backend: dict[Backend, list[Report]] = {}
     for report in reports:
         by_backend.setdefault(backend_of(report), []).append(report)
+        where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
+        if report.loss:
+            result.append(f"{where}: ptxas warns: {report.loss}")
         if "spills" in backend_of(report).notes:
             continue
-        where = f"{report.operation}.{report.backend}: {report.kernel} on {report.architecture}"
         if report.spills:
             result.append(f"{where} spills {report.spills} bytes")
         elif report.local:

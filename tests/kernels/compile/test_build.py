@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from custom_kernels import paths, registry
-from custom_kernels.compile import build, toolchain
+from custom_kernels.compile import build, ptx, toolchain
 from custom_kernels.compile.toolchain import BuildError, NoCompiler
 
 from tests.kernels.conftest import PackageCopy
@@ -97,6 +97,24 @@ def test_the_report_says_what_the_kernel_takes(toy: PackageCopy) -> None:
     report = json.loads(built.path.with_suffix(".json").read_text())
     assert report["peak_memory"] == built.peak_memory
     assert report["seconds"] > 0
+
+
+def test_what_ptxas_warns_of_is_the_kernels() -> None:
+    log = """\
+ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized \
+due to non wgmma instructions reading accumulator registers of  a wgmma between start and end of \
+the pipeline stage in the function 'one'
+ptxas info    : Compiling entry function 'one' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers
+ptxas info    : Compiling entry function 'other' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers
+"""
+    one, other = ptx.parse_ptxas(log)
+    assert one.loss.startswith("wgmma.mma_async instructions are serialized due to non wgmma")
+    assert one.loss.endswith("pipeline stage")
+    assert other.loss == ""
 
 
 def test_several_architectures_compile_in_a_folder_of_any_name_and_leave_nothing_elsewhere(
