@@ -176,7 +176,7 @@ class Bench:
     )
     quantization: str | None = text(
         "QUANTIZATION",
-        "a method of this workspace (`sparse_2_4`, `sparse_4_6`, `sparse_6_8`, or "
+        "a method of this workspace (`sparse_2_4`, `sparse_mixed`, `sparse_6_8`, or "
         "[your own](../kernels/README.md#a-quantization-method-of-your-own)) as the custom "
         "variant, compared with the unquantized model or what `BASELINE` says",
     )
@@ -219,7 +219,7 @@ class Convert:
         "MODEL", "a folder or a hub id, as for `bench`", "as for `bench`", "Qwen/Qwen2.5-0.5B"
     )
     out: str | None = text("OUT", "the folder to write", example="models/q05-24")
-    pattern: str | None = text("PATTERN", "a sparsity pattern", "`2:4`", "2:4")
+    pattern: str | None = text("PATTERN", "a sparsity pattern, or `mixed`", "`2:4`", "2:4")
     dtype: Literal["fp8", "int8"] | None = choice(
         "DTYPE", "what the weights are quantized to", "fp8", "int8", default="`fp8`"
     )

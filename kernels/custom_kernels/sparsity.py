@@ -18,7 +18,12 @@ sections, so that a kernel loads and stores long contiguous runs without a gathe
 Each section is padded with zeros to a multiple of 16 values, the whole to a multiple of 64; K that
 is not a multiple of the group counts as padded with zeros.
 
-Source: the sliding-window decomposition of (2N-2):2N patterns, SlideSparse (2026).
+A **mixed** weight is half 2:4 and half dense: of every 128 rows at most 64, in aligned groups of 8,
+are not 2:4. A quarter of its values is zero, as in 6:8, but nothing is expanded: the activation is
+that of 2:4, the plain row, by which the dense rows are multiplied, too.
+
+Sources: the sliding-window decomposition of (2N-2):2N patterns, SlideSparse (arXiv 2603.05232);
+rows of both kinds in one product, arXiv 2606.10445.
 """
 
 from dataclasses import dataclass
@@ -31,12 +36,22 @@ SECTION_MULTIPLE = 16
 ROW_MULTIPLE = 64
 """Values: what one sparse 8-bit tensor-core instruction takes along K."""
 
+MIXED = "mixed"
+MIXED_ROWS = 128
+"""Rows of a mixed weight of which at most half are dense."""
+MIXED_GROUP = 8
+"""Neighbouring rows that are all 2:4 or all dense: 16 bytes of an output row in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Pattern:
-    """At most 2N-2 nonzeros in every 2N consecutive values; ``Pattern(2)`` is 2:4."""
+    """At most 2N-2 nonzeros in every 2N consecutive values; ``Pattern(2)`` is 2:4.
+
+    ``Pattern(2, mixed=True)`` asks that of half of the rows.
+    """
 
     n: int
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.n <= 16:
@@ -44,7 +59,15 @@ class Pattern:
                 f"a pattern (2N-2):2N needs N from 2 (2:4) to 16 (30:32), got N={self.n}"
             )
 
+        if self.mixed and self.n != 2:
+            raise ValueError(f"half of the rows of a mixed weight are 2:4, not N={self.n}")
+
     def __str__(self) -> str:
+        return MIXED if self.mixed else self.expansion
+
+    @property
+    def expansion(self) -> str:
+        """Name of the pattern that activations are expanded for."""
         return f"{2 * self.n - 2}:{2 * self.n}"
 
     @property
@@ -82,10 +105,12 @@ class Pattern:
 
 
 def pattern(name: str) -> Pattern:
-    """``"6:8"`` as a Pattern. Raises ValueError, with examples, for any other kind."""
+    """``"6:8"`` or ``"mixed"`` as a Pattern. Raises ValueError, with examples, for any other."""
+    if name == MIXED:
+        return Pattern(2, mixed=True)
     nonzeros, _, group = name.partition(":")
     if not (nonzeros.isdecimal() and group.isdecimal()):
-        raise ValueError(f"{name!r} is not a pattern; write 2:4, 4:6, 6:8, 8:10, ...")
+        raise ValueError(f"{name!r} is not a pattern; write 2:4, 4:6, 6:8, 8:10, ... or mixed")
     if int(group) % 2 or int(nonzeros) != int(group) - 2:
         raise ValueError(
             f"{name} is not a pattern (2N-2):2N that expands to 2:4, like 2:4, 4:6, 6:8, 8:10, ..."

@@ -24,6 +24,7 @@ from custom_kernels.sparse_gemm import (
     cusparselt,
     custom_sparse_gemm,
     pack,
+    prune_weight,
     quantize_weight,
     reference,
     sparse_linear,
@@ -40,6 +41,12 @@ ONCE = {"rtol": 2**-8, "atol": 1e-4}
 TOLERANCES = {"cusparselt": {"rtol": 2**-7, "atol": 2**-6}}
 
 PATTERNS = ("2:4", "4:6", "6:8", "8:10", "10:12", "30:32")
+KINDS = [
+    *((pattern, dtype) for pattern in PATTERNS for dtype in DTYPES),
+    *(("mixed", dtype) for dtype in SCALED),
+]
+"""Every pattern with every dtype that it takes."""
+SOME_KINDS = [kind for kind in KINDS if kind[0] in ("6:8", "mixed")]
 BACKENDS = OPERATION.backend_names()
 
 
@@ -52,7 +59,17 @@ def make_weight(
     shape = (rows, kind.groups(k), kind.group)
     weight = torch.randint(-4, 5, shape, device=device)
     places = torch.rand(shape, device=device).argsort(-1)[..., :2]
-    return weight.scatter(2, places, 0).flatten(1)[:, :k].contiguous().to(dtype)
+    pruned = weight.scatter(2, places, 0)
+    if kind.mixed:  # of every 16 groups of 8 rows any 8
+        order = torch.rand((-(-rows // 128), 16), device=device).argsort(-1)
+        dense = (order < 8).flatten().repeat_interleave(8)[:rows]
+        pruned = torch.where(dense[:, None, None], weight, pruned)
+    return pruned.flatten(1)[:, :k].contiguous().to(dtype)
+
+
+def skip_what_is_not_supported(backend: str, pattern: str) -> None:
+    if pattern == "mixed" and backend == "cusparselt":
+        pytest.skip("cuSPARSELt has no mixed weights")
 
 
 def make_activation(
@@ -189,6 +206,48 @@ def test_a_weight_that_violates_the_pattern_is_refused(dtype: torch.dtype) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_weight_with_too_many_dense_rows_is_refused() -> None:
+    weight = make_weight(300, 100, "mixed", torch.int8)
+    order = _packing.halves(weight)
+    assert order.shape == (3, 16)
+    assert order.sort(1).values.tolist() == [list(range(16))] * 3
+    group = int(order[1, 3])  # one of the 2:4 ones
+    row = 128 + 8 * group
+    weight[row + 2, 40:44] = 1
+    weight[row + 5, 0:4] = 1
+    others = order[1, 8:].long()
+    weight[128 + 8 * others, 0:4] = 1  # all eight are dense
+    with pytest.raises(
+        ValueError,
+        match=r"the weight is not mixed: of rows 128 to 255, 9 groups of 8 rows are not 2:4, 8 "
+        r"are allowed; the first too many has row \d+, group \d+ \(columns \d+ to \d+\)",
+    ):
+        pack(weight, "mixed", torch.ones(300), backend="reference")
+    with pytest.raises(TypeError, match=r"a mixed weight must have 8 bits, got torch.bfloat16"):
+        pack(weight.bfloat16(), "mixed")
+    with pytest.raises(registry.BackendError, match=r"cusparselt does not support mixed weights"):
+        pack(weight, "mixed", torch.ones(300), backend="cusparselt")
+
+
+@pytest.mark.parametrize("rows", [64, 128, 200, 40, 9, 7])
+def test_mixed_pruning_keeps_the_rows_dense_that_would_lose_most(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, 64)
+    pruned = prune_weight(weight, "mixed")
+    assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
+    lost = (weight - prune_weight(weight, "2:4")).square().sum(1)
+    for window in range(0, rows, 64):
+        part = slice(window, window + 64)
+        losses = [float(group.sum()) for group in lost[part].split(8)]
+        dense = [bool((group != 0).all()) for group in pruned[part].split(8)]
+        assert sum(dense) == len(losses) // 2
+        kept = [loss for loss, whole in zip(losses, dense, strict=True) if whole]
+        given = [loss for loss, whole in zip(losses, dense, strict=True) if not whole]
+        assert not kept or min(kept) >= max(given)
+    quantized, scale = quantize_weight(pruned, torch.int8)
+    pack(quantized, "mixed", scale, backend="reference")
+
+
 def test_a_negative_zero_is_a_zero() -> None:
     weight = torch.tensor([[1.0, -0.0, 2.0, -0.0]]).to(torch.float8_e4m3fn)
     packed = pack(weight, "2:4", torch.ones(1), backend="reference")
@@ -219,13 +278,14 @@ SIZES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 200
     n=SIZES,
     k=SIZES,
     bias=st.booleans(),
-    pattern=st.sampled_from(PATTERNS),
-    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(KINDS),
 )
-@example(m=0, n=8, k=8, bias=True, pattern="6:8", dtype=torch.int8)
-@example(m=1, n=1, k=1, bias=True, pattern="4:6", dtype=torch.float8_e4m3fn)
-@example(m=33, n=1001, k=1003, bias=False, pattern="8:10", dtype=torch.bfloat16)
-@example(m=300, n=512, k=640, bias=True, pattern="2:4", dtype=torch.float8_e4m3fn)
+@example(m=0, n=8, k=8, bias=True, kind=("6:8", torch.int8))
+@example(m=1, n=1, k=1, bias=True, kind=("4:6", torch.float8_e4m3fn))
+@example(m=33, n=1001, k=1003, bias=False, kind=("8:10", torch.bfloat16))
+@example(m=300, n=512, k=640, bias=True, kind=("2:4", torch.float8_e4m3fn))
+@example(m=1, n=1, k=1, bias=True, kind=("mixed", torch.int8))
+@example(m=17, n=261, k=203, bias=False, kind=("mixed", torch.float8_e4m3fn))
 def test_matches_exact_at_any_shape(
     backend: str,
     device: torch.device,
@@ -233,9 +293,11 @@ def test_matches_exact_at_any_shape(
     n: int,
     k: int,
     bias: bool,
-    pattern: str,
-    dtype: torch.dtype,
+    kind: tuple[str, torch.dtype],
 ) -> None:
+    pattern, dtype = kind
+    if pattern == "mixed" and backend == "cusparselt":
+        return
     torch.manual_seed(m * 7919 + n * 104729 + k)
     arguments, wanted = make(m, n, k, pattern, dtype, device, backend, bias)
     assert_right(custom_sparse_gemm(*arguments), wanted, backend)
@@ -250,11 +312,11 @@ def test_passes_the_operations_own_checks(
     assert not failures
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pattern", "dtype"), KINDS)
 def test_a_layer_is_close_to_the_layer_it_was_made_from(
     backend: str, device: torch.device, pattern: str, dtype: torch.dtype
 ) -> None:
+    skip_what_is_not_supported(backend, pattern)
     n, k = 96, 320
     weight = torch.randn(n, k, device=device) / math.sqrt(k)
     weight *= make_weight(n, k, pattern, torch.int8, device).bool()
@@ -468,10 +530,28 @@ def test_wgmma_blocks_hold_what_each_thread_and_instruction_reads(dtype: torch.d
     assert not dense[:, expanded.shape[1] :].float().any()
 
 
+@pytest.mark.parametrize("dtype", SCALED)
+def test_wgmma_mixed_blocks_hold_a_2_4_block_and_64_dense_rows(dtype: torch.dtype) -> None:
+    weight = make_weight(200, 192, "mixed", dtype)
+    stored, order = wgmma.mixed_storage(weight)
+    assert stored.shape == (2, 2, 5120 + 8192)
+    padded = torch.zeros((256, 256), dtype=torch.uint8)
+    padded[:200, :192] = weight.view(torch.uint8)
+    for block in range(2):
+        rows = [128 * block + 8 * int(group) + i for group in order[block] for i in range(8)]
+        sparse, _ = wgmma.storage(padded[rows[:64]].view(dtype))
+        assert torch.equal(stored[block, :, :5120], sparse[0])
+        for column in range(2):
+            dense = stored[block, column, 5120:].view(8, 64, 16).transpose(0, 1).flatten(1)
+            assert torch.equal(dense, padded[rows[64:], 128 * column : 128 * column + 128])
+
+
 @pytest.mark.nvcc
 def test_wgmma_tiles_are_those_that_python_numbers() -> None:
-    tiles = OPERATION.backend("wgmma").library().tiles()
-    assert [tuple(tile) for tile in tiles] == [tuple(tile[:4]) for tile in wgmma.TILES]
+    library = OPERATION.backend("wgmma").library()
+    for mixed, tiles in enumerate((wgmma.TILES, wgmma.MIXED_TILES)):
+        numbered = [tuple(tile) for tile in library.tiles(bool(mixed))]
+        assert numbered == [tuple(tile[:4]) for tile in tiles]
 
 
 @pytest.mark.parametrize(
@@ -499,6 +579,37 @@ def test_wgmma_chooses_what_was_fastest_on_an_h200(
         assert (tile.tokens, choice.split, tile.shared) == (tokens, split, shared)
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tokens", "split", "shared"),
+    [
+        (1, 37888, 3584, 16, 1, False),
+        (16, 3584, 18944, 16, 2, False),
+        (32, 4608, 3584, 32, 1, False),
+        (64, 3584, 18944, 64, 4, False),
+        (128, 37888, 3584, 128, 1, False),
+        (1024, 4608, 3584, 192, 1, False),
+        (4096, 3584, 18944, 256, 4, True),
+        (16384, 4608, 3584, 256, 4, True),
+    ],
+)
+def test_wgmma_chooses_for_mixed_weights_what_was_fastest_on_an_h200(
+    m: int, n: int, k: int, tokens: int, split: int, shared: bool
+) -> None:
+    choice = wgmma.choose(torch.float8_e4m3fn, m, n, k, 132, mixed=True)
+    tile = wgmma.MIXED_TILES[choice.tile]
+    assert (tile.tokens, choice.split, tile.shared) == (tokens, split, shared)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "mixed"])
+def test_any_number_of_tokens_is_right_where_blocks_compute_many_tiles(
+    gpu: torch.device, pattern: str
+) -> None:
+    for m in [63, 70, 130, 190, 255, 257, 300, 450, 700, 1025, 1090, 2100, 4160]:
+        arguments, wanted = make(m, 37888, 256, pattern, torch.float8_e4m3fn, gpu, "wgmma")
+        assert_right(custom_sparse_gemm(*arguments), wanted, "wgmma")
+
+
 def test_cusparselt_packs_on_a_gpu_only() -> None:
     with pytest.raises(ValueError, match=r"compresses weights on the GPU, this one is on cpu"):
         pack(torch.zeros(4, 4).char(), "2:4", torch.ones(4), backend="cusparselt")
@@ -520,13 +631,13 @@ FAST = pytest.mark.parametrize("fast", [name for name in BACKENDS if name != "re
 
 @pytest.mark.gpu
 @FAST
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "dtype"), KINDS)
 @pytest.mark.parametrize("m", [1, 17, 63, 200, 257, 1024])
 def test_exact_on_integers(
     gpu: torch.device, fast: str, dtype: torch.dtype, pattern: str, m: int
 ) -> None:
     """Without scales every sum is a small integer, which bfloat16 holds up to 256 exactly."""
+    skip_what_is_not_supported(fast, pattern)
     weight = make_weight(328, 328, pattern, dtype, gpu).to(torch.float32).sign().to(dtype)
     x = make_activation(m, 328, dtype, gpu).to(torch.float32).sign().to(dtype)
     ones = [torch.ones(size, device=gpu) if dtype in SCALED else None for size in (m, 328)]
@@ -536,15 +647,23 @@ def test_exact_on_integers(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pattern", "dtype"), SOME_KINDS)
 def test_every_tile_of_wgmma_is_right(
-    gpu: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    gpu: torch.device, pattern: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The last has a wave that is not full, of few tiles: they are shared out.
-    shapes = [(1, 128, 128), (300, 1000, 640), (1000, 3584, 3584), (1024, 4608, 1024)]
+    # The fourth has a wave that is not full, of few tiles: they are shared out. The last is nothing
+    # but storing: many tiles in a block, and in a tile tokens that are not there.
+    shapes = [
+        (1, 128, 128),
+        (300, 1000, 640),
+        (1000, 3584, 3584),
+        (1024, 4608, 1024),
+        (70, 70_000, 128),
+    ]
     for m, n, k in shapes:
-        arguments, wanted = make(m, n, k, "6:8", dtype, gpu, "wgmma")
-        for index, tile in enumerate(wgmma.TILES):
+        arguments, wanted = make(m, n, k, pattern, dtype, gpu, "wgmma")
+        tiles = wgmma.MIXED_TILES if pattern == "mixed" else wgmma.TILES
+        for index, tile in enumerate(tiles):
             for split in tile.splits:
                 for pair in (1, 2):
                     choice = wgmma.Choice(index, pair, split)
@@ -575,12 +694,13 @@ def test_capture_and_replay(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["2:4", "mixed"])
 @pytest.mark.parametrize("m", [1, 16, 64, 1000])
-def test_wgmma_waits_for_what_quant_expand_writes(gpu: torch.device, m: int) -> None:
+def test_wgmma_waits_for_what_quant_expand_writes(gpu: torch.device, m: int, pattern: str) -> None:
     """Its blocks start while quant_expand runs: one after the other with waits between them must
     give the same, in a graph and without."""
-    weight = make_weight(3584, 18944, "2:4", torch.float8_e4m3fn, gpu)
-    packed = pack(weight, "2:4", torch.ones(3584, device=gpu), backend="wgmma")
+    weight = make_weight(3584, 18944, pattern, torch.float8_e4m3fn, gpu)
+    packed = pack(weight, pattern, torch.ones(3584, device=gpu), backend="wgmma")
     inputs = [torch.randn(m, 18944, device=gpu, dtype=torch.bfloat16) for _ in range(20)]
     apart = []
     for x in inputs:
@@ -617,18 +737,23 @@ def test_cusparselt_does_not_search_during_a_capture(
 
 @pytest.mark.gpu
 @FAST
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_every_time(gpu: torch.device, fast: str, dtype: torch.dtype) -> None:
-    arguments, _ = make(1000, 3584, 3584, "6:8", dtype, gpu, fast)
+@pytest.mark.parametrize(("pattern", "dtype"), SOME_KINDS)
+def test_the_same_bits_every_time(
+    gpu: torch.device, fast: str, pattern: str, dtype: torch.dtype
+) -> None:
+    skip_what_is_not_supported(fast, pattern)
+    arguments, _ = make(1000, 3584, 3584, pattern, dtype, gpu, fast)
     first = custom_sparse_gemm(*arguments)
     assert all(torch.equal(custom_sparse_gemm(*arguments), first) for _ in range(5))
 
 
 @pytest.mark.gpu
 @FAST
-def test_more_elements_than_32_bits_can_count(gpu: torch.device, fast: str) -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "mixed"])
+def test_more_elements_than_32_bits_can_count(gpu: torch.device, fast: str, pattern: str) -> None:
+    skip_what_is_not_supported(fast, pattern)
     m, n, k = 70_000, 32_768, 64
-    (a, scale, weight, bias), _ = make(m, n, k, "2:4", torch.int8, gpu, fast)
+    (a, scale, weight, bias), _ = make(m, n, k, pattern, torch.int8, gpu, fast)
     out = custom_sparse_gemm(a, scale, weight, bias)
     assert m * n > 2**31
     plain = pack_again(weight, fast, n, k, gpu)
@@ -644,4 +769,4 @@ def pack_again(weight: SparseWeight, fast: str, n: int, k: int, gpu: torch.devic
     unit = replace(weight, scale=torch.ones(n, device=gpu))
     eye = torch.eye(weight.expanded, device=gpu, dtype=torch.int8)
     dense = custom_sparse_gemm(eye, one, unit).t()[:, :k].to(torch.int8).contiguous()
-    return pack(dense, "2:4", weight.scale, backend="reference")
+    return pack(dense, str(weight.pattern), weight.scale, backend="reference")

@@ -156,13 +156,15 @@ K = "model.layers.0.self_attn.k_proj"
 
 
 def cases(tensors: Tensors) -> dict[str, Case]:
-    sparse = {name: checkpoints.pruned(tensors, name) for name in ("2:4", "4:6", "6:8")}
+    patterns = ("2:4", "4:6", "6:8", "mixed")
+    sparse = {name: checkpoints.pruned(tensors, name) for name in patterns}
     int8, fp8 = (checkpoints.quantized(sparse["2:4"], dtype) for dtype in (INT8, FP8))
     tensorwise = checkpoints.quantized(sparse["2:4"], INT8, per_tensor=True)
     static = {f"{name[:-6]}input_scale": torch.ones(1) for name in int8 if name[-7:] == ".weight"}
     static = {name: scale for name, scale in static.items() if "_proj" in name}
     fp8_4_6 = checkpoints.quantized(sparse["4:6"], FP8)
     int8_6_8 = checkpoints.quantized(sparse["6:8"], INT8)
+    fp8_mixed = checkpoints.quantized(sparse["mixed"], FP8)
     compressed = checkpoints.config
     bf16 = {"quant_method": "compressed-tensors"}
     dummy = {"load_format": "dummy"}
@@ -185,6 +187,7 @@ def cases(tensors: Tensors) -> dict[str, Case]:
         "ours-int8-4-ranks": Case(ours(INT8, "2:4"), int8, int8, ranks=4),
         "ours-fp8-4-6": Case(ours(FP8, "4:6"), fp8_4_6, fp8_4_6),
         "ours-fp8-2-ranks": Case(ours(FP8, "2:4"), fp8, fp8, ranks=2),
+        "ours-fp8-mixed": Case(ours(FP8, "mixed"), fp8_mixed, fp8_mixed, ranks=2),
         "ours-two-layers-dense": Case(ignoring, mixed, mixed),
         "compressed-fp8": Case(
             compressed(FP8), fp8, fp8, options={"quantization": "sparse_2_4"}

@@ -20,7 +20,7 @@ from tests.kernels import vllm_program
 from workspace.bench import models
 from workspace.host.paths import ROOT
 
-PATTERNS = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8"}
+PATTERNS = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8", "sparse_mixed": "mixed"}
 
 PROGRAM = (
     vllm_program.ONE_RANK
@@ -33,7 +33,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.plugins import load_general_plugins
 
 load_general_plugins()
-patterns = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8"}
+patterns = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8", "sparse_mixed": "mixed"}
 configs = {name: pickle.loads(pickle.dumps(get_quantization_config(name)())) for name in patterns}
 print([config.get_name() for config in configs.values()])
 
@@ -151,7 +151,7 @@ def test_sparse_methods_compute_what_they_say_in_two_ops_and_count_by_layer(
         PROGRAM, str(store), str(log), str(folder), CUSTOM_KERNELS_LAUNCH_LOG=str(log)
     )
     ops = ["custom_kernels.quant_expand.default", "custom_kernels.sparse_gemm.default"]
-    assert lines[-9:] == [
+    assert lines[-10:] == [
         str(list(PATTERNS)),
         "UnquantizedEmbeddingMethod",
         *(f"{name} {ops} {{'sparse_gemm.reference': 3}}" for name in PATTERNS),
@@ -175,7 +175,7 @@ def test_pruning_by_importance_keeps_small_weights_of_large_inputs() -> None:
     assert pruned[4] != pruned[4]  # a broken weight is not hidden
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), "8:10"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "8:10"])
 def test_pruning_keeps_the_largest_of_each_group(pattern: str) -> None:
     kind = sparsity.pattern(pattern)
     weight = torch.randn(7, 3 * kind.group + 3)

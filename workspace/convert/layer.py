@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from custom_kernels.sparse_gemm import prune_weight, quantize_weight
+from custom_kernels.sparsity import MIXED, MIXED_ROWS
 from pydantic import BaseModel
 
 from workspace.convert.description import Dtype
@@ -75,6 +76,8 @@ class Converter:
         if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise WorkspaceError(f"{name} has weights of {weight.dtype}; use the original model")
         rows = max(1, BLOCK // weight.shape[1])
+        if self.pattern == MIXED:  # rows are chosen within a block of so many
+            rows = -(-rows // MIXED_ROWS) * MIXED_ROWS
         quantized = torch.empty(weight.shape, dtype=TORCH[self.dtype])
         scales = torch.empty(weight.shape[0], 1)
 

@@ -125,6 +125,8 @@ def sparse() -> Iterator[str]:
         # are read: 5 bits for each value of the expanded row, against 8.
         rate = 2 if 2 * m > ridge else 8 / 5
         limit = rate * pattern.group / (2 * pattern.nonzeros)
+        if pattern.mixed:
+            limit = 2 / (1 / rate + 1)
         means = (f"{geometric_mean(of_case[backend]):.3f}" for backend in run.backends)
         rows.append([name, str(m), *means, f"{limit:.2f}"])
     return _table(("pattern", "M", *run.backends, "limit"), rows)

@@ -52,9 +52,10 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> Record:
                     # followed (a kernel of 4 µs on an H200), so it is thrown away.
                     timing.measure(case, contenders[:1], exact, device, 0.01, 1)
                     warm = True
+                able = [one for one in contenders if one.takes(case)]
                 rows.append(
                     timing.measure(
-                        case, contenders, exact, device, plan.seconds, plan.repetitions, ceilings
+                        case, able, exact, device, plan.seconds, plan.repetitions, ceilings
                     )
                 )
             except torch.OutOfMemoryError:

@@ -50,6 +50,8 @@ class Contender:
     is replaced: what ``fill`` refreshes must be passed on or end up in a tensor."""
     unavailable_reason: Callable[[torch.device], str | None] = lambda device: None
     """Why it cannot run on a device."""
+    takes: Callable[[Case], bool] = lambda case: True
+    """Whether it computes a case at all; one that it does not is left out."""
 
 
 def contender_of(

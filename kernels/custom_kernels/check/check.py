@@ -99,6 +99,7 @@ def check(
                 quick=quick,
             )
             for case in operation.cases.checks(name)
+            if contender.takes(case)
         ]
     return results
 

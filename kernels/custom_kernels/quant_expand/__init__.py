@@ -86,9 +86,11 @@ def _check(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> None:
         raise TypeError(f"quant_expand: dtype must be int8 or float8_e4m3fn, got {dtype}")
     if pattern is not None:
         try:
-            _pattern(pattern)
+            kind = _pattern(pattern)
         except ValueError as error:
             raise ValueError(f"quant_expand: {error}") from None
+        if kind.mixed:
+            raise ValueError(f"quant_expand: for mixed weights expand for {kind.expansion}")
 
 
 def _quant_expand(

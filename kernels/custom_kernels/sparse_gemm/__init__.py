@@ -74,8 +74,8 @@ def pack(
     Args:
         weight: [N, K], int8, float8_e4m3fn or bfloat16, already quantized (see
             ``quantize_weight``).
-        pattern: ``"2:4"``, ``"4:6"``, ``"6:8"``, ``"8:10"``, ... up to ``"30:32"``. K need not be a
-            multiple of the group.
+        pattern: ``"2:4"``, ``"4:6"``, ``"6:8"``, ``"8:10"``, ... up to ``"30:32"``; or ``"mixed"``
+            (see ``sparsity``), for the 8-bit dtypes. K need not be a multiple of the group.
         scale: [N] float32, of each output channel; for the 8-bit dtypes, and only for those.
         backend: a name from ``OPERATION.backends`` that the weight is packed for; None: the best
             for its device and dtype.
@@ -84,7 +84,7 @@ def pack(
         TypeError: another dtype.
         ValueError: a shape does not fit, or the weight violates the pattern; the message names the
             first row and group.
-        registry.BackendError: the backend does not exist or does not support the dtype.
+        registry.BackendError: the backend does not exist or does not support dtype or pattern.
     """
     if weight.dim() != 2:
         raise ValueError(f"sparse_gemm: weight must be [N, K], got {list(weight.shape)}")
@@ -93,17 +93,33 @@ def pack(
         raise TypeError(f"sparse_gemm: weight must be one of {names}, got {weight.dtype}")
     _check_scale("scale", scale, weight.shape[0], weight.dtype, weight.device)
     kind = sparsity.pattern(pattern)
-    backend = backend or OPERATION.best(weight.device, weight.dtype).name
+    if kind.mixed and weight.dtype not in SCALED:
+        raise TypeError(f"sparse_gemm: a mixed weight must have 8 bits, got {weight.dtype}")
+    backend = backend or _best(kind, weight.device, weight.dtype)
     if backend not in OPERATION.backend_names():
         known = ", ".join(one.name for one in OPERATION.backends)
         raise registry.BackendError(f"sparse_gemm has no backend {backend!r}; there are: {known}")
     if not OPERATION.backend(backend).supports_dtype(weight.dtype):
         raise registry.BackendError(f"sparse_gemm.{backend} does not support {weight.dtype}")
-    expanded = _packing.decompose(weight.detach().contiguous(), kind)
-    values, metadata = import_module(f"{__name__}.{backend}").storage(expanded)
-    scale = None if scale is None else scale.contiguous()
     n, k = weight.shape
+    weight = weight.detach().contiguous()
+    module = import_module(f"{__name__}.{backend}")
+    if kind.mixed:
+        if not hasattr(module, "mixed_storage"):
+            raise registry.BackendError(f"sparse_gemm.{backend} does not support mixed weights")
+        values, metadata = module.mixed_storage(_packing.pad_bits(weight, kind.expanded(k) - k))
+    else:
+        values, metadata = module.storage(_packing.decompose(weight, kind))
+    scale = None if scale is None else scale.contiguous()
     return SparseWeight(backend, kind, n, k, weight.dtype, values, metadata, scale)
+
+
+def _best(kind: sparsity.Pattern, device: torch.device, dtype: torch.dtype) -> str:
+    """The first backend by priority that can run there and takes the pattern."""
+    best = OPERATION.best(device, dtype)
+    if kind.mixed and not hasattr(best.module, "mixed_storage"):
+        return "reference"
+    return best.name
 
 
 def prune_weight(
@@ -112,7 +128,9 @@ def prune_weight(
     """Set the two least important of every 2N consecutive weights of a row to zero.
 
     The importance of W[n, k] is |W[n, k]| · norms[k]. Of equal ones the first are kept. A last
-    group that is not full counts as filled up with zeros.
+    group that is not full counts as filled up with zeros. For ``"mixed"`` this is done, as for
+    2:4, in half of the groups of 8 rows in every 64: in those that lose least, by the sum of the
+    squared importances (64, so that parts of a layer may be split or joined at multiples of 64).
 
     Args:
         weight: [N, K] of any dtype.
@@ -138,7 +156,22 @@ def prune_weight(
         better[i + 1 :] += first
         better[i] += (~first).sum(0, dtype=torch.uint8)
     keep = (better < kind.nonzeros).t().reshape(padded.shape)[:, :k]
+    if kind.mixed:
+        keep |= _dense_rows(importance[:, :k].square().masked_fill_(keep, 0).sum(1))[:, None]
     return weight.detach().where(keep, 0).contiguous()
+
+
+def _dense_rows(losses: torch.Tensor) -> torch.Tensor:
+    """Which rows [N] stay dense, by what pruning each would lose."""
+    n, window = len(losses), sparsity.MIXED_ROWS // 2
+    rows = torch.nn.functional.pad(losses, (0, -n % window))
+    groups = rows.view(-1, window // sparsity.MIXED_GROUP, sparsity.MIXED_GROUP).sum(-1)
+    place = groups.argsort(dim=1, descending=True, stable=True).argsort(1)  # 0 is what loses most
+    # Of the last window, which may be smaller, half of what is there.
+    there = -(-n // sparsity.MIXED_GROUP) - window // sparsity.MIXED_GROUP * (len(groups) - 1)
+    most = torch.full((len(groups), 1), groups.shape[1] // 2, device=losses.device)
+    most[-1] = there // 2
+    return (place < most).repeat_interleave(sparsity.MIXED_GROUP)[:n]
 
 
 def quantize_weight(
@@ -214,7 +247,7 @@ def sparse_linear(
         same = weight.pattern.n == 2 and weight.k == weight.expanded
         a = x if same else sparsity.expand(x, weight.pattern)
         return custom_sparse_gemm(a, None, weight, bias)
-    q, scale = custom_quant_expand(x, str(weight.pattern), weight.dtype)
+    q, scale = custom_quant_expand(x, weight.pattern.expansion, weight.dtype)
     return custom_sparse_gemm(q, scale, weight, bias)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from custom_kernels.sparsity import Pattern
+from custom_kernels.sparsity import MIXED_GROUP, MIXED_ROWS, Pattern
 
 Arguments = tuple[
     torch.Tensor,
@@ -83,6 +83,43 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         out[part, :even] = stacked[:, :, 0::2].flatten(1)
         out[part, start : start + odd] = stacked[:, :, 1::2].flatten(1)
     return out.view(weight.dtype)
+
+
+def halves(weight: torch.Tensor) -> torch.Tensor:
+    """Which rows of a mixed weight [N, K] are multiplied as 2:4 ones and which as dense ones.
+
+    Returns [ceil(N / 128), 16] uint8: for each block of 128 rows the numbers of its groups of 8
+    rows, first of 8 that are 2:4, then of the others. Rows beyond the last count as zeros.
+
+    Raises ValueError with the first row and group that violate the pattern.
+    """
+    n, k = weight.shape
+    full = torch.zeros(-(-n // MIXED_ROWS) * MIXED_ROWS, dtype=torch.int64, device=weight.device)
+    for part in _chunks(n, k):  # the first of each row's groups of 4 that is too full, or -1
+        nonzero = pad(_nonzero(weight[part]), (0, -k % 4)).unflatten(1, (-1, 4))
+        over = nonzero.sum(-1, dtype=torch.uint8) > 2
+        full[part] = over.any(1) * (over.to(torch.uint8).argmax(1) + 1)
+    dense = full.view(-1, MIXED_ROWS // MIXED_GROUP, MIXED_GROUP).any(-1)
+    most = dense.shape[1] // 2
+    wrong = dense.sum(1) > most
+    if wrong.any():
+        block = int(wrong.nonzero()[0])
+        group = int(dense[block].nonzero()[most])
+        first = block * MIXED_ROWS + group * MIXED_GROUP
+        row = first + int(full[first : first + MIXED_GROUP].nonzero()[0])
+        column = (int(full[row]) - 1) * 4
+        raise ValueError(
+            f"sparse_gemm: the weight is not mixed: of rows {block * MIXED_ROWS} to "
+            f"{min((block + 1) * MIXED_ROWS, n) - 1}, {int(dense[block].sum())} groups of "
+            f"{MIXED_GROUP} rows are not 2:4, {most} are allowed; the first too many has row "
+            f"{row}, group {column // 4} (columns {column} to {min(column + 4, k) - 1})"
+        )
+    return dense.to(torch.uint8).argsort(dim=1, stable=True).to(torch.uint8)
+
+
+def pad_bits(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """weight [N, K] of any dtype with ``columns`` more columns of zeros."""
+    return pad(weight.view(_BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
 
 
 def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
 """M: a decode step has as many rows as there are running requests, a prefill step up to vLLM's
 batch limit."""
 
-PATTERNS = ("2:4", "4:6", "6:8", "8:10")
+PATTERNS = ("2:4", "mixed", "4:6", "6:8", "8:10")
 
 TOLERANCE = 1e-2
 """‖out - exact‖ / ‖exact‖. Rounding to bfloat16 once gives 1.7e-3, twice (cuSPARSELt) 2.4e-3;
@@ -41,6 +41,8 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             if layer not in LAYERS:
                 continue
             for pattern in PATTERNS:
+                if pattern == "mixed" and dtype == "bfloat16":
+                    continue
                 for m in tokens:
                     yield case({"model": name, "layer": layer}, m, n, k, pattern, has_bias, dtype)
 
@@ -55,6 +57,7 @@ def checks(dtype: str) -> Iterator[Case]:
         (17, 100, 200, "6:8"),
         (130, 200, 96, "8:10"),
         (3, 40, 130, "30:32"),
+        *([] if dtype == "bfloat16" else [(33, 200, 129, "mixed"), (130, 264, 300, "mixed")]),
     ]:
         for has_bias in (False, True):
             labels: dict[str, str | int] = {"check": "bias" if has_bias else "no bias"}
@@ -92,7 +95,10 @@ def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Co
     ) -> torch.Tensor:
         return sparse_linear(x, SparseWeight(backend.name, *shape, *tensors), bias)
 
-    return Contender(backend.name, run, prepare)
+    mixed = hasattr(backend.module, "mixed_storage")
+    return Contender(
+        backend.name, run, prepare, takes=lambda case: mixed or case.labels["pattern"] != "mixed"
+    )
 
 
 def case(
@@ -104,7 +110,8 @@ def case(
     has_bias: bool,
     dtype: str,
 ) -> Case:
-    """x of variance 1 and weights of variance about 1/K before two in each group become zero.
+    """x of variance 1 and weights of variance about 1/K before two in each group become zero
+    (of a mixed weight in half of the rows).
 
     The inputs are x [M, K], the weight [N, K], its scale [N] or None, the bias [N] or None, and the
     pattern.
@@ -125,7 +132,7 @@ def case(
     def fill(inputs: Sequence[Any]) -> None:
         x, weight, scale, bias, _ = inputs
         x.normal_()
-        step = max(1, (1 << 26) // max(k, 1))
+        step = max(1, (1 << 26) // max(k, 1) // 128) * 128
         for rows in weight.split(step):
             rows.copy_(_random_weight(rows.shape[0], k, kind, torch_dtype, deviation, x.device))
         if scale is not None:
@@ -134,14 +141,15 @@ def case(
             bias.normal_()
 
     length = kind.expanded(k)
+    row = length // 2 * torch_dtype.itemsize + length // 8  # values and metadata
+    if kind.mixed:
+        row = (row + k) / 2
     return Case(
         labels={**labels, "pattern": pattern, "M": m, "N": n, "K": k},
         empty_inputs=empty_inputs,
         fill=fill,
         flops=2.0 * m * n * k,
-        bytes=float(
-            2 * m * k + n * length // 2 * torch_dtype.itemsize + n * length // 8 + 2 * m * n
-        ),
+        bytes=float(2 * m * k + n * row + 2 * m * n),
         tolerance=TOLERANCE,
         peak=dtype,
     )
@@ -160,8 +168,11 @@ def _random_weight(
     values *= deviation if dtype != torch.bfloat16 else k**-0.5
     first = torch.randint(pattern.group, (*shape[:2], 1), device=device)
     step = torch.randint(1, pattern.group, (*shape[:2], 1), device=device)
-    values.scatter_(2, torch.cat([first, (first + step) % pattern.group], 2), 0.0)
-    values = values.flatten(1)[:, :k]
+    zeros = values.scatter(2, torch.cat([first, (first + step) % pattern.group], 2), 0.0)
+    if pattern.mixed:  # four of every eight groups of rows, at random
+        groups = torch.rand((-(-rows // 64), 8), device=device).argsort(1) < 4
+        zeros = zeros.where(groups.repeat_interleave(8)[:rows, None, None], values)
+    values = zeros.flatten(1)[:, :k]
     if dtype == torch.int8:
         values = values.round().clamp(-127, 127)
     return values.to(dtype)

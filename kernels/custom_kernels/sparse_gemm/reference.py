@@ -17,10 +17,18 @@ def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _packing.compress(expanded)
 
 
+def mixed_storage(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mixed weight [N, K'], as it is; no metadata."""
+    _packing.halves(weight)
+    return weight, weight.new_empty(0, dtype=torch.uint8)
+
+
 def run(*arguments: *_packing.Arguments) -> torch.Tensor:
-    """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16."""
+    """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16. Of a mixed weight
+    values [N, K']."""
     a, a_scale, values, metadata, w_scale, bias, _ = arguments
-    weight = _packing.decompress(values, metadata)
+    mixed = values.shape[1] == a.shape[1]
+    weight = values if mixed else _packing.decompress(values, metadata)
     return dense(a, a_scale, weight, w_scale, bias).bfloat16()
 
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// y = (A · Wᵀ) · a_scale · w_scale + b with a 2:4 sparse W, on Hopper's sparse wgmma.
+// y = (A · Wᵀ) · a_scale · w_scale + b with a 2:4 sparse W, or one that is half 2:4 and half dense,
+// on Hopper's wgmma.
 //
 //   A [M, K'], int8, float8_e4m3fn or bfloat16; W as blocks of bytes, below; a_scale [M] and
 //   w_scale [N] float32, or none; b [N] bfloat16 or none; y [M, N] bfloat16, the start of each row
@@ -21,6 +22,13 @@
 // W [64 features][128 bytes of K'][block], as wgmma.py's storage() writes it: a block is copied to
 // shared memory as it is. It holds 64 x 64 bytes of values, as four columns of 64 rows x 16 bytes,
 // and then the metadata: for each thread the registers that its instructions want.
+//
+// Of a mixed W a block has 128 features: such a block of 64 of them that are 2:4, then the 64
+// others, dense, as eight columns of 64 rows x 16 bytes. One warpgroup multiplies the former and
+// one the latter, by the same A, so that all tiles take the same time. They wait for each other by
+// way of the ring only: one multiplies while the other stores. `places` says which eight
+// neighbouring features are where; eights are stored one by one, 16 bytes of a row (TMA is slow at
+// such boxes).
 //
 // What bounds it: an SM takes in 64 bytes per cycle, and 128 bytes of K' of a tile of
 // 128 x 256 are 42 KiB: 672 cycles, for which the tensor core would take 512. So tiles are as wide
@@ -180,7 +188,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// ---- Sparse wgmma: d [64 x tokens] += a · b, a thread's part of d in registers
+// ---- wgmma, sparse and dense: d [64 x tokens] += a · b, a thread's part of d in registers
 // --------------------------------------------
 
 struct Fp8 {
@@ -244,6 +252,27 @@ WGMMAS(128, 64, 64, 65, 66, 67, 68)
 WGMMAS(192, 96, 96, 97, 98, 99, 100)
 WGMMAS(256, 128, 128, 129, 130, 131, 132)
 
+// Dense: half as many values of W and of A as a sparse instruction reads, 32 bytes of each row.
+#define WGMMA_DENSE(Kind, sum, constraint, size, shape, types, more, a_, b_, add_)                 \
+  __device__ __forceinline__ void multiply(Kind, sum(&d)[size], uint64_t a, uint64_t b, int add) { \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add_                                    \
+                 ", 0;\n"                                                                          \
+                 "wgmma.mma_async.sync.aligned." shape types " {" NAMES_##size                     \
+                 "}, %" #a_ ", %" #b_ ", add" more ";\n}"                                          \
+                 : SUMS_##size(constraint, 0)                                                      \
+                 : "l"(a), "l"(b), "r"(add));                                                      \
+  }
+#define WGMMAS_DENSE(tokens, size, ...)                                                 \
+  WGMMA_DENSE(Fp8, float, "+f", size, "m64n" #tokens "k32", ".f32.e4m3.e4m3", ", 1, 1", \
+              __VA_ARGS__)                                                              \
+  WGMMA_DENSE(Int8, int32_t, "+r", size, "m64n" #tokens "k32", ".s32.s8.s8", "", __VA_ARGS__)
+WGMMAS_DENSE(16, 8, 8, 9, 10)
+WGMMAS_DENSE(32, 16, 16, 17, 18)
+WGMMAS_DENSE(64, 32, 32, 33, 34)
+WGMMAS_DENSE(128, 64, 64, 65, 66)
+WGMMAS_DENSE(192, 96, 96, 97, 98)
+WGMMAS_DENSE(256, 128, 128, 129, 130)
+
 // Keeps the compiler from reading a sum before it is waited for.
 __device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 __device__ __forceinline__ void settle(int32_t& sum) { asm volatile("" : "+r"(sum)::"memory"); }
@@ -263,21 +292,24 @@ struct Arguments {
   float const *a_scale, *w_scale;
   __nv_bfloat16 const* bias;
   int m, n;
-  int columns;        // blocks of W in 64 rows, as they lie in memory
+  int columns;        // blocks of W beside each other, as they lie in memory
   int steps;          // stages' worth of K'
   int feature_tiles;  // of a cluster
   int token_tiles;
   int pair, split;
-  int box;          // tokens that one store writes
-  int whole;        // tiles that are computed whole; what follows is for the others
-  int rest;         // how many they are
-  int shares;       // clusters that share one of them out along K
-  uint4* parts;     // sums of parts of the others, of each block
-  uint32_t* ready;  // whether they are there, of each warpgroup
+  int box;                // tokens that one store writes
+  int whole;              // tiles that are computed whole; what follows is for the others
+  int rest;               // how many they are
+  int shares;             // clusters that share one of them out along K
+  uint4* parts;           // sums of parts of the others, of each block
+  uint32_t* ready;        // whether they are there, of each warpgroup
+  uint8_t const* places;  // of a mixed W: which eight features of its block each eight are
+  __nv_bfloat16* y;
+  int64_t y_stride;
 };
 
 template <class Kind_, int groups_, int tokens_, int steps_, int per_multiprocessor_,
-          bool share_ = false>
+          bool share_ = false, bool mixed_ = false>
 struct Tile {
   using Kind = Kind_;
   static constexpr int groups = groups_;
@@ -285,15 +317,20 @@ struct Tile {
   static constexpr int steps = steps_;
   static constexpr int per_multiprocessor = per_multiprocessor_;
   static constexpr bool share = share_;
+  static constexpr bool mixed = mixed_;
+  static_assert(!mixed || groups == 2);
   static constexpr int features = 64 * groups;
   static constexpr int sums = tokens / 2;  // of a thread
   // Registers are shared out anew between the warpgroups where a thread holds many sums.
   static constexpr bool share_out = sums > 64;
   static constexpr int threads = 128 * groups + (share_out ? 128 : 32);
   static constexpr int registers = 232, registers_to_load = 40;
-  static constexpr int block = 4096 + 512 * Kind::kMetadata;  // of W
-  static constexpr int row = 128;                             // bytes of A in a step
-  static constexpr int stage_w = groups * steps * block;
+  static constexpr int sparse = 4096 + 512 * Kind::kMetadata;  // bytes of W for 64 features
+  static constexpr int block = mixed ? sparse + 64 * 128 : sparse;
+  static constexpr int blocks = mixed ? 1 : groups;  // beneath each other
+  static constexpr int block_features = features / blocks;
+  static constexpr int row = 128;  // bytes of A in a step
+  static constexpr int stage_w = blocks * steps * block;
   static constexpr int stage_a = steps * tokens * row;
   static constexpr int chunk = tokens < 64 ? tokens : 64;  // tokens that are written at a time
   // Blocks of 16-bit weights leave room for a fifth stage where there is one buffer.
@@ -303,9 +340,9 @@ struct Tile {
   static constexpr int fixed = staging + scales + 1280 /* barriers, and to align */;
   static constexpr int room = (227 * 1024 + 1024) / per_multiprocessor - 1024;
   static constexpr int stages = (room - fixed) / (stage_w + stage_a);
-  // Bytes of W for 64 features that are on their way to L2 before A is there: what memory delivers
+  // Bytes of each row of blocks that are on their way to L2 before A is there: what memory delivers
   // to an SM while the kernel that writes A runs, 1.5 to 2.5 us with few tokens.
-  static constexpr int ahead = (64 << 10) / (per_multiprocessor * groups);
+  static constexpr int ahead = (64 << 10) / (per_multiprocessor * blocks);
   static constexpr int shared = fixed + stages * (stage_w + stage_a);
   static_assert(stages >= 2 && stages * 16 <= 256);
   // Sums of all parts fit into the ring, and a part is whole boxes.
@@ -353,7 +390,7 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
     const int whole = kTogether * p.feature_tiles;
     const int strip = tile / whole, inside = tile % whole;
     const int width = min(kTogether, p.token_tiles - strip * kTogether);
-    feature_block = (inside / width * p.pair + in_pair) * T::groups;
+    feature_block = (inside / width * p.pair + in_pair) * T::blocks;
     token = (strip * kTogether + inside % width) * T::tokens;
   };
 
@@ -382,10 +419,11 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
   };
   int tile, first_step, last_step;
 
-  if (!T::share && warp == 4 * T::groups && lane < T::groups) {
+  const int last_block = (p.n + T::block_features - 1) / T::block_features - 1;
+  if (!T::share && warp == 4 * T::groups && lane < T::blocks) {
     int feature_block, token;
     place(cluster, feature_block, token);
-    const int64_t row = min(feature_block + lane, (p.n + 63) / 64 - 1);
+    const int64_t row = min(feature_block + lane, last_block);
     const int from = p.steps * part / p.split * T::steps;
     prefetch(p.weight + (row * p.columns + from) * T::block,
              min(T::ahead / T::block, p.columns - from) * T::block);
@@ -396,7 +434,6 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
     if constexpr (T::share_out)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(T::registers_to_load));
     if (warp == 4 * T::groups && lane == 0) {
-      const int last_block = (p.n + 63) / 64 - 1;
       const uint16_t mask = ((1u << p.pair) - 1) << (part * p.pair);
       int stage = 0;
       uint32_t phase = 1;
@@ -408,10 +445,10 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
           barrier_wait(empty + 8 * stage, phase);
           const uint32_t barrier = full + 8 * stage;
           barrier_expect(barrier, T::stage_w + T::stage_a);
-          for (int group = 0; group < T::groups; ++group) {
+          for (int i = 0; i < T::blocks; ++i) {
             // Features beyond the last are computed from the last ones and not written.
-            const int64_t row = min(feature_block + group, last_block);
-            copy_bytes(ring_w + stage * T::stage_w + group * T::steps * T::block,
+            const int64_t row = min(feature_block + i, last_block);
+            copy_bytes(ring_w + stage * T::stage_w + i * T::steps * T::block,
                        p.weight + (row * p.columns + step * T::steps) * T::block,
                        T::steps * T::block, barrier);
           }
@@ -451,13 +488,20 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
     while (next(tile, first_step, last_step)) {
       int feature_block, token;
       place(tile, feature_block, token);
-      const int feature = (feature_block + group) * 64;
-      const int row = feature + 16 * (warp % 4) + lane / 4;
+      int feature = feature_block * T::block_features + group * 64;
+      int rows[2];  // that this thread finishes
+      for (int i = 0; i < 2; ++i) rows[i] = feature + 16 * (warp % 4) + lane / 4 + 8 * i;
+      if constexpr (T::mixed) {
+        const uint8_t* const eights = p.places + 16 * min(feature_block, last_block) + 8 * group;
+        for (int i = 0; i < 2; ++i)
+          rows[i] = feature_block * T::block_features + 8 * eights[2 * (warp % 4) + i] + lane / 4;
+        feature = feature_block * T::block_features + 8 * eights[thread % 8];  // that it stores
+      }
       float w_scale[2], bias[2], a_scale[(T::tokens + 127) / 128];
       for (int i = 0; i < 2; ++i) {
-        const bool inside = row + 8 * i < p.n;
-        w_scale[i] = inside && p.w_scale ? p.w_scale[row + 8 * i] : 1.f;
-        bias[i] = inside && p.bias ? __bfloat162float(p.bias[row + 8 * i]) : 0.f;
+        const bool inside = rows[i] < p.n;
+        w_scale[i] = inside && p.w_scale ? p.w_scale[rows[i]] : 1.f;
+        bias[i] = inside && p.bias ? __bfloat162float(p.bias[rows[i]]) : 0.f;
       }
 #pragma unroll
       for (int i = 0; i < (T::tokens + 127) / 128; ++i) {
@@ -466,10 +510,29 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
       }
 
       Sum sums[T::sums];
+      if constexpr (T::mixed) {
+        // Without zeros, and two loops, the compiler lets every instruction wait for the one
+        // before.
+#pragma unroll
+        for (int i = 0; i < T::sums; ++i) sums[i] = 0;
+      }
       int before = 0, step = first_step;
+      // The instructions of this step run on; those of the one before have read its stage.
+      const auto step_done = [&] {
+        if (step > first_step && lane < p.pair) barrier_arrive(arrive_at + 8 * before);
+        before = stage;
+        if (++stage == T::stages) stage = 0, phase ^= 1;
+        return ++step < last_step;
+      };
+      const auto sums_done = [&] {
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < T::sums; ++i) settle(sums[i]);
+      };
       const auto advance = [&](uint32_t (&metadata)[T::steps][2], uint32_t (&in_use)[T::steps][2]) {
         barrier_wait(full + 8 * stage, phase);
-        const uint32_t w = ring_w + stage * T::stage_w + group * T::steps * T::block;
+        const uint32_t w =
+            ring_w + stage * T::stage_w + (T::mixed ? 0 : group * T::steps * T::block);
         const uint32_t a = ring_a + stage * T::stage_a;
 #pragma unroll
         for (int i = 0; i < T::steps; ++i) {
@@ -488,7 +551,8 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
           const uint64_t of_w = operand(w + i * T::block, 64, 8, 0);
           const uint64_t of_a = operand(a + i * T::tokens * T::row, 1, 64, 1);
           // One instruction takes 32 bytes of values and 64 of A.
-          multiply<0>(Kind{}, sums, of_w, of_a, metadata[i][0], i > 0 || step > first_step);
+          multiply<0>(Kind{}, sums, of_w, of_a, metadata[i][0],
+                      T::mixed || i > 0 || step > first_step);
           multiply<Kind::kMetadata == 1>(Kind{}, sums, of_w + 128, of_a + 4,
                                          metadata[i][Kind::kMetadata - 1], 1);
         }
@@ -499,22 +563,45 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
 #pragma unroll
         for (int i = 0; i < T::steps; ++i)
           for (int j = 0; j < Kind::kMetadata; ++j) asm volatile("" ::"r"(in_use[i][j]));
-        if (step > first_step && lane < p.pair) barrier_arrive(arrive_at + 8 * before);
-        before = stage;
-        if (++stage == T::stages) stage = 0, phase ^= 1;
-        return ++step < last_step;
+        return step_done();
       };
       uint32_t even[T::steps][2] = {}, odd[T::steps][2] = {};
+      bool sparse = true;
+      if constexpr (T::mixed) {
+        sparse = group == 0;
+        const auto advance_dense = [&] {
+          barrier_wait(full + 8 * stage, phase);
+          const uint32_t w = ring_w + stage * T::stage_w + T::sparse;
+          const uint32_t a = ring_a + stage * T::stage_a;
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < T::steps; ++i) {
+            const uint64_t of_w = operand(w + i * T::block, 64, 8, 0);
+            const uint64_t of_a = operand(a + i * T::tokens * T::row, 1, 64, 1);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) multiply(Kind{}, sums, of_w + 128 * j, of_a + 2 * j, 1);
+          }
+          wgmma_commit();
+          wgmma_wait<1>();
+          return step_done();
+        };
+        if (!sparse) {
 #pragma unroll 1
-      while (advance(even, odd) && advance(odd, even)) {  // every part has a step
+          while (advance_dense()) {
+          }
+          sums_done();
+        }
       }
-      wgmma_wait<0>();
+      if (sparse) {
+#pragma unroll 1
+        while (advance(even, odd) && advance(odd, even)) {  // every part has a step
+        }
+        sums_done();
 #pragma unroll
-      for (int i = 0; i < T::sums; ++i) settle(sums[i]);
-#pragma unroll
-      for (int i = 0; i < T::steps; ++i)
-        for (int j = 0; j < Kind::kMetadata; ++j)
-          asm volatile("" ::"r"(even[i][j]), "r"(odd[i][j]));
+        for (int i = 0; i < T::steps; ++i)
+          for (int j = 0; j < Kind::kMetadata; ++j)
+            asm volatile("" ::"r"(even[i][j]), "r"(odd[i][j]));
+      }
       if (lane < p.pair) barrier_arrive(arrive_at + 8 * before);
 
       if (T::share && first_step > 0) {  // whoever has the first step finishes the tile
@@ -578,21 +665,37 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
         }
         store_transposed(buffer + 1024 * place + own_row, packed[0], packed[1]);
       };
+      // Every buffer that is opened is stored: the last stores are those that are waited for.
       const auto open = [&] {
-        if (thread == 0) wait_until_stores_have_read<T::buffers - 1>();
+        if (!T::mixed && thread == 0) wait_until_stores_have_read<T::buffers - 1>();
         group_sync(group);
         return group_staging + (stored++ % T::buffers) * T::chunk * 128;
       };
       const auto write = [&](uint32_t buffer, int first_token) {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        group_sync(group);
-        if (thread == 0 && feature < p.n && first_token < p.m)
-          store_box(&y_map, feature, first_token, buffer);
+        if constexpr (T::mixed) {
+          group_sync(group);
+          const int end = feature < p.n ? min(p.box, p.m - first_token) : 0;
+#pragma unroll
+          for (int first = 0; first < T::chunk; first += 16) {
+            const int i = first + thread / 8;
+            if (i >= end) break;
+            uint4 eight;
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(eight.x), "=r"(eight.y), "=r"(eight.z), "=r"(eight.w)
+                         : "r"(buffer + i * 128 + ((thread % 8 ^ i % 8) << 4)));
+            *reinterpret_cast<uint4*>(p.y + (first_token + i) * p.y_stride + feature) = eight;
+          }
+        } else {
+          asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+          group_sync(group);
+          if (thread == 0 && feature < p.n) store_box(&y_map, feature, first_token, buffer);
+        }
       };
 
       if (T::share || p.split == 1) {
 #pragma unroll
         for (int first = 0; first < T::tokens; first += T::chunk) {
+          if (token + first >= p.m) break;
           const uint32_t buffer = open();
 #pragma unroll
           for (int i = 0; i < T::chunk / 8; ++i)
@@ -622,6 +725,8 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
         cluster_sync();
         const int in_box = p.box / 8;
         for (int first = 0; first < units; first += in_box) {
+          const int first_token = token + (part * units + first) * 8;
+          if (first_token >= p.m) break;
           const uint32_t buffer = open();
           for (int i = 0; i < in_box; ++i) {
             Sum total[4] = {};
@@ -635,7 +740,7 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
             }
             finish(buffer, part * units + first + i, i, total);
           }
-          write(buffer, token + (part * units + first) * 8);
+          write(buffer, first_token);
         }
       }
       group_sync(group);  // the scales are read: the next tile may write its own
@@ -653,8 +758,6 @@ struct Problem {
   int device;
   cudaStream_t stream;
   void const* a;
-  void* y;
-  int64_t y_stride;
   int k;
   CUtensorMapDataType type;
   Arguments arguments;
@@ -743,7 +846,7 @@ void launch(Problem const& problem) {
   const auto a_map =
       describe(problem.a, problem.type, bytes, p.m, problem.k, problem.k, T::tokens / p.pair);
   const auto y_map =
-      describe(problem.y, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.m, p.n, problem.y_stride, p.box);
+      describe(p.y, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p.m, p.n, p.y_stride, p.box);
   const int tiles = p.feature_tiles * p.token_tiles;
   // Sums are handed over in the ring, once in the life of a block.
   const int clusters = p.split > 1 ? tiles : std::min(tiles, at_once);
@@ -783,7 +886,7 @@ constexpr Entry entry() {
   return {launch<T>, T::features, T::tokens, T::per_multiprocessor, T::share};
 }
 
-// As wgmma.py numbers them.
+// As wgmma.py numbers them: of 2:4 weights,
 template <class Kind>
 constexpr Entry kTiles[] = {
     entry<Tile<Kind, 2, 256, 1, 1>>(), entry<Tile<Kind, 2, 256, 1, 1, true>>(),
@@ -791,23 +894,33 @@ constexpr Entry kTiles[] = {
     entry<Tile<Kind, 2, 64, 2, 1>>(),  entry<Tile<Kind, 1, 32, 2, 2>>(),
     entry<Tile<Kind, 1, 16, 2, 2>>(),
 };
+// and of mixed ones.
+template <class Kind>
+constexpr Entry kMixedTiles[] = {
+    entry<Tile<Kind, 2, 256, 1, 1, false, true>>(), entry<Tile<Kind, 2, 256, 1, 1, true, true>>(),
+    entry<Tile<Kind, 2, 192, 1, 1, false, true>>(), entry<Tile<Kind, 2, 128, 1, 1, false, true>>(),
+    entry<Tile<Kind, 2, 64, 2, 1, false, true>>(),  entry<Tile<Kind, 2, 32, 2, 1, false, true>>(),
+    entry<Tile<Kind, 2, 16, 2, 1, false, true>>(),
+};
 
 // ---- What Python calls
 // -------------------------------------------------------------------------------------------------
 
-void run(TensorView a, Optional<TensorView> a_scale, TensorView weight,
+void run(TensorView a, Optional<TensorView> a_scale, TensorView weight, Optional<TensorView> places,
          Optional<TensorView> w_scale, Optional<TensorView> bias, TensorView y, int64_t tile,
          int64_t pair, int64_t split) {
   const auto pointer = [](Optional<TensorView> const& t) -> void const* {
     return t.has_value() ? t.value().data_ptr() : nullptr;
   };
   const int device = a.device().device_id;
-  Problem p{device,      current_stream(device),     a.data_ptr(), y.data_ptr(),
-            y.stride(0), static_cast<int>(a.size(1))};
+  Problem p{device, current_stream(device), a.data_ptr(), static_cast<int>(a.size(1))};
   p.arguments.weight = static_cast<uint8_t const*>(weight.data_ptr());
+  p.arguments.places = static_cast<uint8_t const*>(pointer(places));
   p.arguments.a_scale = static_cast<float const*>(pointer(a_scale));
   p.arguments.w_scale = static_cast<float const*>(pointer(w_scale));
   p.arguments.bias = static_cast<__nv_bfloat16 const*>(pointer(bias));
+  p.arguments.y = static_cast<__nv_bfloat16*>(y.data_ptr());
+  p.arguments.y_stride = y.stride(0);
   p.arguments.m = static_cast<int>(a.size(0));
   p.arguments.n = static_cast<int>(y.size(1));
   p.arguments.columns = static_cast<int>(weight.size(1));
@@ -816,19 +929,32 @@ void run(TensorView a, Optional<TensorView> a_scale, TensorView weight,
   const DeviceGuard scope(device);
   const int code = a.dtype().code;
   p.type = code == kDLBfloat ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  const auto& entries = code == kDLBfloat ? kTiles<Bf16>
-                        : code == kDLInt  ? kTiles<Int8>
-                                          : kTiles<Fp8>;
-  if (tile < 0 || tile >= static_cast<int64_t>(std::size(entries)))
-    TVM_FFI_THROW(ValueError) << KERNEL ": there is no tile " << tile;
-  entries[tile].launch(p);
+  const auto entry_of = [&](auto const& entries) -> Entry const& {
+    if (tile < 0 || tile >= static_cast<int64_t>(std::size(entries)))
+      TVM_FFI_THROW(ValueError) << KERNEL ": there is no tile " << tile;
+    return entries[tile];
+  };
+  const bool mixed = places.has_value();
+  if (mixed && code == kDLBfloat) TVM_FFI_THROW(ValueError) << KERNEL ": a mixed weight has 8 bits";
+  Entry const& chosen =
+      mixed ? code == kDLInt ? entry_of(kMixedTiles<Int8>) : entry_of(kMixedTiles<Fp8>)
+      : code == kDLBfloat ? entry_of(kTiles<Bf16>)
+      : code == kDLInt    ? entry_of(kTiles<Int8>)
+                          : entry_of(kTiles<Fp8>);
+  chosen.launch(p);
 }
 
-// (features, tokens, blocks on an SM, shared) of each tile.
-Array<Array<int64_t>> tiles() {
+// (features, tokens, blocks on an SM, shared) of each tile, of 2:4 weights or of mixed ones.
+Array<Array<int64_t>> tiles(bool mixed) {
   Array<Array<int64_t>> out;
-  for (Entry const& e : kTiles<Fp8>)
-    out.push_back(Array<int64_t>{e.features, e.tokens, e.per_multiprocessor, e.share});
+  const auto append = [&](auto const& entries) {
+    for (Entry const& e : entries)
+      out.push_back(Array<int64_t>{e.features, e.tokens, e.per_multiprocessor, e.share});
+  };
+  if (mixed)
+    append(kMixedTiles<Fp8>);
+  else
+    append(kTiles<Fp8>);
   return out;
 }
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from custom_kernels import registry
 from custom_kernels.sparse_gemm import _packing
+from custom_kernels.sparsity import MIXED_GROUP, MIXED_ROWS
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
 
@@ -69,6 +70,17 @@ TILES = (
 the fastest choice, for N from 3584 to 37888, K 3584 and 18944, and M from 1 to 16384; up to M = 64,
 measured again behind quant_expand, 0.3 %."""
 
+MIXED_TILES = (
+    Tile(128, 256, 1, False, (1, 2, 4), 0.0, 4.2, 0.604, 8.9),
+    Tile(128, 256, 1, True, (4,), 1.0, 2.2, 0.664, 10.9),
+    Tile(128, 192, 1, False, (1,), 1.0, 3.1, 0.476, 0.0),
+    Tile(128, 128, 1, False, (1, 2, 4), 0.0, 3.2, 0.345, 6.3),
+    Tile(128, 64, 1, False, (1, 2, 4), 0.0, 3.4, 0.261, 4.1),
+    Tile(128, 32, 1, False, (1, 2, 4), 0.0, 3.3, 0.173, 3.5),
+    Tile(128, 16, 1, False, (1, 2), 1.2, 2.0, 0.155, 2.7),
+)
+"""The same for mixed weights, for which ``choose`` was 0.9 % slower."""
+
 NARROWEST = min(tile.tokens for tile in TILES)
 """This tile is the fastest wherever it holds all tokens."""
 
@@ -89,15 +101,32 @@ def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     lies with the values. On the weight's device."""
     values, metadata = _packing.compress(expanded)
     size = expanded.dtype.itemsize
-    # Two blocks more or less are one step of the smaller tiles.
-    rows = -values.shape[0] % ROWS
-    whole = pad(values.view(torch.uint8), (0, -values.shape[1] * size % (2 * ROWS), 0, rows))
-    blocks = whole.unflatten(0, (-1, ROWS)).unflatten(2, (-1, 4, 16))
-    # Columns of 16 bytes: how the instruction wants rows that are not swizzled.
-    first = blocks.permute(0, 2, 3, 1, 4).flatten(2)
-    fill = (0, whole.shape[1] // (4 * size) - metadata.shape[1], 0, rows)
-    second = arrange(pad(metadata, fill, value=_PLAIN), size)
+    first = columns(values.view(torch.uint8), 4)
+    fill = first.shape[1] * 16 // size - metadata.shape[1]
+    second = arrange(pad(metadata, (0, fill, 0, -len(values) % ROWS), value=_PLAIN), size)
     return torch.cat([first, second], 2), metadata.new_empty(0)
+
+
+def mixed_storage(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mixed weight [N, K'] of an 8-bit dtype as [N / 128, K' / columns, bytes] uint8: of every
+    128 rows a block as of ``storage``, then the other 64 rows x 128 bytes, dense. And which rows
+    these are: ``_packing.halves``."""
+    places = _packing.halves(weight)
+    bits = weight.view(torch.uint8)
+    groups = pad(bits, (0, 0, 0, -len(bits) % MIXED_ROWS)).view(-1, MIXED_GROUP, bits.shape[1])
+    first = torch.arange(len(places), device=weight.device)[:, None] * places.shape[1]
+    sparse, dense = groups[first + places].unflatten(1, (2, -1)).unbind(1)
+    compressed, _ = storage(sparse.flatten(0, 2).view(weight.dtype))
+    return torch.cat([compressed, columns(dense.flatten(0, 2), 8)], 2), places
+
+
+def columns(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """rows [N, bytes] uint8 as [N / 64, blocks, 64 x 16 x count]: blocks of ``count`` columns of 16
+    bytes, which is how the instruction wants rows that are not swizzled. Padded with zeros."""
+    # Two blocks more or less are one step of the smaller tiles.
+    fill = (0, -rows.shape[1] % (2 * 16 * count), 0, -len(rows) % ROWS)
+    blocks = pad(rows, fill).unflatten(0, (-1, ROWS)).unflatten(2, (-1, count, 16))
+    return blocks.permute(0, 2, 3, 1, 4).flatten(2)
 
 
 def arrange(metadata: torch.Tensor, size: int) -> torch.Tensor:
@@ -122,27 +151,28 @@ def run(*arguments: *_packing.Arguments) -> torch.Tensor:
 
     Asynchronous on the current stream, one kernel; where N is not a multiple of 8, a copy after it.
     """
-    a, a_scale, values, _, w_scale, bias, features = arguments
-    m = a.shape[0]
+    a, a_scale, values, places, w_scale, bias, features = arguments
+    m, mixed = a.shape[0], places.numel() > 0
     stride = -(-features // ROW_ALIGNMENT) * ROW_ALIGNMENT
     out = a.new_empty((m, stride), dtype=torch.bfloat16)
     y = out if stride == features else out[:, :features]
-    choice = choose(a.dtype, m, features, a.shape[1], _sm_count(a.device))
-    _library(a.device).run(a, a_scale, values, w_scale, bias, y, *choice)
+    choice = choose(a.dtype, m, features, a.shape[1], _sm_count(a.device), mixed)
+    which = places if mixed else None
+    _library(a.device).run(a, a_scale, values, which, w_scale, bias, y, *choice)
     return y if stride == features else y.contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(dtype: torch.dtype, m: int, n: int, k: int, sms: int) -> Choice:
+def choose(dtype: torch.dtype, m: int, n: int, k: int, sms: int, mixed: bool = False) -> Choice:
     """The choice with the shortest estimated time for a [M, K'], W [N, K']."""
     return min(
         (
             Choice(index, _pair(tile, m * dtype.itemsize), split)
-            for index, tile in enumerate(TILES)
+            for index, tile in enumerate(MIXED_TILES if mixed else TILES)
             if (tile.tokens == NARROWEST) == (m <= NARROWEST) and m <= MOST.get(tile.tokens, m)
             for split in tile.splits
         ),
-        key=lambda choice: _microseconds(choice, dtype, m, n, k, sms),
+        key=lambda choice: _microseconds(choice, dtype, m, n, k, sms, mixed),
     )
 
 
@@ -151,10 +181,10 @@ def _pair(tile: Tile, column_bytes: int) -> int:
 
 
 def _microseconds(
-    choice: Choice, dtype: torch.dtype, m: int, n: int, k: int, sms: int
+    choice: Choice, dtype: torch.dtype, m: int, n: int, k: int, sms: int, mixed: bool
 ) -> tuple[float, int, int]:
     """Sort key: the estimated time, then fewer splits, then smaller tiles."""
-    tile = TILES[choice.tile]
+    tile = (MIXED_TILES if mixed else TILES)[choice.tile]
     steps = k * dtype.itemsize / 128
     tiles = -(-n // (tile.features * choice.pair)) * -(-m // tile.tokens)
     at_once = sms * tile.per_sm // choice.pair
@@ -172,8 +202,10 @@ def _microseconds(
         waves = math.ceil(tiles * parts / at_once)
         steps /= parts
     time = tile.start + waves * (tile.wave + tile.step * steps) + (tile.add if parts > 1 else 0)
-    metadata = k / 8
-    stream = n * (k / 2 * dtype.itemsize + metadata) / BYTES_PER_MICROSECOND + 2.5
+    row = k / 2 * dtype.itemsize + k / 8  # with metadata
+    if mixed:
+        row = (row + k * dtype.itemsize) / 2
+    stream = n * row / BYTES_PER_MICROSECOND + 2.5
     return max(time, stream), choice.split, tile.tokens
 
 

@@ -87,7 +87,9 @@ def sharded(trained_model: LanguageModel, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.mark.parametrize(("pattern", "dtype"), [("2:4", "fp8"), ("4:6", "int8"), ("6:8", "fp8")])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"), [("2:4", "fp8"), ("4:6", "int8"), ("6:8", "fp8"), ("mixed", "fp8")]
+)
 def test_each_linear_layer_is_pruned_and_quantized_by_the_definition(
     sharded: Path, tmp_path: Path, pattern: str, dtype: Any
 ) -> None:

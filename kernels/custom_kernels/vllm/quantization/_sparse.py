@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse 8-bit linear layers: y = dequant(Q(x) · Q(P(W))ᵀ) + b.
 
-P keeps of every 2N consecutive weights the 2N-2 largest and sets the others to zero; Q quantizes,
+P keeps of every 2N consecutive weights the 2N-2 largest and sets the others to zero, or of half of
+the rows every 2 of 4 (``mixed``, see ``sparsity``); Q quantizes,
 the weight per output channel and the activation per token; the product runs on 2:4 tensor cores
 (``custom_quant_expand``, ``custom_sparse_gemm``). float8 on GPUs that have it, int8 elsewhere.
 
@@ -96,6 +97,7 @@ class SparseLinear(_base.LinearMethod):
         activations = torch.bfloat16
         registry.operation("quant_expand").best(device, activations).runner(device, activations)
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
+        self.expansion = packed.pattern.expansion
         self.fused = fuses() and packed.expanded == packed.k
         # Constants of the graph: by what this machine can run, the checkpoint, and a variable.
         kind = f"{name} {self.config.pattern} {dtype} {packed.backend}"
@@ -108,7 +110,7 @@ class SparseLinear(_base.LinearMethod):
         if self.fused and torch.compiler.is_compiling():
             q, scale = quantization.quantize(x, self.dtype)
         else:
-            q, scale = custom_quant_expand(x, self.config.pattern, self.dtype)
+            q, scale = custom_quant_expand(x, self.expansion, self.dtype)
         weight = layer.values, layer.metadata, layer.scale
         return torch.ops.custom_kernels.sparse_gemm.default(
             q, scale, *weight, bias, self.features, self.backend

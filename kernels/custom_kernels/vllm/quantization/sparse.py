@@ -22,8 +22,8 @@ class Config(_base.Config):
         # vLLM comes here where config.json holds no quantization_config.
         raise ValueError(
             "--quantization sparse loads checkpoints that are sparse and quantized, and this one "
-            "has no quantization_config; use sparse_2_4, sparse_4_6 or sparse_6_8 to prune and "
-            "quantize it while it is loaded, or make convert"
+            "has no quantization_config; use sparse_2_4, sparse_4_6, sparse_6_8 or sparse_mixed "
+            "to prune and quantize it while it is loaded, or make convert"
         )
 
     @classmethod
