@@ -37,7 +37,8 @@
 // With few tokens, memory bounds it, and how soon it is asked. Blocks may start while the kernel
 // that writes A still runs: W does not depend on it, so its first part is brought to L2 meanwhile.
 // That is a hint: what is multiplied is read after A is complete, so a weight may have been written
-// just before, too.
+// just before, too. The kernel behind may start likewise when every block has asked for its last
+// operands.
 //
 // float8: sums are kept in the tensor core's own accumulator throughout, as vLLM's dense kernels
 // do.
@@ -465,6 +466,7 @@ __global__ void __launch_bounds__(T::threads, T::per_multiprocessor)
           if (++stage == T::stages) stage = 0, phase ^= 1;
         }
       }
+      custom_kernels::launch_next_kernel();
     }
     if (!T::share && p.split > 1) {
       cluster_sync();
