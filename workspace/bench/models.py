@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from workspace.bench import checkpoint, synthetic_tokenizer, tiny_model, weights
 from workspace.bench.checkpoint import Quantized
-from workspace.bench.record import Weights
+from workspace.bench.record import ModelRecord, Weights
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import new_folder
 from workspace.host.paths import STATE
@@ -105,6 +105,18 @@ class Model:
     """What its config.json says of 8-bit or sparse weights."""
     converted_from: Model | None = None
     """The model that this one was converted from, where it is measured, too."""
+
+    def record(self, dtype: str) -> ModelRecord:
+        """``dtype``: of the activations, as the engine says."""
+        return ModelRecord(
+            name=self.name,
+            weights=self.weights,
+            seed=self.seed,
+            source=self.source,
+            dtype=dtype,
+            parameters=self.config.parameters,
+            quantized=self.quantized.label if self.quantized else None,
+        )
 
     @property
     def pattern(self) -> str | None:

@@ -36,11 +36,13 @@ Message = Annotated[str, BeforeValidator(_reword)]
 """A message in a record; one with an earlier version's wording is shown with today's."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a record is made of: unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
-class Round(_Strict):
+class Round(Strict):
     """One timed call of vLLM's benchmark: its figures, and the token counts of the requests."""
 
     seed: int
@@ -51,7 +53,7 @@ class Round(_Strict):
     """vLLM's own total; its latency benchmark reports none."""
 
 
-class ModelRecord(_Strict):
+class ModelRecord(Strict):
     """The model: `weights` says whether its weights are real, dummy or random, `quantized` how they
     are stored in its folder if that is in 8 bits ("2:4 int8")."""
 
@@ -64,7 +66,7 @@ class ModelRecord(_Strict):
     quantized: str | None = None
 
 
-class ProcessRecord(_Strict):
+class ProcessRecord(Strict):
     """One process: `order` counts from 1 over the whole run; `figures` has one value per round."""
 
     order: int
@@ -79,7 +81,7 @@ class ProcessRecord(_Strict):
     """Launches by worker process and layer; not in records from before LAYERS existed."""
 
 
-class VariantRecord(_Strict):
+class VariantRecord(Strict):
     """One variant: what was set and run, and its figures over all processes."""
 
     name: str
@@ -97,7 +99,7 @@ class VariantRecord(_Strict):
         return [figure for process in self.processes for figure in process.figures]
 
 
-class Settings(_Strict):
+class Settings(Strict):
     """What was measured, with every default filled in."""
 
     metric: Metric
@@ -115,7 +117,7 @@ class Settings(_Strict):
     output_tokens_per_round: int
 
 
-class Comparison(_Strict):
+class Comparison(Strict):
     """The ratio candidate / baseline of the measured figure.
 
     `interval` contains the true median with probability `coverage`; `pairs` are the medians of the
@@ -132,7 +134,7 @@ class Comparison(_Strict):
     because: Message
 
 
-class Agreement(_Strict):
+class Agreement(Strict):
     """How far greedy outputs of two variants agree, up to each prompt's first different token.
 
     `tokens` were compared, `matched` of them are equal; `diverged` prompts stop early.
@@ -156,14 +158,14 @@ class Agreement(_Strict):
         return not self.failures
 
 
-class GitState(_Strict):
+class GitState(Strict):
     """A git tree: its commit, and whether anything in it is uncommitted."""
 
     commit: str
     dirty: bool
 
 
-class Provenance(_Strict):
+class Provenance(Strict):
     """Sources, versions and machine of a run.
 
     `environment` has the versions that the engine's process reported; `locks` the SHA-256 of each
@@ -183,7 +185,7 @@ class Provenance(_Strict):
     """Processes running or waiting in the minute before the run."""
 
 
-class Record(_Strict):
+class Record(Strict):
     """One run of `make bench`.
 
     Figures are in `unit`: tokens per second (input and output together) or seconds per batch.
@@ -212,8 +214,8 @@ class Record(_Strict):
     provenance: Provenance
 
 
-def write(record: Record, path: Path) -> None:
-    """Write the record; a kill or a full disk leaves the old file or none, never half a file."""
+def write(record: Strict, path: Path) -> None:
+    """Write a record; a kill or a full disk leaves the old file or none, never half a file."""
     write_file(path, record.model_dump_json(indent=2).encode() + b"\n")
 
 

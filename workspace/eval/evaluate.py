@@ -5,7 +5,6 @@ import math
 from datetime import UTC, datetime
 
 from workspace.bench import checks, provenance
-from workspace.bench.record import ModelRecord
 from workspace.bench.variants import common_settings, engine_arguments
 from workspace.eval import quality
 from workspace.eval.messages import Scores
@@ -95,15 +94,7 @@ def _side(side: Side, scores: Scores) -> SideRecord:
     arguments = engine_arguments(side.plan, side.variant)
     return SideRecord(
         name=side.name,
-        model=ModelRecord(
-            name=model.name,
-            weights=model.weights,
-            seed=model.seed,
-            source=model.source,
-            dtype=scores.dtype,
-            parameters=model.config.parameters,
-            quantized=model.quantized.label if model.quantized else None,
-        ),
+        model=model.record(scores.dtype),
         quantized=side.quantized,
         environment=common_settings(side.plan),
         # A record may be published: without the checkout's absolute path.

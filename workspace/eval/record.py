@@ -1,20 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of `make eval`."""
 
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from workspace.bench.record import DeviceKind, ModelRecord, Provenance
-from workspace.host.files import write_file
+from workspace.bench.record import DeviceKind, ModelRecord, Provenance, Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
-
-
-class TextRecord(_Strict):
+class TextRecord(Strict):
     """The text: its name, the hash of all of it, and how many of its first tokens were scored in
     windows of at most how many."""
 
@@ -25,7 +17,7 @@ class TextRecord(_Strict):
     window: int
 
 
-class SideRecord(_Strict):
+class SideRecord(Strict):
     """One model: what was run, and the mean of -log p over the scored tokens, in nats.
 
     `quantized` says how the weights were loaded in 8 bits; `layers` has the launches by process and
@@ -43,14 +35,14 @@ class SideRecord(_Strict):
     layers: dict[int, dict[str, dict[str, int]]]
 
 
-class RatioRecord(_Strict):
+class RatioRecord(Strict):
     """Perplexity of the model over that of what it was compared with, and the interval of 95 %."""
 
     ratio: float
     interval: tuple[float, float]
 
 
-class Record(_Strict):
+class Record(Strict):
     """One run of `make eval`. One that is not `valid` has `failures`, and must not be used."""
 
     schema_version: Literal[1] = 1
@@ -69,17 +61,3 @@ class Record(_Strict):
     model: SideRecord
     comparison: RatioRecord
     provenance: Provenance
-
-
-def write(record: Record, path: Path) -> None:
-    """Write the record; a kill or a full disk leaves the old file or none, never half a file."""
-    write_file(path, record.model_dump_json(indent=2).encode() + b"\n")
-
-
-def read(path: Path) -> Record:
-    """Read a record.
-
-    Raises:
-        pydantic.ValidationError: not a record of this schema version.
-    """
-    return Record.model_validate_json(path.read_text())

@@ -10,10 +10,11 @@ from workspace.bench import models, processes
 from workspace.bench import report as bench_report
 from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_stop_engine
 from workspace.bench.plan import check_memory, check_quantization, detect_device
+from workspace.bench.record import write
 from workspace.bench.runner import LOCK, LOGS, RUNS, require_valid, slug
 from workspace.bench.time_left import TimeLeft
 from workspace.bench.variants import check_surroundings, engine_arguments, environment
-from workspace.eval import record, report
+from workspace.eval import report
 from workspace.eval.evaluate import evaluate
 from workspace.eval.messages import STAGES, ScoreJob, Scores
 from workspace.eval.plan import Evaluation, prepare
@@ -49,7 +50,7 @@ def run(options: Eval) -> Record:
         result = evaluate(evaluation, against, model, run_id, started, load)
         path = RECORDS / f"{run_id}.json"
         remove_partial(RECORDS)
-        record.write(result, path)
+        write(result, path)
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
         report.show(result, path)
         require_valid(result.run, result.failures, path)

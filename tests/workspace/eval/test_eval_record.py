@@ -12,8 +12,9 @@ from rich.console import Console
 
 from tests.workspace.bench import samples
 from workspace.bench.plan import Device
+from workspace.bench.record import write
 from workspace.bench.variants import baseline, custom
-from workspace.eval import record, report
+from workspace.eval import report
 from workspace.eval.evaluate import evaluate
 from workspace.eval.messages import Scores
 from workspace.eval.plan import Evaluation, Side
@@ -58,8 +59,8 @@ def test_a_sound_run_is_valid_and_its_ratio_is_that_of_the_perplexities(tmp_path
     assert made.comparison.ratio == pytest.approx(made.model.perplexity / made.against.perplexity)
     assert (made.text.tokens, made.text.windows) == (300, 2)
     assert (made.model.quantized, made.against.quantized) == ("2:4 int8", None)
-    record.write(made, tmp_path / "r.json")
-    assert record.read(tmp_path / "r.json") == made
+    write(made, tmp_path / "r.json")
+    assert Record.model_validate_json((tmp_path / "r.json").read_text()) == made
     console = Console(width=120, record=True)
     console.print(report.table(made), *report.lines(made), sep="\n")
     shown = console.export_text()

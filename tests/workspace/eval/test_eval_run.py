@@ -8,7 +8,8 @@ import pytest
 
 from tests.language_model import LanguageModel
 from tests.workspace.bench import sparse_folder
-from workspace.eval import record, runner
+from workspace.eval import runner
+from workspace.eval.record import Record
 from workspace.verbs import Eval
 
 
@@ -27,7 +28,7 @@ def test_a_pruned_model_is_worse_than_its_source_and_the_record_proves_itself(
     folder = sparse_folder.write(trained_model.folder, tmp_path / "sparse", "int8")
     runner.run(Eval(str(folder), str(trained_model.held_out), tokens=2048))
     (path,) = (tmp_path / "records").glob("*.json")
-    made = record.read(path)
+    made = Record.model_validate_json(path.read_text())
     assert made.valid
     assert made.text.name == "held-out.txt"
     assert (made.text.tokens, made.text.windows) == (2048, 4)
