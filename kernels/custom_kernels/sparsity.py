@@ -59,9 +59,6 @@ class Pattern:
                 f"a pattern (2N-2):2N needs N from 2 (2:4) to 16 (30:32), got N={self.n}"
             )
 
-        if self.mixed and self.n != 2:
-            raise ValueError(f"half of the rows of a mixed weight are 2:4, not N={self.n}")
-
     def __str__(self) -> str:
         return MIXED if self.mixed else self.expansion
 
