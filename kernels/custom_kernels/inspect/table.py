@@ -59,7 +59,7 @@ def cells(report: Report) -> list[str]:
 
 def short(kernel: str, width: int = 60) -> str:
     """A C++ name without namespaces that everybody knows, cut in its middle."""
-    kernel = (
-        kernel.replace("(anonymous namespace)::", "").replace("cutlass::", "").removeprefix("void ")
-    )
+    for known in ("(anonymous namespace)::", "custom_kernels::", "cutlass::"):
+        kernel = kernel.replace(known, "")
+    kernel = kernel.removeprefix("void ")
     return kernel if len(kernel) <= width else f"{kernel[: width - 21]}…{kernel[-20:]}"
