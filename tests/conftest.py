@@ -36,7 +36,9 @@ SCOPES = {
         "test_second_release.py", "bench/test_run.py", "eval/test_eval_run.py",
         "test_notebook_in_engine.py",
     ),
-    "programs": ("test_vllm.py", "test_vllm_quantization.py", "test_dummy_weights.py"),
+    "programs": (
+        "test_vllm.py", "test_vllm_quantization.py", "test_vllm_fusion.py", "test_dummy_weights.py",
+    ),
     "build": ("fork/test_build.py",),
     "conda": ("test_conda_dev.py",),
     "unbundle": ("test_unbundle.py",),

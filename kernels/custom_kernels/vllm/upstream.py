@@ -2,6 +2,8 @@
 """All that we read of vLLM's Python code beside its plugin interface. What differs between its
 releases is settled here and nowhere else."""
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -20,8 +22,11 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
     PerTensorScaleParameter,
 )
+from vllm.platforms import current_platform
 
 from custom_kernels.source_hash import source_hash
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "BasevLLMParameter",
@@ -94,6 +99,26 @@ def graphs_depend_on(fact: str) -> None:
     # The key holds the values of all variables that are registered here. This one is not read from
     # the environment.
     envs.environment_variables["CUSTOM_KERNELS_GRAPHS"] = lambda: ", ".join(sorted(_graph_facts))
+
+
+def fuse_quantization() -> None:
+    """Put a pass that fuses quantization into the compilation of the model that is being built; say
+    in one line why, if that cannot be."""
+    config = get_current_vllm_config().compilation_config
+    if not getattr(config, "ir_enable_torch_wrap", False):
+        mode = getattr(config.mode, "name", config.mode)
+        _say_once(f"vLLM's passes do not see norms here (compilation mode {mode})")
+        return
+    from custom_kernels.vllm.upstream_fusion import FuseQuantization
+
+    passes, key = config.inductor_compile_config, current_platform.pass_key
+    if not isinstance(passes.setdefault(key, FuseQuantization()), FuseQuantization):
+        _say_once(f"{key} is set to another pass")
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("CUSTOM_KERNELS_FUSE=1: nothing is fused: %s", reason)
 
 
 def _key_graphs_by_sources() -> None:

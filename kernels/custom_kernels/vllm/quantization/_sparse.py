@@ -11,11 +11,8 @@ and saves in time, for any checkpoint. A checkpoint that was trained with the pa
 values: the weights that it has are the ones that are kept. One that is quantized already is loaded
 as it is (``_stored.py``).
 
-With ``CUSTOM_KERNELS_FUSE=1`` torch.compile gets the quantization as plain torch, where the
-pattern's expansion is the row itself (2:4, K a multiple of 64): it becomes part of the kernel that
-computes x, a norm or an activation, so x is not written and read again. Such a kernel quantizes x
-as it was before it was rounded to bfloat16. Off by default: on an H200 it changed the prefill of a
-7B by no more than its noise.
+With ``CUSTOM_KERNELS_FUSE=1`` x is quantized by the kernel that computes it, where that is a norm
+or an activation (``upstream_fusion.py``), so that it is not written and read again.
 
 With tensor parallelism each rank quantizes its part of the weight, with scales of its own. Where a
 layer's K is split, the parts must be whole groups, so that any number of ranks prunes the same
@@ -28,12 +25,13 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from custom_kernels import quantization, registry, sparse_gemm, sparsity
+from custom_kernels import registry, sparse_gemm, sparsity
 from custom_kernels.quant_expand import custom_quant_expand
 from custom_kernels.vllm import upstream
 from custom_kernels.vllm.quantization import _base
 
 FUSE = "CUSTOM_KERNELS_FUSE"
+FUSED = ("rms_norm_quant", "silu_mul_quant")
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +56,8 @@ class SparseLinear(_base.LinearMethod):
         """``dtype``: of the quantized weight; None: the best of its device."""
         super().__init__(config)
         self.wanted = dtype
+        if fuses():
+            upstream.fuse_quantization()
 
     def create_weights(
         self,
@@ -94,23 +94,20 @@ class SparseLinear(_base.LinearMethod):
             log.warning("%s: no custom kernel runs on this GPU, only the reference", name)
         # Compiled and loaded now: while a CUDA graph is captured it would be too late.
         registry.operation("sparse_gemm").runner(packed.backend, device, dtype)
-        activations = torch.bfloat16
-        registry.operation("quant_expand").best(device, activations).runner(device, activations)
+        for operation in ("quant_expand", *(FUSED if fuses() else ())):
+            best = registry.operation(operation).best(device, torch.bfloat16)
+            best.runner(device, torch.bfloat16)
         self.dtype, self.backend, self.features = dtype, packed.backend, packed.features
         self.expansion = packed.pattern.expansion
-        self.fused = fuses() and packed.expanded == packed.k
         # Constants of the graph: by what this machine can run, the checkpoint, and a variable.
         kind = f"{name} {self.config.pattern} {dtype} {packed.backend}"
-        upstream.graphs_depend_on(f"{kind} fused {self.fused}")
+        upstream.graphs_depend_on(f"{kind} fused {fuses()}")
         return {"values": packed.values, "metadata": packed.metadata, "scale": scale}
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self.fused and torch.compiler.is_compiling():
-            q, scale = quantization.quantize(x, self.dtype)
-        else:
-            q, scale = custom_quant_expand(x, self.expansion, self.dtype)
+        q, scale = custom_quant_expand(x, self.expansion, self.dtype)
         weight = layer.values, layer.metadata, layer.scale
         return torch.ops.custom_kernels.sparse_gemm.default(
             q, scale, *weight, bias, self.features, self.backend
@@ -145,5 +142,5 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def fuses() -> bool:
-    """Whether ``CUSTOM_KERNELS_FUSE=1`` leaves the quantization to torch.compile."""
+    """Whether ``CUSTOM_KERNELS_FUSE=1`` asks for quantization in the kernel before."""
     return os.environ.get(FUSE) == "1"
