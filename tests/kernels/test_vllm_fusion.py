@@ -14,6 +14,12 @@ from workspace.bench import models
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.host.paths import ROOT
 
+
+@pytest.fixture(autouse=True)
+def _norms_are_nodes() -> None:
+    pytest.importorskip("vllm.ir", reason="norms are no nodes of this vLLM's graphs")
+
+
 # --- the pass -------------------------------------------------------------------------------------
 
 # Graphs as AOTAutograd makes them of what vLLM's modules and our linear methods call.
