@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUSTOM_KERNELS_FUSE=1: which quantizations a pass over vLLM's graphs fuses, and that the engine
+"""CUSTOM_KERNELS_FUSE: which quantizations a pass over vLLM's graphs fuses, and that the engine
 computes the same with it."""
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from custom_kernels.vllm import upstream_fusion as fusion
 ir, act = torch.ops.vllm_ir, SiluAndMul.forward_native
 x, residual = torch.randn(2, 5, 64).bfloat16()
 wide, weight = torch.randn(5, 128).bfloat16(), torch.randn(64).bfloat16()
+long, longer = torch.randn(1, 16_384).bfloat16(), torch.randn(1, 98_304).bfloat16()
 
 def quantized(y, pattern="6:8", dtype=torch.int8):
     return custom_quant_expand(y, pattern, dtype)
@@ -60,11 +61,13 @@ FUNCTIONS = {
         lambda: quantized(ir.rms_norm(x, weight.float(), 1e-6).bfloat16())
     ),
     "activation with another user": (lambda: shared(act(wide))),
+    "long norm": (lambda: quantized(ir.rms_norm(long, long[0], 1e-6))),
+    "long activation": (lambda: quantized(act(longer))),
     "other halves": (
         lambda: quantized(torch.nn.functional.silu(wide[:, :32]) * wide[:, 32:64])
     ),
 }
-inputs = dict(x=x, residual=residual, wide=wide, weight=weight)
+inputs = dict(x=x, residual=residual, wide=wide, weight=weight, long=long, longer=longer)
 for name, function in FUNCTIONS.items():
     def traced(given):
         globals().update(given)
@@ -107,6 +110,8 @@ KEPT = (
     "norm without weight",
     "norm with a weight in float32",
     "activation with another user",
+    "long norm",
+    "long activation",
     "other halves",
 )
 
@@ -180,7 +185,7 @@ def test_all_norms_but_the_last_and_all_activations_of_an_engine_are_fused(tmp_p
         steps, counts = json.loads(lines[-1])
         return steps, counts, "\n".join(lines) + errors
 
-    fused, counts, said = run("compiled", CUSTOM_KERNELS_FUSE="1")
+    fused, counts, said = run("compiled")
     passes, rest = divmod(counts["sparse_gemm.reference"], 4 * layers)
     assert not rest
     assert counts == {

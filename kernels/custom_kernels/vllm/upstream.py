@@ -101,13 +101,14 @@ def graphs_depend_on(fact: str) -> None:
     envs.environment_variables["CUSTOM_KERNELS_GRAPHS"] = lambda: ", ".join(sorted(_graph_facts))
 
 
-def fuse_quantization() -> None:
+def fuse_quantization(asked: bool) -> None:
     """Put a pass that fuses quantization into the compilation of the model that is being built; say
-    in one line why, if that cannot be."""
+    in one line why, if that was asked for and cannot be."""
     config = get_current_vllm_config().compilation_config
     if not getattr(config, "ir_enable_torch_wrap", False):
         mode = getattr(config.mode, "name", config.mode)
-        _say_once(f"vLLM's passes do not see norms here (compilation mode {mode})")
+        if asked:
+            _say_once(f"vLLM's passes do not see norms here (compilation mode {mode})")
         return
     from custom_kernels.vllm.upstream_fusion import FuseQuantization
 

@@ -32,6 +32,10 @@ def _op(name: str) -> Any:
     return getattr(torch.ops.custom_kernels, name).default
 
 
+LONGEST_NORM, LONGEST_ACTIVATION = 15_360, 46_080
+"""Values of a row, of q after a norm, up to which it fits into the shared memory of any GPU: 99 KiB
+of a block."""
+
 QUANT, NORM, SILU = map(_op, ("quant_expand", "rms_norm_quant", "silu_mul_quant"))
 
 
@@ -54,12 +58,9 @@ class FuseQuantization(InductorPass):
             found, self.fused = self.fused, Counter()
             if found.total():
                 what = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
-                log.info("CUSTOM_KERNELS_FUSE=1: quantization is part of %s", what)
+                log.info("quantization is part of %s", what)
             else:
-                log.warning(
-                    "CUSTOM_KERNELS_FUSE=1: nothing is fused: no quantization follows a norm or an "
-                    "activation"
-                )
+                log.info("nothing is fused: no quantization follows a norm or an activation")
 
 
 def fuse_norm(graph: fx.Graph, quant: fx.Node) -> bool:
@@ -76,6 +77,8 @@ def fuse_norm(graph: fx.Graph, quant: fx.Node) -> bool:
     x, residual, weight = tensors if norm is not y else (tensors[0], None, tensors[1])
     fits = all(one is None or _is_bfloat16(one) for one in (x, residual))
     if not fits or not _is_bfloat16(weight) or variance_size is not None:
+        return False
+    if quant.meta["val"][0].shape[-1] > LONGEST_NORM:
         return False
     with graph.inserting_before(norm):
         fused = graph.call_function(NORM, (x, residual, weight, epsilon, *kind))
@@ -104,11 +107,14 @@ def _activation(kind: tuple[Any, ...]) -> pattern_matcher.PatternMatcherPass:
     def fused(x: torch.Tensor) -> Any:
         return SILU(x, *kind)
 
+    def fits(match: pattern_matcher.Match) -> bool:
+        return bool(match.kwargs["x"].meta["val"].shape[-1] <= 2 * LONGEST_ACTIVATION)
+
     register: Any = pattern_matcher.register_replacement  # its own types do not fit each other
     found = pattern_matcher.PatternMatcherPass("custom_kernels.activations")
     with torch._guards.tracing(None), unset_fake_temporarily(), FakeTensorMode():
         example = torch.empty(8, 64, dtype=torch.bfloat16)
-        register(unfused, fused, [example], pattern_matcher.fwd_only, found)
+        register(unfused, fused, [example], pattern_matcher.fwd_only, found, extra_check=fits)
     return found
 
 

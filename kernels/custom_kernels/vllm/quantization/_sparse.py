@@ -11,8 +11,9 @@ and saves in time, for any checkpoint. A checkpoint that was trained with the pa
 values: the weights that it has are the ones that are kept. One that is quantized already is loaded
 as it is (``_stored.py``).
 
-With ``CUSTOM_KERNELS_FUSE=1`` x is quantized by the kernel that computes it, where that is a norm
-or an activation (``upstream_fusion.py``), so that it is not written and read again.
+Under torch.compile x is quantized by the kernel that computes it, where that is a norm or an
+activation (``upstream_fusion.py``), so that it is not written and read again; with
+``CUSTOM_KERNELS_FUSE=0`` always by a kernel of its own.
 
 With tensor parallelism each rank quantizes its part of the weight, with scales of its own. Where a
 layer's K is split, the parts must be whole groups, so that any number of ranks prunes the same
@@ -57,7 +58,7 @@ class SparseLinear(_base.LinearMethod):
         super().__init__(config)
         self.wanted = dtype
         if fuses():
-            upstream.fuse_quantization()
+            upstream.fuse_quantization(asked=FUSE in os.environ)
 
     def create_weights(
         self,
@@ -142,5 +143,5 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def fuses() -> bool:
-    """Whether ``CUSTOM_KERNELS_FUSE=1`` asks for quantization in the kernel before."""
-    return os.environ.get(FUSE) == "1"
+    """Whether x may be quantized in the kernel before: unless ``CUSTOM_KERNELS_FUSE=0``."""
+    return os.environ.get(FUSE, "1") != "0"
