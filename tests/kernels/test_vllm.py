@@ -188,7 +188,7 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(
     lines, errors = vllm_program.run(
         LAYERS, str(tmp_path), *expected, importer=importer, **settings
     )
-    library, *lines = lines[-6:]
+    library, *lines = [line for line in lines if not line.startswith("[Gloo]")]
     if platform.machine() == "x86_64":
         stock_keeps = masked or not torch.cpu._is_avx512_supported()
         there = {path.name for path in (release.tree() / "vllm").glob("_C*.so")}

@@ -291,7 +291,7 @@ def check_quantization(name: str | None) -> None:
 def check_memory(plan: Plan) -> None:
     """Raise if the weights do not fit into free memory on the CPU.
 
-    The custom variant holds each weight at most twice: plain, and packed by vLLM.
+    While it is packed, vLLM holds a weight twice.
 
     Raises:
         WorkspaceError: not enough memory; how much is needed and how much is free.

@@ -157,7 +157,7 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
             f"{python.executable} lacks Python's own {names}; install them there (Debian, Ubuntu: "
             f"python{python.short}-venv)"
         )
-    yield from _torch_problems(host, version, release)
+    yield from _torch_problems(host, version, pins)
     if not python.headers:
         yield (
             f"it has no Python.h for {python.executable}, and vLLM compiles at run time; install "
@@ -170,7 +170,8 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
         yield f"it lacks {', '.join(missing)}; install them there"
 
 
-def _torch_problems(host: Host, version: str, release: Release) -> Iterator[str]:
+def _torch_problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
+    release = pins.release(version)
     wanted = f"torch {release.torch} for CUDA {release.cuda.release}"
     if host.torch is None:
         yield (
@@ -180,9 +181,11 @@ def _torch_problems(host: Host, version: str, release: Release) -> Iterator[str]
         return
     found = Version(host.torch.version)
     if found.public != release.torch:
+        other = pins.built_for(found.public)
+        bundle = f"bundle the release that is built for it (VLLM_VERSION={other}), or "
         yield (
             f"it has torch {found}, the binaries of vLLM {version} are built for {release.torch}; "
-            f"install {wanted} there, or bundle a release built for it (VLLM_VERSION=)"
+            f"{bundle if other else ''}install {wanted} there"
         )
     elif host.device == "cuda" and (host.torch.cuda or "").split(".")[0] != str(release.cuda.major):
         built = f"CUDA {host.torch.cuda}" if host.torch.cuda else "the CPU only"

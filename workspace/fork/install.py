@@ -22,6 +22,8 @@ import sysconfig
 import zipfile
 import zlib
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from workspace.environment import system_packages, uv
@@ -35,7 +37,7 @@ from workspace.fork.built_from import (
 )
 from workspace.fork.prepare import GENERATED, upstream_tag
 from workspace.fork.tree_state import shown
-from workspace.host import plain_path
+from workspace.host import plain_path, settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import write_file
 from workspace.host.git import git
@@ -276,6 +278,8 @@ def install_fork(device: Device, *, renew: bool = False, force: bool = False) ->
     replaces those that were edited by hand.
     """
     version, release, folder = selected(), load().release(), tree()
+    if settings.current().mode == "system":
+        require_torch(version)
     extract_binaries(release.binary(device), device, renew=renew, force=force)
     ensure_system_files(device)
     label = version_label(version, device, release.cuda.release)
@@ -286,6 +290,19 @@ def install_fork(device: Device, *, renew: bool = False, force: bool = False) ->
         # `empty` compiles nothing: the binaries are there already.
         env={"VLLM_TARGET_DEVICE": "empty", "VLLM_VERSION_OVERRIDE": label},
     )
+
+
+def require_torch(version: str) -> None:
+    """Raise if the host's torch is another than that for which the release's binaries are built."""
+    with suppress(metadata.PackageNotFoundError):
+        found, wanted = metadata.version("torch").split("+")[0], load().release(version).torch
+        if found != wanted:
+            other = load().built_for(found)
+            use = f"use a release built for it: VLLM_VERSION={other}, or "
+            raise WorkspaceError(
+                f"this Python has torch {found}, the binaries of vLLM {version} are built for "
+                f"{wanted}; {use if other else ''}set PYTHON= to one with torch {wanted}"
+            )
 
 
 def install_kernels() -> None:

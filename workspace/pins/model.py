@@ -145,6 +145,11 @@ class Pins(_Model):
             raise WorkspaceError(f"vLLM {version} is not pinned; pins.toml has {known}")
         return self.vllm.release[version]
 
+    def built_for(self, torch: str) -> str | None:
+        """The release whose binaries are built for a version of torch, None without one."""
+        same = (name for name, release in self.vllm.release.items() if release.torch == torch)
+        return next(same, None)
+
 
 def read(path: Path) -> Pins:
     """Read and check a pins file; raises WorkspaceError naming the first wrong entry."""

@@ -9,7 +9,9 @@ stay equal to the compiler.
 
 import functools
 import logging
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 
@@ -33,23 +35,43 @@ def custom_unquantized_gemm(
     return torch.ops.custom_kernels.gemm.default(x, weight, bias, _backend(x.device.type, x.dtype))
 
 
-def selects(layer: torch.nn.Module) -> bool:
-    """Whether ``VLLM_CUSTOM_GEMM_LAYERS`` names this layer."""
-    return _selected(upstream.layer_name(layer))
+def takes_all() -> bool:
+    """Whether every layer runs our GEMM, without patterns that choose."""
+    return not upstream.wanted_layers()
 
 
-def reads_weight(layer: torch.nn.Module) -> bool:
-    """Whether our GEMM will multiply by this layer's plain weight."""
-    return not upstream.wanted_layers() or _matches(upstream.layer_name(layer))
+def enter(method: Any, layer: torch.nn.Module) -> bool:
+    """vLLM calls this for every layer of the model once its weights are loaded, before it prepares
+    them for its own GEMM.
 
+    Args:
+        method: the layer's linear method, which runs our GEMM from now on if a pattern names the
+            layer.
 
-def weights_loaded(layer: torch.nn.Module) -> None:
-    """vLLM calls this for every layer of the model before the first of them runs."""
+    Returns:
+        Whether vLLM is to leave the weights as they are, because our GEMM reads them.
+    """
     name, linear = upstream.layer_name(layer), upstream.is_linear(layer)
     if linear:
         _loaded.add(name)
     assert isinstance(layer.weight, torch.Tensor)
     launches.layer(name, layer.weight.data_ptr(), expected=linear)
+    entered = "apply" in vars(method)  # weights may be loaded again
+    if not takes_all() and not upstream.needs_own_gemm() and not entered:
+        method.apply = functools.partial(_apply, method.apply)
+    return upstream.packs_weights() and (takes_all() or _matches(name))
+
+
+def _apply(
+    upstream_apply: Callable[..., torch.Tensor],
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if _selected(upstream.layer_name(layer)):
+        assert isinstance(layer.weight, torch.Tensor)
+        return custom_unquantized_gemm(layer, x, layer.weight, bias)
+    return upstream_apply(layer, x, bias)
 
 
 @torch.compiler.assume_constant_result

@@ -4,6 +4,7 @@ releases is settled here and nowhere else."""
 
 import functools
 import logging
+import os
 from typing import Any
 
 import torch
@@ -44,11 +45,31 @@ _graph_facts: set[str] = set()
 
 
 def wanted_backend() -> str | None:
-    return envs.VLLM_CUSTOM_GEMM_BACKEND
+    """Which GEMM backend runs the layers; None picks the best for the device."""
+    return os.environ.get("VLLM_CUSTOM_GEMM_BACKEND") or None
 
 
 def wanted_layers() -> str:
-    return envs.VLLM_CUSTOM_GEMM_LAYERS or ""
+    """Patterns with commas of the layers that run our GEMM; empty takes them all."""
+    return os.environ.get("VLLM_CUSTOM_GEMM_LAYERS", "")
+
+
+# Like the switch VLLM_USE_CUSTOM_GEMM, which is the fork's, in vLLM's key for compiled graphs.
+envs.environment_variables |= {
+    "VLLM_CUSTOM_GEMM_BACKEND": wanted_backend,
+    "VLLM_CUSTOM_GEMM_LAYERS": wanted_layers,
+}
+
+
+def needs_own_gemm() -> bool:
+    """Whether vLLM is to compute the same bits for any batch, which only its own GEMM does."""
+    return os.getenv("VLLM_BATCH_INVARIANT", "0") != "0" and not current_platform.is_cpu()
+
+
+def packs_weights() -> bool:
+    """Whether vLLM packs the weights of linear layers, and may drop the plain ones or widen a
+    bias."""
+    return current_platform.is_cpu()
 
 
 def layer_name(layer: torch.nn.Module) -> str:

@@ -139,6 +139,7 @@ def test_a_host_with_the_pinned_torch_is_workable(here: dict[str, Any]) -> None:
         ({"libc": {"name": ""}}, "C library"),
         ({"torch": None}, "has no torch that can be imported"),
         ({"torch": {"version": "2.4.1"}}, f"torch 2.4.1, the binaries of vLLM .* {RELEASE.torch}"),
+        ({"torch": {"version": "2.11.0"}}, r"the release that .* \(VLLM_VERSION=0\.25\.1\), or"),
         ({"torch": {"cuda": None}}, "built for the CPU only"),
         ({"torch": {"cuda": "12.8"}}, "built for CUDA 12.8"),
         ({"packages": {"triton": {"version": "3.1.0", "requires": []}}}, "triton 3.1.0"),

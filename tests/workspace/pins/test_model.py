@@ -23,9 +23,11 @@ def test_the_pins_of_each_release_are_complete(version: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}", release.tree)
 
 
-def test_two_releases_are_supported() -> None:
-    assert model.load().vllm.default == "0.25.1"
-    assert {"0.25.1", "0.13.0"} <= set(model.load().vllm.release)
+def test_the_releases_of_older_hosts_are_supported_beside_the_default_one() -> None:
+    pins = model.load()
+    assert {"0.25.1", "0.13.0"} <= set(pins.vllm.release) - {pins.vllm.default}
+    assert pins.built_for("2.11.0") == "0.25.1"
+    assert pins.built_for("2.10.0") is None
 
 
 def test_where_wheels_serve_one_python_each_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,7 @@ def test_a_python_without_a_wheel_is_told_which_ones_have_one(
 @pytest.mark.parametrize(
     ("pattern", "replacement", "named"),
     [
-        (r'sha256 = "ddb', 'sha256 = "xyz', "sdist.sha256"),
+        (r'sha256 = "d2c', 'sha256 = "xyz', "sdist.sha256"),
         (r'^torch = ".*"', "", "torch"),
         (r"^\[uv\]", "[uvw]", "uv"),
         (r'^version = "', "version = ", "not valid TOML"),
@@ -78,7 +80,7 @@ def test_a_missing_file_says_how_to_get_it_back(tmp_path: Path) -> None:
 
 
 def test_an_unknown_release_lists_those_there_are() -> None:
-    with pytest.raises(WorkspaceError, match=r"0\.99\.0 is not pinned; pins.toml has 0\.25\.1"):
+    with pytest.raises(WorkspaceError, match=r"0\.99\.0 is not pinned; pins.toml has 0\.32\.0"):
         model.load().release("0.99.0")
 
 

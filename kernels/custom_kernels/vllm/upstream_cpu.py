@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM 0.32.0 as released lacks to run on a CPU.
+
+There a function in C++ stands in for the Triton kernel that maps tokens to slots of the KV cache.
+It is called by position in the kernel's order, which changed: the mapping comes before the size of
+a block. Without this the engine fails in its first step, the unpatched one of ``BASELINE=pristine``
+as well, so it is no patch of the fork.
+"""
+
+import functools
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+
+_MODULE, _FUNCTION = "vllm.utils.cpu_triton_utils", "_compute_slot_mapping_kernel_impl"
+_BEFORE = 6
+"""So many arguments are the same in both orders; then come the two."""
+
+
+def let_slots_be_mapped() -> None:
+    """Let vLLM's function take its arguments in either order. To be called before a worker of vLLM
+    puts the function in the kernel's place; a second call changes nothing."""
+    if not current_platform.is_cpu() or find_spec(_MODULE) is None:
+        return
+    module = import_module(_MODULE)
+    function = getattr(module, _FUNCTION, None)
+    if function is None or hasattr(function, "__wrapped__"):
+        return
+
+    @functools.wraps(function)  # vLLM looks at the signature
+    def in_either_order(*arguments: Any, **named: Any) -> None:
+        if len(arguments) > _BEFORE + 1 and isinstance(arguments[_BEFORE], torch.Tensor):
+            slots, block_size = arguments[_BEFORE : _BEFORE + 2]
+            # What follows is for context parallelism, which the CPU engine does not have.
+            function(*arguments[:_BEFORE], block_size, slots)
+        else:
+            function(*arguments, **named)
+
+    setattr(module, _FUNCTION, in_either_order)
