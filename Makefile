@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -86,8 +86,11 @@ fork-diff: ## everything that differs from the release (OWN=1, STAT=1)
 fork-export: ## write your commits in vllm-fork/src as patches (FORCE=1)
 	@$(WORKSPACE) fork-export
 
-fork-rebase: ## rebase your commits onto another release (VERSION=0.26.0, ABORT=1, FORCE=1)
+fork-rebase: ## rebase your commits onto another release (VERSION=0.33.0, ABORT=1, FORCE=1)
 	@$(WORKSPACE) fork-rebase
+
+upgrade: ## rebase, set up and try another release beside this one (VERSION=0.33.0, DEFAULT=1)
+	@$(WORKSPACE) upgrade
 
 inventory: ## write inventory.json, which describes this machine for a bundle
 	@$(WORKSPACE) inventory

@@ -81,7 +81,7 @@ def in_environment(verb: verbs.Verb, chosen: settings.Settings) -> int:
     if verb.name == "doctor":  # changes nothing
         if interpreter is None:
             return doctor_without_environment(as_json=verb.read().json)
-    elif verb.name in ("fork-export", "fork-rebase"):
+    elif verb.name in ("fork-export", "fork-rebase", "upgrade"):
         # They work on trees only: any environment will do, so none is created for this release.
         ready = (create.existing(mode, known) for known in release.pins()["vllm"]["release"])
         interpreter = next(filter(None, ready), None) or create.ensure(mode, version)

@@ -54,7 +54,9 @@ def pytest_arguments(k: str | None) -> list[str]:
     if operation in operations():
         file = f"test_{operation} and {backend}" if backend else f"test_{operation}"
         return ["-k", f"({file}) or [{operation}.{backend}"]
-    return [k] if (ROOT / k.split("::")[0]).exists() else ["-k", k]
+    paths = k.split()
+    exist = all((ROOT / path.split("::")[0]).exists() for path in paths)
+    return paths if exist else ["-k", k]
 
 
 # --- the verbs ------------------------------------------------------------------------------------
@@ -243,6 +245,12 @@ def fork_rebase(options: verbs.ForkRebase) -> None:
     run(options)
 
 
+def upgrade(options: verbs.Upgrade) -> int:
+    from workspace.upgrade.upgrade import run
+
+    return run(options)
+
+
 def bundle(options: verbs.Bundle) -> None:
     from workspace.fork.install import install_kernels
 
@@ -283,6 +291,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "test": test,
     "fork-export": fork_export,
     "fork-rebase": fork_rebase,
+    "upgrade": upgrade,
     "bundle": bundle,
     "lint": lint,
     "lock": lock,

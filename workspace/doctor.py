@@ -43,7 +43,8 @@ from workspace.pins.model import Release, load
 from workspace.pins.release import active, bundled, selected, tree
 
 Status = Literal["ok", "note", "problem"]
-CUDA_COMPONENT = re.compile(r"nvidia-(cuda-[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
+# Not the disassembler: it reads what older releases compiled, and packages ask for a newer one.
+CUDA_COMPONENT = re.compile(r"nvidia-(cuda-(?!nvdisasm)[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 MARKS = {"ok": "✓", "note": "•", "problem": "✗"}
 

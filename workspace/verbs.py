@@ -128,7 +128,7 @@ class TwoRecords:
 
 @dataclass(frozen=True)
 class Test:
-    k: str | None = text("K", f"{KERNEL}, a path, or an argument of `pytest -k`", "all", "gemm")
+    k: str | None = text("K", f"{KERNEL}, paths, or an argument of `pytest -k`", "all", "gemm")
 
 
 # --- vLLM -----------------------------------------------------------------------------------------
@@ -286,9 +286,17 @@ class ForkExport:
 
 @dataclass(frozen=True)
 class ForkRebase:
-    version: str | None = text("VERSION", "the new vLLM release", example="0.26.0")
+    version: str | None = text("VERSION", "the new vLLM release", example="0.33.0")
     abort: bool = flag("ABORT", "return to the previous release")
     force: bool = flag("FORCE", "with `ABORT=1`: discard branches that were created meanwhile")
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    version: str | None = text(
+        "VERSION", "a vLLM release of the package index", "`latest`, the newest there", "0.33.0"
+    )
+    default: bool = flag("DEFAULT", "make it the default release if every step passed")
 
 
 # --- containers and other hosts -------------------------------------------------------------------
@@ -435,6 +443,7 @@ VERBS = {
         Verb("fork-diff", "everything that differs from the release", ForkDiff, "fork.diff", False),
         Verb("fork-export", "write your commits in vllm-fork/src as patches", ForkExport),
         Verb("fork-rebase", "rebase your commits onto another release", ForkRebase),
+        Verb("upgrade", "rebase, set up and try another release beside this one", Upgrade),
         Verb(
             "inventory", "write inventory.json, which describes this machine for a bundle",
             host="environment.inventory", lock=False,

@@ -20,11 +20,14 @@ FLOORS = [
     {"pins", "verbs"},
     {"environment"},
     {"fork", "credentials", "convert"},
-    {"bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook"},
+    {
+        "bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook",
+        "upgrade",
+    },
     {"doctor", "set_up", "reference", "clean", "report", "eval"},
     {"cli"},
     {"bootstrap", "__main__"},
-]
+]  # fmt: skip
 # Run where no package is installed: by bootstrap.py before there is an environment, or on the host
 # of a container. With all that they import.
 BEFORE_AN_ENVIRONMENT = {

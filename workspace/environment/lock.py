@@ -150,9 +150,15 @@ def run(*, upgrade: bool = False, only: str | None = None) -> list[Path]:
         contents = {
             lock_path(version): header(pins, version) + everywhere,
             lock_path(version, gpu=True): header(pins, version) + gpu,
-            conda_file(version): environment_yml(version),
         }
         for path, content in contents.items():
             write_file(path, content.encode())
-        written += contents
+        written += [*contents, write_conda_file(version)]
     return written
+
+
+def write_conda_file(version: str) -> Path:
+    """Write the environment file of a release; returns the file."""
+    path = conda_file(version)
+    write_file(path, environment_yml(version).encode())
+    return path

@@ -61,7 +61,7 @@ def run(options: verbs.ForkRebase) -> None:
 def _begin(version: str | None) -> Rebase:
     """Check that both trees allow a rebase, look up the new release, write the state file."""
     if not version:
-        raise WorkspaceError("name the release: make fork-rebase VERSION=0.26.0")
+        raise WorkspaceError("name the release: make fork-rebase VERSION=0.33.0")
     origin = release.selected()
     tree, target = release.tree(origin), release.tree(version)
     tip = require(tree).head

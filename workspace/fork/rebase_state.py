@@ -64,7 +64,7 @@ def release_for(verb: str) -> str:
         WorkspaceError: it is not pinned, or a rebase to it is not finished.
     """
     rebase = read()
-    if rebase and verb == "fork-rebase":
+    if rebase and verb in ("fork-rebase", "upgrade"):
         return rebase.origin
     version = release.selected()
     if rebase and version == rebase.target:

@@ -18,6 +18,7 @@ from workspace.fork import patch_queue, prepare, tree_state
 from workspace.fork.tree_state import APPLIED
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
+from workspace.host.paths import KERNELS
 from workspace.pins import release as releases_module
 from workspace.pins.model import Release, load
 from workspace.pins.release import link
@@ -238,11 +239,13 @@ def test_our_three_patches_are_the_same_for_each_release() -> None:
 
 
 @EACH_RELEASE
-def test_our_patches_register_every_switch(version: str) -> None:
+def test_our_patches_or_our_plugin_register_every_switch(version: str) -> None:
     """Unregistered, a switch is no part of vLLM's torch.compile cache key."""
     text = "\n".join(line for patch in patch_queue.files(version) for line in added(patch))
-    for switch in variants.SWITCHES:
-        assert f'"{switch}": lambda' in text
+    assert f'"{variants.SWITCH}": lambda' in text
+    plugin = (KERNELS / "custom_kernels/vllm/upstream.py").read_text()
+    for switch in set(variants.SWITCHES) - {variants.SWITCH}:
+        assert f'    "{switch}": wanted_' in plugin
 
 
 @pytest.fixture(scope="module")
