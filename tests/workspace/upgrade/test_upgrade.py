@@ -12,6 +12,7 @@ import pytest
 from pypi_simple import DistributionPackage
 
 from tests.workspace.conftest import CHANGED, NEW, OLD, Checkout
+from workspace.host.paths import ROOT
 from workspace.upgrade import names, report, steps, upgrade
 from workspace.upgrade.steps import Step, Steps
 
@@ -158,3 +159,9 @@ def test_names_of_vllm_are_found_where_they_are_used_and_where_they_went(tmp_pat
         "vllm.layers.gone (used in one.py): defined nowhere",
         "vllm.layers.moved (used in one.py): now in vllm.layers.linear",
     ]
+
+
+def test_the_tests_of_an_upgrade_exist() -> None:
+    for name in upgrade.TESTS:
+        file, _, test = name.partition("::")
+        assert test in (ROOT / "tests/kernels" / file).read_text()
