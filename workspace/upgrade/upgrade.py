@@ -202,7 +202,7 @@ def _kernels(target: str) -> Step:
     if status:
         return Step("kernels", "failed", reason(output))
     compiled = output.count("· compiled ")
-    text = f"{plural(compiled, 'kernel')} compiled, the others were, in an environment of its own"
+    text = f"all are compiled, {compiled} of them now, in an environment of its own"
     return Step("kernels", "ok", text)
 
 
