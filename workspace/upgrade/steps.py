@@ -112,18 +112,21 @@ def verb(target: str, name: str, **variables: str) -> tuple[int, str]:
         process = subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
         )
-        with _stops(process):
-            status = process.wait()
+        try:
+            with _stopped_by_signals():
+                status = process.wait()
+        except WorkspaceError:
+            process.terminate()  # it stops what it started
+            process.wait()
+            raise
     return status, log.read_text(errors="replace")
 
 
 @contextmanager
-def _stops(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the process first; it stops what it started."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise an error."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        process.terminate()
-        process.wait()
         raise WorkspaceError(
             f"interrupted by {signal.Signals(number).name}; to go on where it was: make upgrade"
         )

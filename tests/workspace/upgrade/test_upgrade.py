@@ -8,10 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from pypi_simple import DistributionPackage
 
 from tests.workspace.conftest import CHANGED, NEW, OLD, Checkout
+from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 from workspace.upgrade import names, report, steps, upgrade
 from workspace.upgrade.steps import Step, Steps
@@ -125,6 +127,22 @@ def test_steps_that_were_done_are_not_done_again_unless_something_changed(
     assert resumed.passed
     resumed.end()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_the_verb_that_runs_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "ROOT", tmp_path)
+    monkeypatch.setattr(steps, "STATE", tmp_path)
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace/bootstrap.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "pathlib.Path('pid').write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)\n"
+    )
+    with pytest.raises(WorkspaceError, match="interrupted by SIGTERM; to go on where it was"):
+        steps.verb("1.0", "bench")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 def test_a_release_of_which_something_could_not_be_tried_cannot_become_the_default() -> None:
