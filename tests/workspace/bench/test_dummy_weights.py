@@ -27,7 +27,9 @@ class Online(Fp8PerTensorOnlineLinearMethod):
         layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), False)
 
 def build(method):
-    config = SimpleNamespace(get_quant_method=lambda layer, prefix: method())
+    config = SimpleNamespace(
+        online_quantization_config=None, get_quant_method=lambda layer, prefix: method()
+    )
     made = torch.nn.ModuleDict({
         name: linear(f"layers.{name}", quant_config=config, bias=True) for name in ("down", "up")
     })
