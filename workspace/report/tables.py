@@ -127,7 +127,10 @@ def sparse() -> Iterator[str]:
         limit = rate * pattern.group / (2 * pattern.nonzeros)
         if pattern.mixed:
             limit = 2 / (1 / rate + 1)
-        means = (f"{geometric_mean(of_case[backend]):.3f}" for backend in run.backends)
+        means = (
+            f"{geometric_mean(of_case[backend]):.3f}" if backend in of_case else ""
+            for backend in run.backends
+        )
         rows.append([name, str(m), *means, f"{limit:.2f}"])
     return _table(("pattern", "M", *run.backends, "limit"), rows)
 
