@@ -91,6 +91,16 @@ def agreement(
     )
 
 
+def steady(variant: Agreement, stock: Agreement | None) -> bool:
+    """Whether a variant against itself agrees, or differs by at most twice what stock does: two
+    engines do not compute the same bits, in 8 bits with random weights least of all."""
+    if not variant.failures or stock is None:
+        return not variant.failures
+    differs = variant.largest > variant.allowed_largest or variant.mean > variant.allowed_mean
+    close = variant.largest <= 2 * stock.largest and variant.mean <= 2 * stock.mean
+    return len(variant.failures) == 1 and differs and close
+
+
 def distance(
     baseline: Sequence[Generation], candidate: Sequence[Generation], vocab_size: int
 ) -> Agreement:

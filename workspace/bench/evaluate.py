@@ -48,7 +48,9 @@ def evaluate(
         failures += checks.same_prompts(old, new)
     agreement, baseline_with_itself, candidate_with_itself = _agreements(plan, baseline, candidate)
     failures += agreement.failures
-    if candidate_with_itself is not None:
+    if candidate_with_itself is not None and not checks.steady(
+        candidate_with_itself, baseline_with_itself
+    ):
         name = variants[1].name
         failures += [f"{name} against itself: {one}" for one in candidate_with_itself.failures]
     first = runs[0].result

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from tests.workspace.bench.samples import generation, plan, result, sparse_model
-from workspace.bench import chart, record, report
+from workspace.bench import chart, checks, record, report
 from workspace.bench.evaluate import evaluate
 from workspace.bench.measure import ProcessRun
 from workspace.bench.variants import stock_and_custom
@@ -195,6 +195,20 @@ def test_a_quantized_run_shows_its_distance_from_stock_and_proves_the_rest(
     assert failure == "custom (process 2): layer lm_head did not run a custom kernel"
     (failure,) = make(quantized_at_random, quantization="sparse_2_4").failures
     assert failure.startswith("custom against itself: outputs: ")
+
+
+def test_a_variant_may_differ_from_itself_by_twice_what_stock_does() -> None:
+    agreement = make().agreement
+    stock = agreement.model_copy(update={"largest": 0.4, "mean": 0.03})
+    far = agreement.model_copy(update={"largest": 0.7, "mean": 0.02, "failures": ["they differ"]})
+    assert checks.steady(agreement, None)
+    assert checks.steady(far, stock)
+    assert not checks.steady(far, None)
+    assert not checks.steady(far.model_copy(update={"largest": 0.9}), stock)
+    assert not checks.steady(far.model_copy(update={"mean": 0.07}), stock)
+    assert not checks.steady(far.model_copy(update={"failures": ["they differ", "no step"]}), stock)
+    flat = far.model_copy(update={"largest": 0.1, "failures": ["all are about equally likely"]})
+    assert not checks.steady(flat, stock)
 
 
 def pixels(path: Path) -> tuple[int, int, set[bytes]]:
