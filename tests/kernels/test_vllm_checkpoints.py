@@ -334,6 +334,7 @@ LOADED = (
     "ours-int8",
     "ours-int8-4-ranks",
     "ours-fp8-4-6",
+    "ours-fp8-mixed",
     "ours-fp8-2-ranks",
     "ours-two-layers-dense",
     "compressed-fp8",

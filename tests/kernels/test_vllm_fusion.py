@@ -129,10 +129,11 @@ def test_a_quantization_is_fused_with_what_nothing_else_uses() -> None:
 
 # On the CPU vLLM compiles without its own passes: here it is made to compile as on a GPU.
 ENGINE = """
-import json, logging, sys
+import json, sys
 sys.path.insert(0, sys.argv[2])
 import workspace.bench.dummy_weights
 from custom_kernels import launches
+from custom_kernels.vllm import upstream, upstream_fusion
 from vllm import LLM, SamplingParams
 from vllm.config import CompilationMode
 from vllm.platforms.cpu import CpuPlatform
@@ -144,8 +145,8 @@ def compile_as_on_a_gpu(config):
     if compilation.mode != CompilationMode.NONE:
         compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
         compilation.ir_enable_torch_wrap, compilation.compile_sizes = True, []
-logging.getLogger("vllm.custom_kernels").addHandler(logging.StreamHandler())
-logging.getLogger("vllm.custom_kernels").setLevel("INFO")
+for log in (upstream.log, upstream_fusion.log):  # vLLM sets up logging anew when it starts
+    log.info = log.warning = lambda text, *values: print(text % values, file=sys.stderr)
 CpuPlatform.check_and_update_config = staticmethod(compile_as_on_a_gpu)
 
 model = LLM(

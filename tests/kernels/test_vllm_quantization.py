@@ -75,7 +75,8 @@ for name, layer in layers.items():
     print(name, targets, launches.read_layers(sys.argv[2])[os.getpid()][layer.prefix])
     any_number_of_tokens(layer)
 
-method = configs["sparse_6_8"].get_quant_method(layers["sparse_6_8"], "")
+with set_current_vllm_config(VllmConfig()):
+    method = configs["sparse_6_8"].get_quant_method(layers["sparse_6_8"], "")
 try:
     method.create_weights(layers["sparse_6_8"], 36, [24], 72, 24, torch.bfloat16)
 except ValueError as error:
