@@ -73,7 +73,7 @@ from custom_kernels.operation import Specialization
 def double(x, y, K: tl.constexpr):
     row = tl.program_id(0) * K
     columns = tl.arange(0, K)
-    tl.store(y + row + columns, FACTOR * tl.load(x + row + columns))
+    tl.store(y + row + columns, tl.load(x + row + columns) * FACTOR)
 
 
 FACTOR: tl.constexpr = tl.constexpr(2.0)
@@ -203,7 +203,7 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
 @pytest.mark.slow
 def test_a_triton_kernel_through_a_morning(editor: Editor) -> None:
     state, _, below = editor.verdict("triton", 1)
-    assert state == "right"
+    assert state == "right", below
     assert "registers" in below
 
     editor.save("triton.py", TRITON.replace("tl.constexpr(2.0)", "tl.constexpr(3.0)"))
@@ -214,7 +214,7 @@ def test_a_triton_kernel_through_a_morning(editor: Editor) -> None:
     editor.save("triton.py", TRITON.replace("tl.load(x", "tl.fetch(x"))
     state, _, below = editor.verdict("triton", 3)
     line = TRITON.splitlines().index(
-        "    tl.store(y + row + columns, FACTOR * tl.load(x + row + columns))"
+        "    tl.store(y + row + columns, tl.load(x + row + columns) * FACTOR)"
     )
     assert state == "does not compile"
     assert f"toy/triton.py:{line + 1}: " in below
