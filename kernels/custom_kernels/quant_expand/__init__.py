@@ -82,15 +82,20 @@ def _check(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> None:
         raise ValueError(f"quant_expand: x must be [..., K] with K at least 1, got {list(x.shape)}")
     if x.dtype not in INPUTS:
         raise TypeError(f"quant_expand: x must be bfloat16 or float16, got {x.dtype}")
+    check_kind("quant_expand", pattern, dtype)
+
+
+def check_kind(operation: str, pattern: str | None, dtype: torch.dtype) -> None:
+    """Raise, in the name of an operation that quantizes and expands, what does not fit."""
     if dtype not in OUTPUTS:
-        raise TypeError(f"quant_expand: dtype must be int8 or float8_e4m3fn, got {dtype}")
+        raise TypeError(f"{operation}: dtype must be int8 or float8_e4m3fn, got {dtype}")
     if pattern is not None:
         try:
             kind = _pattern(pattern)
         except ValueError as error:
-            raise ValueError(f"quant_expand: {error}") from None
+            raise ValueError(f"{operation}: {error}") from None
         if kind.mixed:
-            raise ValueError(f"quant_expand: for mixed weights expand for {kind.expansion}")
+            raise ValueError(f"{operation}: for mixed weights expand for {kind.expansion}")
 
 
 def _quant_expand(

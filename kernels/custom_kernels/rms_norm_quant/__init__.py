@@ -6,19 +6,15 @@ This file is the operation: its public function, its argument checks (only here)
 registration as ``torch.ops.custom_kernels.rms_norm_quant``.
 """
 
-import functools
-
 import torch
 
-from custom_kernels import launches, quantization, registry, sparsity
-from custom_kernels.quant_expand import expanded
+from custom_kernels import launches, registry
+from custom_kernels.quant_expand import check_kind, expanded
 
 OPERATION = registry.operation("rms_norm_quant")
 
 BACKEND_PRIORITY = {"cuda": ("cuda", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
-
-_pattern = functools.cache(sparsity.pattern)
 
 
 def custom_rms_norm_quant(
@@ -101,13 +97,7 @@ def _check(
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight)):
         if tensor is not None and tensor.dtype != torch.bfloat16:
             raise TypeError(f"rms_norm_quant: {name} must be bfloat16, got {tensor.dtype}")
-    if dtype not in quantization.QMAX:
-        raise TypeError(f"rms_norm_quant: dtype must be int8 or float8_e4m3fn, got {dtype}")
-    if pattern is not None:
-        try:
-            _pattern(pattern)
-        except ValueError as error:
-            raise ValueError(f"rms_norm_quant: {error}") from None
+    check_kind("rms_norm_quant", pattern, dtype)
 
 
 def _rms_norm_quant(

@@ -5,19 +5,15 @@ This file is the operation: its public function, its argument checks (only here)
 registration as ``torch.ops.custom_kernels.silu_mul_quant``.
 """
 
-import functools
-
 import torch
 
-from custom_kernels import launches, quantization, registry, sparsity
-from custom_kernels.quant_expand import expanded
+from custom_kernels import launches, registry
+from custom_kernels.quant_expand import check_kind, expanded
 
 OPERATION = registry.operation("silu_mul_quant")
 
 BACKEND_PRIORITY = {"cuda": ("cuda", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
-
-_pattern = functools.cache(sparsity.pattern)
 
 
 def custom_silu_mul_quant(
@@ -70,13 +66,7 @@ def _check(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> None:
         )
     if x.dtype != torch.bfloat16:
         raise TypeError(f"silu_mul_quant: x must be bfloat16, got {x.dtype}")
-    if dtype not in quantization.QMAX:
-        raise TypeError(f"silu_mul_quant: dtype must be int8 or float8_e4m3fn, got {dtype}")
-    if pattern is not None:
-        try:
-            _pattern(pattern)
-        except ValueError as error:
-            raise ValueError(f"silu_mul_quant: {error}") from None
+    check_kind("silu_mul_quant", pattern, dtype)
 
 
 def _silu_mul_quant(
