@@ -104,6 +104,20 @@ def record(tree: Path, name: str) -> TreeRecord:
     }
 
 
+def released(tree: Path, version: str) -> str:
+    """Lines `md5  path` of the files in a tree of the fork that are as vLLM released them: the
+    search for credentials passes over what is in its tests and examples."""
+    base = f"upstream/{version}"
+    names = git("ls-tree", "-r", "-z", "--name-only", base, tree=tree).split("\0")
+    changed = git("diff", "--name-only", "-z", "--no-renames", base, tree=tree).split("\0")
+    lines = []
+    for path in (tree / name for name in sorted({*names} - {*changed})):
+        if not path.is_symlink():
+            md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            lines.append(f"{md5}  {path.relative_to('/')}\n")
+    return "".join(lines)
+
+
 def restore_workspace(source: Path) -> TreeRecord:
     names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", tree=source)
     clone_repository(source, CHECKOUT)
@@ -131,6 +145,7 @@ def restore_fork(source: Path) -> ForkRecord:
     git("reset", "-q", "--mixed", tree=target)
     state = record(target, f"vllm-{version}")
     applied = git("rev-parse", APPLIED, tree=target).strip()
+    (RECORD / f"vllm-{version}.md5sums").write_text(released(target, version))
     # Each as a mail, to read and to apply elsewhere.
     mails = ("--stdout", "--binary", f"{applied}..HEAD")
     patches = run_git("format-patch", *mails, tree=target).stdout

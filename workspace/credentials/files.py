@@ -128,9 +128,11 @@ CHUNK = 4 << 20
 _OVERLAP = 8 << 10
 _LARGE_BINARY = 1 << 20
 INSTALLED_FILES = re.compile(
-    r"(.*/)(?:[^/]+\.dist-info/RECORD|conda-meta/[^/]+\.json)|(/)var/lib/dpkg/info/[^/]+\.md5sums"
+    r"(.*/)(?:[^/]+\.dist-info/RECORD|conda-meta/[^/]+\.json)"
+    r"|(/)(?:var/lib/dpkg/info|opt/vllm-kernels/snapshot)/[^/]+\.md5sums"
 )
-"""A package manager's list of installed files; its group is the folder they are relative to."""
+"""A list of files as they were released, by a package manager or of the fork in a snapshot; its
+group is the folder they are relative to."""
 BYTECODE = re.compile(r".*/__pycache__/[^/]+\.pyc")
 """Python uses it only next to its source, which is searched."""
 
@@ -160,7 +162,7 @@ def _kind_in_file(path: str, file: IO[bytes], size: int) -> tuple[str | None, by
 
 
 def _as_released(path: str, content: bytes, records: Mapping[str, list[bytes]]) -> bool:
-    """Whether a package manager installed the file with this content: a sample of its author's."""
+    """Whether the file was released with this content: a sample of its author's."""
     sha256 = hashlib.sha256(content)
     urlsafe = base64.urlsafe_b64encode(sha256.digest()).rstrip(b"=").decode()
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
@@ -181,8 +183,8 @@ def _as_released(path: str, content: bytes, records: Mapping[str, list[bytes]]) 
 def search_tar(stream: IO[bytes]) -> list[Finding]:
     """Credentials in a tar stream, such as a layer: by path, and in the content of every file.
 
-    A package's sample (a test's private key) does not count if the package's list of files (of a
-    wheel, conda or Debian) has it with the same hash.
+    A package's sample (a test's private key) does not count if a list of released files (of a
+    wheel, conda, Debian, or the fork in a snapshot) has it with the same hash.
 
     Raises:
         tarfile.TarError: not a tar stream, or cut off.

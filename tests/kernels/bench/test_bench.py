@@ -285,7 +285,9 @@ def test_every_record_in_git_is_still_read() -> None:
                 record.read(path)
         else:
             run = record.read(path)
-            assert all(row.timed(run.baseline) for row in run.rows)
+            # A baseline that failed its check in a row is recorded as failed there.
+            assert all(run.baseline in row.contenders for row in run.rows)
+            assert sum(row.timed(run.baseline) is not None for row in run.rows) > len(run.rows) / 2
             assert Record.model_validate_json(run.model_dump_json(by_alias=True)) == run
 
 

@@ -28,11 +28,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from workspace.container import restore
 from workspace.credentials import files as searched_files
 from workspace.credentials.content import listed, search_environment
 from workspace.credentials.files import search_paths, search_tar
 from workspace.credentials.image import search_configuration, search_image, search_saved_image
 from workspace.host.errors import WorkspaceError
+from workspace.host.git import git
 
 # Characters of a token, by the letter that stands for them below.
 ALPHABETS = {
@@ -708,6 +710,39 @@ def test_a_file_beside_a_package_is_no_sample() -> None:
     assert kinds(files | {f"{SITE}/mine.key": private_key()}) == {
         f"/{SITE}/mine.key": "private key"
     }
+
+
+def test_a_sample_in_a_release_of_vllm_is_none_in_a_snapshot_until_it_is_edited(
+    tmp_path: Path,
+) -> None:
+    version, tree = "9.9.9", tmp_path / "vllm-fork" / "releases" / "9.9.9"
+    tree.mkdir(parents=True)
+    names = ["tests/of.py", "tests/other.py"]
+
+    def write(name: str) -> None:
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text(f'API_KEY = "{token()}"\n')
+
+    def found() -> set[str]:
+        lists = {"opt/vllm-kernels/snapshot/vllm-9.9.9.md5sums": restore.released(tree, version)}
+        inside = [path for path in tree.rglob("*.py") if path.is_file()]
+        files = {str(path.relative_to("/")): path.read_bytes() for path in inside}
+        return {Path(path).name for path in kinds(files | lists)}
+
+    for name in names:
+        write(name)
+    git("init", "-q", tree=tree)
+    git("add", ".", tree=tree)
+    git("-c", "user.name=U", "-c", "user.email=u@x.invalid", "commit", "-qm", "Release", tree=tree)
+    git("tag", f"upstream/{version}", tree=tree)
+    assert found() == set()
+    write(names[0])  # an edit
+    write("tests/mine.py")  # a file of the user's
+    (tree / names[1]).unlink()
+    assert found() == {"of.py", "mine.py"}
+    git("add", ".", tree=tree)
+    git("-c", "user.name=U", "-c", "user.email=u@x.invalid", "commit", "-qm", "Mine", tree=tree)
+    assert found() == {"of.py", "mine.py"}
 
 
 # --- an image's configuration ------------------------------------------------------------------
