@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buckets of M: a library's algorithms are searched once for each.
+"""Buckets of M: a library's algorithms are searched once for each, and launches counted by them.
 
 Every batch size that vLLM captures as a CUDA graph has a bucket; from 64 rows on there are four per
 doubling.
@@ -17,6 +17,12 @@ def buckets(rows: int) -> Iterator[int]:
         if bucket >= rows:
             return
         bucket += step(bucket)
+
+
+def bucket(rows: int) -> int:
+    """The bucket that holds ``rows``."""
+    *_, last = buckets(rows)
+    return last
 
 
 def step(bucket: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count kernel launches, so that a measurement can prove which kernel ran, and in which layers.
+"""Count kernel launches: they prove which kernel ran, in which layers, and for how many tokens.
 
 Every call of an operation is counted in its process. With ``CUSTOM_KERNELS_LAUNCH_LOG=<folder>`` in
 the environment each process also keeps its counts in the memory-mapped file
@@ -12,16 +12,20 @@ weights registers which layer has its weight at which address (``layer``).
 
 File layout: records of 256 bytes, each a key in UTF-8 padded with NUL to 248 bytes and a count as a
 little-endian unsigned 64-bit integer. A key is ``operation.backend``, or with a space between them
-``operation.backend layer``; that a layer exists is a record whose key is a space and its name. The
-first record without a key ends the file.
+``operation.backend layer``; that a layer exists is a record whose key is a space and its name.
+``operation.backend<=64`` has the calls with so many tokens, by ``buckets``. The first record
+without a key ends the file.
 """
 
+import functools
 import mmap
 import os
 import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from custom_kernels.buckets import bucket
 
 ENVIRONMENT = "CUSTOM_KERNELS_LAUNCH_LOG"
 
@@ -36,14 +40,16 @@ _counts: dict[tuple[str, str], int] = {}
 _layers: dict[int, str] = {}
 """The layers by the addresses of their weights."""
 _logged: dict[tuple[str, str, str], list[int]] = {}
-"""(operation, backend, layer or "") → [index of its count in the file, the count]."""
+"""(operation, backend, the rest of the key) → [index of its count in the file, the count]."""
 _file: memoryview | None = None
 """The mapped file as 64-bit words, each of which is stored by a single instruction."""
 
 
-def record(operation: str, backend: str, weight: int | None = None) -> None:
-    """Count one launch of a backend, and by the layer whose weight is at this address. Takes about
-    a microsecond."""
+def record(
+    operation: str, backend: str, weight: int | None = None, tokens: int | None = None
+) -> None:
+    """Count one launch of a backend, also by the layer whose weight is at this address and by the
+    number of tokens. Takes about a microsecond, with a log up to four."""
     key = (operation, backend)
     with _lock:
         count = _counts.get(key, 0)
@@ -53,7 +59,9 @@ def record(operation: str, backend: str, weight: int | None = None) -> None:
         _log((operation, backend, ""), 1)
         name = _layers.get(weight) if weight is not None else None
         if name is not None:
-            _log((operation, backend, name), 1)
+            _log((operation, backend, f" {name}"), 1)
+        if tokens is not None:
+            _log((operation, backend, _up_to(tokens)), 1)
 
 
 def layer(name: str, weight: int, expected: bool = True) -> None:
@@ -67,7 +75,7 @@ def layer(name: str, weight: int, expected: bool = True) -> None:
             return
         _layers[weight] = name
         if expected:
-            _log(("", "", name), 0)
+            _log(("", "", f" {name}"), 0)
 
 
 def counts() -> dict[str, int]:
@@ -88,7 +96,7 @@ def reset() -> None:
 def read(directory: str | os.PathLike[str]) -> dict[int, dict[str, int]]:
     """Counts of every process that launched something: ``{pid: {"gemm.cublaslt": 12}}``."""
     found = {
-        pid: {key: count for key, count in records if " " not in key}
+        pid: {key: count for key, count in records if " " not in key and "<=" not in key}
         for pid, records in _files(directory)
     }
     return {pid: launched for pid, launched in found.items() if launched}
@@ -111,6 +119,18 @@ def read_layers(directory: str | os.PathLike[str]) -> dict[int, dict[str, dict[s
     return found
 
 
+def read_tokens(directory: str | os.PathLike[str]) -> dict[int, dict[str, dict[int, int]]]:
+    """Counts by number of tokens of every process: ``{pid: {"gemm.cublaslt": {64: 12}}}`` for 12
+    calls in the bucket of at most 64."""
+    found: dict[int, dict[str, dict[int, int]]] = {}
+    for pid, records in _files(directory):
+        for key, count in records:
+            kernel, separator, most = key.partition("<=")
+            if separator:
+                found.setdefault(pid, {}).setdefault(kernel, {})[int(most)] = count
+    return found
+
+
 def _files(directory: str | os.PathLike[str]) -> Iterator[tuple[int, list[tuple[str, int]]]]:
     for path in sorted(Path(directory).glob("launches-*")):
         yield int(path.name.removeprefix("launches-")), list(_records(path.read_bytes()))
@@ -128,9 +148,8 @@ def _log(name: tuple[str, str, str], more: int) -> None:
     """Add to a count in the file; its key is written before its first count."""
     assert _file is not None
     if name not in _logged:
-        operation, backend, layer = name
-        key = f"{operation}.{backend}" if operation else ""
-        key += f" {layer}" if layer else ""
+        operation, backend, rest = name
+        key = f"{operation}.{backend}{rest}" if operation else rest
         data = key.encode()
         if len(_logged) >= _CAPACITY or len(data) > _KEY_BYTES:
             raise ValueError(
@@ -143,6 +162,11 @@ def _log(name: tuple[str, str, str], more: int) -> None:
     entry = _logged[name]
     entry[1] += more
     _file[entry[0]] = entry[1]
+
+
+@functools.lru_cache(maxsize=1024)
+def _up_to(tokens: int) -> str:
+    return f"<={bucket(tokens)}"
 
 
 def _open_log() -> bool:

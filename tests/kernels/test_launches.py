@@ -87,7 +87,7 @@ def test_reading_a_folder_that_is_not_there_gives_nothing(tmp_path: Path) -> Non
     assert launches.read(tmp_path / "absent") == {}
 
 
-def test_layers_are_counted_by_the_place_of_their_weight_and_survive_sigkill(
+def test_layers_by_their_weights_and_tokens_by_buckets_are_counted_and_survive_sigkill(
     tmp_path: Path,
 ) -> None:
     name = "language_model.model.layers.11.mlp.shared_experts." + "x" * 100
@@ -97,19 +97,22 @@ def test_layers_are_counted_by_the_place_of_their_weight_and_survive_sigkill(
         "launches.layer(sys.argv[1], 4096)\n"
         "launches.layer('idle', 8192)\n"
         "launches.layer('embedding', 12288, expected=False)\n"
-        "for _ in range(1000): launches.record('gemm', 'a', 4096)\n"
+        "for _ in range(1000): launches.record('gemm', 'a', 4096, tokens=57)\n"
         "launches.record('gemm', 'b', 4096)\n"
         "launches.record('gemm', 'b', 5000)\n"
-        "launches.record('quant_expand', 'a')\n"
+        "launches.record('quant_expand', 'a', tokens=1)\n"
+        "launches.record('quant_expand', 'a', tokens=65536)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     environment = {**os.environ, launches.ENVIRONMENT: str(tmp_path)}
     process = subprocess.run([sys.executable, "-c", program, name], env=environment, check=False)
     assert process.returncode == -signal.SIGKILL
     (counts,) = launches.read(tmp_path).values()
-    assert counts == {"gemm.a": 1000, "gemm.b": 2, "quant_expand.a": 1}
+    assert counts == {"gemm.a": 1000, "gemm.b": 2, "quant_expand.a": 2}
     (layers,) = launches.read_layers(tmp_path).values()
     assert layers == {name: {"gemm.a": 1000, "gemm.b": 1}, "idle": {}}
+    (tokens,) = launches.read_tokens(tmp_path).values()
+    assert tokens == {"gemm.a": {64: 1000}, "quant_expand.a": {1: 1, 65536: 1}}
 
 
 def test_a_process_with_layers_and_no_launch_launched_nothing(

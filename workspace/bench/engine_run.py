@@ -158,6 +158,7 @@ def what_ran(job: EngineJob, llm: Any, vllm_files: str) -> Ran:
     return Ran(
         launches=launches.read(job.launches),
         layers=launches.read_layers(job.launches),
+        tokens=launches.read_tokens(job.launches),
         kernels_source_hash=source_hash(),
         environment=loaded.versions(packages),
         dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),

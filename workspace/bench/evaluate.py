@@ -158,6 +158,7 @@ def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> 
             figures=_figures(plan, run.result),
             launches=run.result.launches,
             layers=run.result.layers,
+            tokens=run.result.tokens,
         )
         for run in runs
     ]

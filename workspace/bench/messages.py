@@ -99,6 +99,8 @@ class Ran(BaseModel):
     launches: dict[int, dict[str, int]]
     layers: dict[int, dict[str, dict[str, int]]]
     """Launches by process and layer; layers without launches are included, empty."""
+    tokens: dict[int, dict[str, dict[int, int]]]
+    """Launches by process, kernel and number of tokens."""
     kernels_source_hash: str
     environment: dict[str, str]
     vllm_folder: str

@@ -79,6 +79,9 @@ class ProcessRecord(Strict):
     launches: dict[int, dict[str, int]]
     layers: dict[int, dict[str, dict[str, int]]] = {}
     """Launches by worker process and layer; not in records from before LAYERS existed."""
+    tokens: dict[int, dict[str, dict[int, int]]] = {}
+    """Launches by worker process, kernel and number of tokens: 64 counts those of 57 to 64, as in
+    `custom_kernels.buckets`. Not in the first records."""
 
 
 class VariantRecord(Strict):

@@ -2,6 +2,7 @@
 """What the user sees: progress while it runs, a table at the end."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,10 +116,11 @@ def show(record: Record, path: Path, plot: Path) -> None:
 
 
 def lines(record: Record) -> Iterator[str]:
-    """The layers, the verdict and the proofs, in Rich's markup."""
+    """What ran for which tokens and layers, the verdict and the proofs, in Rich's markup."""
     for variant in record.variants:
-        if counted := layer_lines(variant):
-            yield escape("\n".join(counted))
+        for counted in (token_lines(variant), layer_lines(variant)):
+            if counted:
+                yield escape("\n".join(counted))
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
     low, high = ratio.interval
@@ -181,6 +183,34 @@ def launched(launches: Mapping[str, int], processes: int) -> str:
         return "none"
     parts = [f"{name}: {count:,}" for name, count in launches.items()]
     return f"{', '.join(parts)} in {plural(processes, 'process')}"
+
+
+def token_lines(variant: VariantRecord) -> list[str]:
+    """The kernels that ran for few and for many tokens, one line per kernel."""
+    workers = [counted for process in variant.processes for counted in process.tokens.values()]
+    if not workers:
+        return []
+    ranges: dict[str, Counter[tuple[int, int]]] = {}
+    for counted in workers:
+        for kernel, calls in counted.items():
+            for most, count in calls.items():
+                ranges.setdefault(kernel, Counter())[_range(most)] += count
+    lines = [f"tokens in a call of {variant.name}, calls in {plural(len(workers), 'process')}:"]
+    width = max(map(len, ranges))
+    for kernel, counts in sorted(ranges.items()):
+        texts = (
+            f"{first:,} to {last:,}: {counts[first, last]:,}" for first, last in sorted(counts)
+        )
+        lines.append(f"  {kernel:{width}}  {', '.join(texts)}")
+    return lines
+
+
+def _range(tokens: int) -> tuple[int, int]:
+    """The range in which a bucket is shown: 1 to 16, 17 to 64, 65 to 256, and so on."""
+    first, last = 1, 16
+    while last < tokens:
+        first, last = last + 1, last * 4
+    return first, last
 
 
 def layer_lines(variant: VariantRecord) -> list[str]:

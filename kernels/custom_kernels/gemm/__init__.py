@@ -128,7 +128,7 @@ def _gemm(
     if chosen and backend != BACKEND_PRIORITY["cuda"][0] and x.device.type == "cuda":
         _plan_ahead(rows, weight, bias)
     out = run(rows, weight, bias)
-    launches.record("gemm", backend, weight.data_ptr())
+    launches.record("gemm", backend, weight.data_ptr(), tokens=rows.shape[0])
     return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
 

@@ -111,7 +111,7 @@ def _quant_expand(
     if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
         rows = rows.contiguous()
     q, scale = run(rows, pattern, dtype)
-    launches.record("quant_expand", backend)
+    launches.record("quant_expand", backend, tokens=rows.shape[0])
     if x.dim() == 2:
         return q, scale
     return q.view(*x.shape[:-1], q.shape[-1]), scale.view(x.shape[:-1])

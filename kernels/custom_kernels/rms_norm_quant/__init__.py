@@ -117,7 +117,7 @@ def _rms_norm_quant(
     rows = _rows(x)
     other = None if residual is None else _rows(residual)
     q, scale, total = run(rows, other, weight.contiguous(), epsilon, pattern, dtype)
-    launches.record("rms_norm_quant", backend)
+    launches.record("rms_norm_quant", backend, tokens=rows.shape[0])
     if x.dim() == 2:
         return q, scale, total
     leading = x.shape[:-1]

@@ -82,7 +82,7 @@ def _silu_mul_quant(
     if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < width):
         rows = rows.contiguous()
     q, scale = run(rows, pattern, dtype)
-    launches.record("silu_mul_quant", backend)
+    launches.record("silu_mul_quant", backend, tokens=rows.shape[0])
     if x.dim() == 2:
         return q, scale
     return q.view(*x.shape[:-1], q.shape[-1]), scale.view(x.shape[:-1])

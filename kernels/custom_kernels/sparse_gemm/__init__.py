@@ -331,7 +331,7 @@ def _sparse_gemm(
     scale = None if a_scale is None else a_scale.reshape(-1).contiguous()
     bias = None if bias is None else bias.contiguous()
     out = run(rows, scale, values, metadata, w_scale, bias, features)
-    launches.record("sparse_gemm", backend, values.data_ptr())
+    launches.record("sparse_gemm", backend, values.data_ptr(), tokens=rows.shape[0])
     return out if a.dim() == 2 else out.view(*a.shape[:-1], features)
 
 

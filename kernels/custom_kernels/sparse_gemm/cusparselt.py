@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from custom_kernels import registry
-from custom_kernels.buckets import buckets
+from custom_kernels.buckets import bucket
 from custom_kernels.sparse_gemm import _packing
 
 DTYPES = (torch.float8_e4m3fn, torch.int8, torch.bfloat16)
@@ -99,8 +99,7 @@ def pad_rows(matrix: torch.Tensor, multiple: int) -> torch.Tensor:
 def _find(library: Any, *product: *Product) -> list[int]:
     a, _, _, bias, y = product
     m, k = a.shape
-    *_, bucket = buckets(m)
-    key = (a.device, a.dtype, bucket, y.shape[1], k, bias is not None)
+    key = (a.device, a.dtype, bucket(m), y.shape[1], k, bias is not None)
     with _searching:
         if key not in _settings:
             if torch.cuda.is_current_stream_capturing():

@@ -83,6 +83,7 @@ def result(
     launches: dict[int, dict[str, int]] | None = None,
     generations: list[Generation] | None = None,
     layers: dict[int, dict[str, dict[str, int]]] | None = None,
+    tokens: dict[int, dict[str, dict[int, int]]] | None = None,
 ) -> Result:
     rounds = [
         Round(seed=i, elapsed_s=s, prompt_tokens=24, output_tokens=12, reported_tokens=36)
@@ -95,6 +96,7 @@ def result(
         generations=generations or [generation()],
         launches=launches or {},
         layers=layers or {},
+        tokens=tokens or {},
         kernels_source_hash="0" * 64,
         environment={"vllm": "0.25.1+cpu", "torch": "2.11.0"},
         vllm_folder="vllm",

@@ -54,6 +54,20 @@ def test_the_lines_show_one_kind_each() -> None:
     ]
 
 
+def test_the_lines_show_which_kernel_ran_for_how_many_tokens() -> None:
+    made = plan()
+    _, custom = stock_and_custom(made)
+    one = {"gemm.skinny": {1: 4, 16: 96}, "gemm.cublaslt": {24: 7, 2048: 1200}}
+    ran = ProcessRun(1, 0, custom, result(tokens={11: one, 12: {"gemm.skinny": {8: 5, 64: 1}}}))
+    variant = variant_record(made, custom, [ran])
+    assert report.token_lines(variant) == [
+        "tokens in a call of custom, calls in 2 processes:",
+        "  gemm.cublaslt  17 to 64: 7, 1,025 to 4,096: 1,200",
+        "  gemm.skinny    1 to 16: 105, 17 to 64: 1",
+    ]
+    assert variant.processes[0].tokens[11] == one
+
+
 @pytest.mark.parametrize(
     ("counted", "says"),
     [

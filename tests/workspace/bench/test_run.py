@@ -72,6 +72,10 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     assert stock.launches == {}
     assert sum(custom.launches.values()) > 0
     assert len(custom.processes[0].launches) == 1
+    (tokens,) = custom.processes[0].tokens.values()
+    launched = {kernel: sum(calls.values()) for kernel, calls in tokens.items()}
+    assert launched == custom.launches
+    assert min(min(calls) for calls in tokens.values()) <= 4  # decoding 4 requests
     assert made.agreement.tokens > 0
     assert made.agreement.failures == []
     assert made.comparison.verdict == "ambiguous"  # one pair cannot say more

@@ -24,6 +24,7 @@ from workspace.eval.text import Text
 RAN: dict[str, Any] = {
     "launches": {11: {"sparse_gemm.reference": 6}},
     "layers": {11: {"down_proj": {"sparse_gemm.reference": 3}}},
+    "tokens": {11: {"sparse_gemm.reference": {64: 6}}},
 }
 
 

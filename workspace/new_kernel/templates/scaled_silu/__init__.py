@@ -68,7 +68,7 @@ def _scaled_silu(x: torch.Tensor, scale: torch.Tensor, backend: str) -> torch.Te
         return empty_output(x, scale)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out: torch.Tensor = run(rows, scale.contiguous())
-    launches.record("scaled_silu", backend)
+    launches.record("scaled_silu", backend, tokens=rows.shape[0])
     return out.view(x.shape)
 
 
