@@ -22,13 +22,13 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     """q [M, K] of ``dtype`` and scale [M] float32, not expanded."""
     values = x.float()
     amax = values.abs().amax(-1)
+    finite = amax.isfinite()
     # A tensor and not a number: torch divides a number by a tensor, and on GPUs a tensor by a
     # number, by way of a rounded reciprocal.
     qmax = torch.full_like(amax, QMAX[dtype])
-    finite = amax.isfinite()
-    product = values * (qmax / amax).unsqueeze(-1)
-    keep = finite.unsqueeze(-1) & ~product.isnan()
-    product = product.clamp(-QMAX[dtype], QMAX[dtype]).where(keep, 0.0)
+    inv = (qmax / amax).where(finite, torch.nan)
+    product = values * inv.unsqueeze(-1)
+    product.clamp_(-QMAX[dtype], QMAX[dtype]).nan_to_num_(0.0)
     if dtype == torch.int8:
-        product = product.round()
+        product.round_()
     return product.to(dtype), (amax / qmax).where(finite, torch.nan)

@@ -175,6 +175,21 @@ def test_pruning_keeps_the_largest_of_each_group(pattern: str) -> None:
     pack(values, pattern, scale, backend="reference")  # refuses a weight without the pattern
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "30:32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+def test_pruning_ranks_each_group_and_of_equal_weights_keeps_the_first(
+    pattern: str, dtype: torch.dtype
+) -> None:
+    kind = sparsity.pattern(pattern)
+    weight = torch.randint(-3, 4, (9, 3 * kind.group)).to(dtype)
+    for norms in (None, torch.ones(weight.shape[1])):
+        groups = weight.float().abs().view(-1, kind.group)
+        rank = groups.argsort(dim=1, descending=True, stable=True).argsort(1).view(weight.shape)
+        pruned = prune_weight(weight, pattern, norms)
+        assert pruned.dtype == dtype
+        assert torch.equal(pruned, weight.where(rank < kind.nonzeros, 0))
+
+
 def test_pruning_a_weight_that_has_the_pattern_changes_nothing() -> None:
     once = prune_weight(torch.randn(5, 64).bfloat16(), "6:8")
     assert torch.equal(prune_weight(once, "6:8"), once)

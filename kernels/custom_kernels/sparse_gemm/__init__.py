@@ -142,23 +142,45 @@ def prune_weight(
         A new tensor [N, K].
     """
     kind = sparsity.pattern(pattern)
-    k = weight.shape[1]
-    importance = weight.detach().float().abs()
-    if norms is not None:
-        importance *= norms
-    padded = torch.nn.functional.pad(importance, (0, -k % kind.group))
-    # As integers, positive floats have the same order, and a NaN is above all. A row for each
-    # place in a group: sorting groups that small takes twice as long.
-    places = padded.view(torch.int32).view(-1, kind.group).t().contiguous()
-    better = torch.zeros_like(places, dtype=torch.uint8)
-    for i in range(kind.group - 1):  # how many of its group are better than each weight
-        first = places[i] >= places[i + 1 :]
-        better[i + 1 :] += first
-        better[i] += (~first).sum(0, dtype=torch.uint8)
-    keep = (better < kind.nonzeros).t().reshape(padded.shape)[:, :k]
+    weight = weight.detach().contiguous()
+    bits = weight.view(_packing.BITS[weight.dtype.itemsize])
+    # As integers, positive floats have the same order, and a NaN is above all.
+    if norms is None and weight.dtype in (torch.bfloat16, torch.float16):
+        order = bits & 0x7FFF
+    else:
+        importance = weight.float().abs()
+        order = (importance if norms is None else importance * norms).view(torch.int32)
+    kept = _kept(order, kind)
     if kind.mixed:
-        keep |= _dense_rows(importance[:, :k].square().masked_fill_(keep, 0).sum(1))[:, None]
-    return weight.detach().where(keep, 0).contiguous()
+        importance = weight.float() if norms is None else weight.float() * norms
+        lost = (importance.view(torch.int32) & ~kept).view(torch.float32)
+        kept |= _dense_rows(lost.square_().sum(1)).to(kept.dtype).neg_()[:, None]
+    return (bits & kept.to(bits.dtype)).view(weight.dtype)
+
+
+def _kept(order: torch.Tensor, kind: sparsity.Pattern) -> torch.Tensor:
+    """-1 for each of order [N, K] that is one of the largest of its group, 0 for the others.
+
+    order: integers that are not negative, so that none of their differences overflows. The sign of
+    a difference, shifted, is what a comparison would give, at a fraction of its time on a CPU.
+    """
+    k = order.shape[1]
+    padded = torch.nn.functional.pad(order, (0, -k % kind.group))
+    sign = order.dtype.itemsize * 8 - 1
+    columns = padded.view(-1, kind.group).unbind(1)
+    places = padded.new_empty(kind.group, len(columns[0]))
+    rank = torch.empty_like(places)  # how many of its group are better than each, less those kept
+    for i, column in enumerate(columns):
+        places[i] = column  # a transpose as one copy takes four times as long
+        rank[i] = i - kind.nonzeros
+    for i in range(kind.group - 1):
+        less = (places[i] - places[i + 1 :]) >> sign  # -1 where a later one is better
+        rank[i + 1 :] += less
+        rank[i] -= less.sum(0, dtype=less.dtype)
+    rank >>= sign
+    for i, column in enumerate(columns):
+        column.copy_(rank[i])
+    return padded[:, :k]
 
 
 def _dense_rows(losses: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ Arguments = tuple[
 - features: N.
 """
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by item size, to move values: not every torch operation supports 8-bit floats."""
 
 _CHUNK = 1 << 25
@@ -61,7 +61,7 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     Raises ValueError with the first row and group that violate the pattern.
     """
     rows, k = weight.shape
-    bits = weight.view(_BITS[weight.dtype.itemsize])
+    bits = weight.view(BITS[weight.dtype.itemsize])
     out = bits.new_zeros((rows, pattern.expanded(k)))
     count = pattern.groups(k)
     even, odd, start = count * pattern.even, count * pattern.odd, pattern.odd_start(k)
@@ -119,7 +119,7 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
 
 def pad_bits(weight: torch.Tensor, columns: int) -> torch.Tensor:
     """weight [N, K] of any dtype with ``columns`` more columns of zeros."""
-    return pad(weight.view(_BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
+    return pad(weight.view(BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
 
 
 def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +128,7 @@ def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns values [N, K'/2] of its dtype and metadata [N, K'/8] uint8.
     """
     rows, k = expanded.shape
-    bits = expanded.view(_BITS[expanded.dtype.itemsize])
+    bits = expanded.view(BITS[expanded.dtype.itemsize])
     values = bits.new_empty((rows, k // 2))
     metadata = torch.empty((rows, k // 8), dtype=torch.uint8, device=expanded.device)
     kept = torch.tensor([_kept(code) for code in range(16)], device=expanded.device)
@@ -147,7 +147,7 @@ def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
     rows, half = values.shape
     nibbles = torch.stack([metadata & 15, metadata >> 4], -1).flatten(1)
     places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()  # [rows, K'/4, 2]
-    bits = values.view(_BITS[values.dtype.itemsize])
+    bits = values.view(BITS[values.dtype.itemsize])
     out = bits.new_zeros((rows, half // 2, 4))
     out.scatter_(2, places, bits.unflatten(1, (half // 2, 2)))
     return out.flatten(1).view(values.dtype)
