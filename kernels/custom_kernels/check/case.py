@@ -31,7 +31,10 @@ class Case:
     """The largest acceptable error."""
     error: Callable[[Sequence[Any], Any], float] | None = None
     """``error(inputs, outputs)``. None: ‖out - exact‖ / ‖exact‖ over some rows, the first and the
-    last among them; the first input then has a row per token, and outputs must be finite."""
+    last among them; the inputs ``per_token`` then have a row per token, and outputs must be
+    finite."""
+    per_token: tuple[int, ...] = (0,)
+    """The places of those inputs, the first among them; each may be None."""
     peak: str = "bfloat16"
     """Whose dense matmul rate is the ceiling: bfloat16, float16, float8_e4m3fn or int8."""
 

@@ -24,7 +24,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "include/launch.cuh"
+#include "include/device.cuh"
 
 namespace custom_kernels {
 
@@ -284,12 +284,6 @@ __device__ void write_scale(float* scale, float amax) {
   *scale = amax <= FLT_MAX ? amax / Out::kMax : __uint_as_float(0x7fc00000u);
 }
 
-// In the chain of kernels that may each start before the one before it has ended.
-__device__ inline void take_turn() {
-  wait_for_previous_kernel();
-  launch_next_kernel();
-}
-
 template <typename In>
 __device__ uint32_t max_abs(uint32_t found, uint4 values) {
   found = In::max_abs(In::max_abs(found, values.x), values.y);
@@ -370,29 +364,6 @@ __device__ inline void wait_for_bytes(uint32_t barrier) {
 }
 #endif
 
-// ---- Launch
-// ---------------------------------------------------------------------------------------
-
-struct Device {
-  int multiprocessors, shared_bytes, major;
-
-  static const Device& get(int index) {
-    static Device devices[64] = {};
-    Device& device = devices[index % 64];
-    if (device.multiprocessors == 0) {
-      int multiprocessors;
-      CHECK_CUDA(cudaDeviceGetAttribute(&device.shared_bytes,
-                                        cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-      CHECK_CUDA(cudaDeviceGetAttribute(&device.major, cudaDevAttrComputeCapabilityMajor, index));
-      CHECK_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index));
-      device.multiprocessors = multiprocessors;  // last: it says that the rest is there
-    }
-    return device;
-  }
-};
-
-constexpr int kStaticShared = 1024;  // more than any kernel's own
-
 // Calls f with N as a constant: one that has code of its own, or kAny.
 template <typename F>
 void with_pattern(int n, F f) {
@@ -408,24 +379,6 @@ void with_pattern(int n, F f) {
     default:
       return f(std::integral_constant<int, kAny>{});
   }
-}
-
-template <typename... Parameters, typename... Values>
-void launch(void (*kernel)(Parameters...), int device, cudaStream_t stream, int64_t blocks,
-            int threads, int64_t shared_bytes, Values... values) {
-  if (shared_bytes + kStaticShared > 48 << 10)
-    CHECK_CUDA(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    Device::get(device).shared_bytes - kStaticShared));
-  cudaLaunchAttribute attribute = early_launch();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = Device::get(device).major >= 9 ? 1 : 0;
-  CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(values)...));
 }
 
 }  // namespace custom_kernels
