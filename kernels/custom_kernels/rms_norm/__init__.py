@@ -118,7 +118,8 @@ def _rms_norm(
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     y, total = run(rows, other, weight, epsilon)
-    launches.record("rms_norm", backend, None if layer is None else layer.data_ptr())
+    address = None if layer is None else layer.data_ptr()
+    launches.record("rms_norm", backend, address, tokens=rows.shape[0])
     if x.dim() == 2:
         return y, total
     return y.view(x.shape), total if residual is None else total.view(x.shape)

@@ -158,7 +158,7 @@ def _rotary_embedding(
         is_neox,
     )
     address = None if layer is None else layer.data_ptr()
-    launches.record("rotary_embedding", backend, address)
+    launches.record("rotary_embedding", backend, address, tokens=query.shape[0])
     return rotated.view(query.shape), rotated_key if key is None else rotated_key.view(key.shape)
 
 

@@ -67,7 +67,8 @@ def _silu_and_mul(x: torch.Tensor, layer: torch.Tensor | None, backend: str) -> 
     if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < width):
         rows = rows.contiguous()
     y = run(rows)
-    launches.record("silu_and_mul", backend, None if layer is None else layer.data_ptr())
+    address = None if layer is None else layer.data_ptr()
+    launches.record("silu_and_mul", backend, address, tokens=rows.shape[0])
     return y if x.dim() == 2 else y.view(*x.shape[:-1], width // 2)
 
 
