@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -21,8 +21,11 @@ fork-build: ## compile what changed in vLLM's C++ and CUDA (CUDA_ARCHS=9.0a, JOB
 kernels: ## compile the kernels that changed (ARCH=9.0a)
 	@$(WORKSPACE) kernels
 
-bench: ## benchmark vLLM, stock against custom GEMM (MODEL, METRIC=throughput|latency, BACKEND, TP, ...)
+bench: ## benchmark vLLM, stock against custom kernels (MODEL, METRIC=throughput|latency, OP=rms_norm,silu_and_mul.triton, BACKEND, ...)
 	@$(WORKSPACE) bench
+
+ops: ## layers of a model that can run your kernel, and by which way (JSON=1, MODEL)
+	@$(WORKSPACE) ops
 
 convert: ## prune a checkpoint to a sparsity pattern and quantize it (MODEL=Qwen/Qwen2.5-0.5B, OUT=models/q05-24, PATTERN=2:4, DTYPE=fp8|int8, ...)
 	@$(WORKSPACE) convert

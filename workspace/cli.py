@@ -136,9 +136,19 @@ def notebook(_: verbs.NoOptions) -> None:
 def bench(options: verbs.Bench) -> None:
     from workspace.bench.checkpoint import is_sparse
 
-    operation = None if options.quantization or is_sparse(options.model) else "gemm"
+    only_gemm = not (options.op or options.quantization or is_sparse(options.model))
+    operation = "gemm" if only_gemm else None
     set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, operation))
     from workspace.bench.runner import run
+
+    run(options)
+
+
+def ops(options: verbs.Ops) -> None:
+    from workspace.fork.install import install_kernels
+
+    set_up.up_to_date(set_up.engine, install_kernels)
+    from workspace.ops import run
 
     run(options)
 
@@ -278,6 +288,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "fork-build": set_up.compile_fork,
     "kernels": kernels,
     "bench": bench,
+    "ops": ops,
     "convert": convert,
     "eval": evaluate,
     "new-kernel": new_kernel,

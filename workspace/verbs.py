@@ -146,10 +146,17 @@ class Bench:
     metric: Literal["throughput", "latency"] | None = choice(
         "METRIC", "what is measured", "throughput", "latency", default="`throughput`"
     )
+    op: str | None = text(
+        "OP",
+        "operations that the custom variant runs in vLLM, with commas, each perhaps with its "
+        "backend: `gemm`, `rms_norm`, `silu_and_mul`, `rotary_embedding` or one of yours",
+        "`gemm`",
+        "rms_norm,silu_and_mul.triton",
+    )
     backend: str | None = text(
         "BACKEND",
-        "GEMM backend of the custom variant: `cublaslt`, `skinny`, `triton`, `cupy`, `reference` "
-        "or one of yours",
+        "its backend, if `OP` is one operation; for the GEMM `cublaslt`, `skinny`, `triton`, "
+        "`cupy`, `reference` or one of yours",
         "the best for the device, and for each shape that was measured",
     )
     tp: int | None = number("TP", "tensor-parallel processes", "1")
@@ -198,9 +205,35 @@ class Bench:
         "stock", "bf16", "fp8", "int8", "pristine",
         default="the precision of a sparse `MODEL`, else `stock`",
     )  # fmt: skip
+    engine: Literal["fork", "released"] | None = choice(
+        "ENGINE",
+        "`released`: both variants in the release without the fork's patches, where our plugin "
+        "puts the hook in",
+        "fork", "released",
+        default="`fork`",
+    )  # fmt: skip
+
+    way: Literal["layer", "ir"] | None = choice(
+        "WAY",
+        "how operations other than the GEMM enter: `layer` replaces vLLM's layer classes, `ir` "
+        "implements ops of its IR (`rms_norm`)",
+        "layer", "ir",
+        default="`layer`",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.way == "ir" and self.layers:
+            raise WorkspaceError(
+                "WAY=ir: an op of vLLM's IR is not told its layer; leave out LAYERS"
+            )
+        if self.engine == "released" and self.baseline == "pristine":
+            raise WorkspaceError(
+                "BASELINE=pristine compares the fork with the release, ENGINE=released runs no "
+                "fork; leave out one of them"
+            )
         others = {
+            "OP": self.op,
+            "WAY": self.way,
             "BACKEND": self.backend,
             "LAYERS": self.layers,
             "BASELINE": self.baseline == "pristine",
@@ -211,6 +244,11 @@ class Bench:
                 f"QUANTIZATION={self.quantization} selects its own kernels and is a variant of "
                 f"its own; leave out {' and '.join(given)}"
             )
+
+
+@dataclass(frozen=True)
+class Ops(Report):
+    model: str | None = text("MODEL", "as for `bench`; its weights are not read", "as for `bench`")
 
 
 @dataclass(frozen=True)
@@ -402,7 +440,8 @@ VERBS = {
         Verb("doctor", "what is ready, what is not, and the remedy", Report, lock=False),
         Verb("fork-build", "compile what changed in vLLM's C++ and CUDA", ForkBuild),
         Verb("kernels", "compile the kernels that changed", Kernels),
-        Verb("bench", "benchmark vLLM, stock against custom GEMM", Bench),
+        Verb("bench", "benchmark vLLM, stock against custom kernels", Bench),
+        Verb("ops", "layers of a model that can run your kernel, and by which way", Ops),
         Verb("convert", "prune a checkpoint to a sparsity pattern and quantize it", Convert),
         Verb("eval", "perplexity of a text in vLLM, sparse against dense", Eval),
         Verb("new-kernel", "scaffold a working kernel", NewKernel),

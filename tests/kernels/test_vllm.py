@@ -7,8 +7,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from custom_kernels import paths
 
 from tests.kernels import vllm_program
 from workspace import doctor
-from workspace.bench import models
+from workspace.bench import models, pristine
+from workspace.fork import prepare
+from workspace.host.paths import ROOT
 from workspace.pins import release
 
 PROGRAM = """
@@ -73,6 +77,7 @@ LAYERS = (
     + """
 from pathlib import Path
 from custom_kernels import launches
+from vllm.plugins import load_general_plugins
 import vllm._custom_ops
 
 print({line.split("/")[-1] for line in open("/proc/self/maps").read().splitlines()
@@ -116,12 +121,87 @@ def main(store):
 for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
     if os.fork() == 0:
         os.environ.update(word.split("=") for word in setting.split())
+        load_general_plugins()
         main(f"{sys.argv[1]}/{number}")
         os._exit(0)
     if os.wait()[1]:
         sys.exit(f"failed: {setting}")
 """
 )
+
+
+OPS = """
+import json, os, sys
+import torch
+from torch.nn import Module, ModuleList
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from custom_kernels import launches
+from custom_kernels.vllm.plugin import register
+
+class Block(Module):
+    def __init__(self, rope):
+        super().__init__()
+        self.norm, self.mlp = RMSNorm(64, dtype=torch.bfloat16), Module()
+        self.mlp.act_fn, self.rope = SiluAndMul(), rope
+
+    def forward(self, positions, x, residual):
+        x, residual = self.norm(x, residual)
+        query, key = self.rope(positions, x.clone(), x[:, :32].clone())
+        return self.norm(self.mlp.act_fn(torch.cat([query, key, key], 1))) , residual
+
+class Model(Module):
+    def __init__(self):
+        super().__init__()
+        theta = {"rope_theta": 10000.0, "rope_type": "default"}
+        rope = get_rope(32, 128, rope_parameters=theta, dtype=torch.bfloat16)
+        self.layers = ModuleList([Block(rope), Block(rope)])
+
+    def forward(self, positions, x, residual):
+        for layer in self.layers:
+            x, residual = layer(positions, x, residual)
+        return x, residual
+
+def main(log):
+    os.environ["CUSTOM_KERNELS_LAUNCH_LOG"] = log
+    os.makedirs(log)
+    torch.manual_seed(0)
+    inputs = torch.arange(5), *(torch.randn(5, 64).bfloat16() for _ in range(2))
+    with set_current_vllm_config(VllmConfig()), torch.inference_mode():
+        stock = Model()(*inputs)
+        try:
+            register()
+        except (ValueError, RuntimeError) as error:
+            print(json.dumps(str(error)), flush=True)
+            return
+        get_rope.__globals__["_ROPE_DICT"].clear()
+        model = Model()
+        for module in model.modules():
+            if (method := getattr(module, "quant_method", None)) is not None:
+                method.process_weights_after_loading(module)
+        for got, wanted in zip(model(*inputs), stock):
+            torch.testing.assert_close(got, wanted, atol=0.04, rtol=0.02)
+    graphs = []
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(*inputs)
+    nodes = [node for node in graphs[0].graph.nodes if "custom_kernels" in str(node.target)]
+    strings = {one for node in nodes for one in node.args if isinstance(one, str)}
+    (counted,) = launches.read_layers(log).values() if launches.counts() else [{}]
+    print(json.dumps([counted, len(nodes), sorted(strings)]), flush=True)
+
+for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
+    if os.fork() == 0:
+        os.environ.update(word.split("=", 1) for word in setting.split())
+        main(f"{sys.argv[1]}/{number}")
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(f"failed: {setting}")
+"""
 
 
 ENGINE = """
@@ -159,10 +239,17 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     assert entry == "custom_kernels.vllm.plugin:register"
 
 
+@pytest.fixture
+def unpatched(tmp_path: Path) -> Path:
+    """The release without the fork's patches, with its binaries."""
+    tree, version = release.tree(), release.selected()
+    return pristine.make_tree(tree, tmp_path / "released", prepare.upstream_tag(version), "")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("masked", [False, True], ids=["this CPU", "as with AVX2 only"])
+@pytest.mark.parametrize("where", ["this CPU", "as with AVX2 only", "in the release"])
 def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(
-    tmp_path: Path, masked: bool
+    tmp_path: Path, where: str, request: pytest.FixtureRequest
 ) -> None:
     """For two MLP layers, one of attention and the output head: which of the first three keep
     their plain weight, how often our kernel ran in each of the four, and in the compiled three.
@@ -170,12 +257,16 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(
     Stock vLLM packs a weight and drops the plain one where oneDNN has a product for bfloat16: on
     x86-64 with AVX-512, and not with AVX2 only. Where a CPU has both, both paths are run.
     """
+    masked = where == "as with AVX2 only"
     if masked and not torch.cpu._is_avx512_supported():
         pytest.skip("this CPU has no AVX-512: the other run takes the path of AVX2")
     importer = vllm_program.IMPORTER
     settings: dict[str, str] = {}
     if masked:
         importer, settings = AVX2_ONLY + importer, {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    if where == "in the release":  # the same by our plugin as by the patches
+        tree = request.getfixturevalue("unpatched")
+        importer = f"import sys; sys.path.insert(0, {str(tree)!r})\n{importer}"
     on, names = "VLLM_USE_CUSTOM_GEMM=1", "VLLM_CUSTOM_GEMM_LAYERS"
     # Which layers are ours, how often our kernel ran in each, and in the graph of three.
     expected = {
@@ -201,6 +292,77 @@ def test_patterns_choose_the_layers_and_leave_no_name_in_the_graph(
     ]
     warned = "VLLM_CUSTOM_GEMM_LAYERS: '*.mpl.*' matches none of the 4 layers here, such as lm_head"
     assert errors.count("matches none") == errors.count(warned) == 1
+
+
+@pytest.mark.slow
+def test_layers_of_vllm_run_our_operations_and_are_counted_by_name(tmp_path: Path) -> None:
+    """Two blocks with a norm that is called twice, a rotation that they share, an activation."""
+    ops = "VLLM_CUSTOM_OPS=rms_norm,silu_and_mul.reference,rotary_embedding"
+    names = "VLLM_CUSTOM_OPS_LAYERS"
+    settings: dict[str, tuple[Any, str]] = {
+        "": ([{}, 0, []], ""),
+        ops: (
+            [
+                {
+                    "layers.0.norm": {"rms_norm.reference": 4},
+                    "layers.1.norm": {"rms_norm.reference": 4},
+                    "layers.0.mlp.act_fn": {"silu_and_mul.reference": 2},
+                    "layers.1.mlp.act_fn": {"silu_and_mul.reference": 2},
+                    "layers.0.rope": {"rotary_embedding.reference": 4},
+                },
+                8,
+                ["", "reference"],
+            ],
+            "",
+        ),
+        f"VLLM_CUSTOM_OPS=rms_norm {names}=*.1.*,*.mpl": (
+            [{"layers.0.norm": {}, "layers.1.norm": {"rms_norm.reference": 4}}, 2, [""]],
+            "VLLM_CUSTOM_OPS_LAYERS: '*.mpl' matches none of the 2 layers here, such as layers.0",
+        ),
+        "VLLM_CUSTOM_OPS=rms_norm,softmax": (
+            "VLLM_CUSTOM_OPS: no layer of vLLM runs 'softmax'; there are: rms_norm, "
+            "rotary_embedding, silu_and_mul",
+            "",
+        ),
+    }
+    lines, errors = vllm_program.run(OPS, str(tmp_path), *settings)
+    found = [json.loads(line) for line in lines if line[0] in '["']
+    assert found == [wanted for wanted, _ in settings.values()]
+    for _, warning in settings.values():
+        assert warning in errors
+
+
+EXAMPLE = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.activation import GeluAndMul
+
+with set_current_vllm_config(VllmConfig()):
+    layer = GeluAndMul()
+x = torch.randn(3, 16)
+wanted = layer(x)
+layer.quant_method.process_weights_after_loading(layer)
+compiled = torch.compile(layer, backend="eager", fullgraph=True)
+torch.testing.assert_close(layer(x), wanted)
+torch.testing.assert_close(compiled(x), wanted)
+from custom_kernels import launches
+print(json.dumps(launches.counts()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_layer_of_ones_own_is_the_text_of_the_page(tmp_path: Path) -> None:
+    package = tmp_path / paths.PACKAGE.name
+    shutil.copytree(paths.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    page = (ROOT / "docs" / "ways-in.md").read_text()
+    (text,) = re.findall(r"`(kernels/\S+\.py)`:\n\n```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / text[0].removeprefix("kernels/")).write_text(text[1])
+    lines, _ = vllm_program.run(EXAMPLE, str(tmp_path), VLLM_CUSTOM_OPS="gelu_and_mul")
+    assert lines[-1] == json.dumps({"gelu_and_mul.torch": 2})
 
 
 @pytest.mark.slow
@@ -251,6 +413,7 @@ def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
         ENGINE,
         *map(str, (model.folder, dense, apart, dense)),
         VLLM_USE_CUSTOM_GEMM="1",
+        VLLM_CUSTOM_OPS="rms_norm,silu_and_mul,rotary_embedding",
         VLLM_USE_AOT_COMPILE="0",
         VLLM_CACHE_ROOT=str(tmp_path / "vllm"),
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "torch"),

@@ -18,6 +18,7 @@ from custom_kernels.vllm import quantization
 
 from tests.kernels import vllm_program
 from workspace.bench import models
+from workspace.bench.operations import SWITCHES
 from workspace.host.paths import ROOT
 
 PATTERNS = {"sparse_2_4": "2:4", "sparse_4_6": "4:6", "sparse_6_8": "6:8", "sparse_mixed": "mixed"}
@@ -211,7 +212,7 @@ def test_the_worked_example_of_the_readme_runs_as_it_is_written(tmp_path: Path) 
     (tmp_path / ".venv").symlink_to(sys.prefix)
     models.resolve(models.TINY, "cpu", tmp_path / ".workspace" / "models")
 
-    environment = {k: v for k, v in os.environ.items() if k not in vllm_program.SWITCHES}
+    environment = {k: v for k, v in os.environ.items() if k not in SWITCHES}
     environment.pop("TRITON_INTERPRET", None)
     environment |= {
         "PYTHONPATH": str(tmp_path / "kernels"),  # the copy instead of the installed package

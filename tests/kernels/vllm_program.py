@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-SWITCHES = ("VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND", "VLLM_CUSTOM_GEMM_LAYERS")
+from workspace.bench.operations import SWITCHES
 
 ONE_RANK = """
 import os, sys

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 
+from workspace.bench import operations
 from workspace.bench.messages import Generation, Ran, Result, Step
 from workspace.bench.plan import Plan
 from workspace.bench.provenance import Expected
@@ -167,24 +168,31 @@ def launches(plan: Plan, variant: str, result: Ran, expected: bool) -> list[str]
         return [
             f"{variant}: launched custom kernels ({dict(result.total_launches())}), it must not"
         ]
-    named = f"gemm.{plan.backend}" if plan.backend else "gemm."
-    if plan.method:
-        named = ""  # any kernels that the method uses
-    running = [pid for pid, counts in counted.items() if any(_ran(counts, named))]
+    # A name without a backend is the beginning of those of all its backends; a method may run any.
+    wanted = [f"{name}.{backend or ''}" for name, backend in plan.operations.items()]
     failures = []
-    if len(running) != plan.tensor_parallel:
-        what = named.rstrip(".") or "a custom kernel"
-        remedy = "is the fork patched? run make doctor"
+    for beginning in [""] if plan.method else wanted:
+        what, remedy = beginning.rstrip("."), f"has {plan.model.name} such layers? make ops"
         if plan.method:
-            remedy = f"does {plan.method} count its launches? see kernels/README.md"
-        failures.append(
-            f"{variant}: {what} ran in {len(running)} of {plan.tensor_parallel} worker processes; "
-            f"{remedy}"
-        )
-    others = {k for counts in counted.values() for k in counts if not k.startswith(named)}
-    if plan.backend and others:
+            what, remedy = "a custom kernel", f"does {plan.method} count its launches?"
+        elif beginning.startswith(f"{operations.GEMM}."):
+            remedy = "is the fork patched? run make doctor"
+        ran = [pid for pid, counts in counted.items() if _ran(counts, beginning)]
+        if len(ran) != plan.tensor_parallel:
+            failures.append(
+                f"{variant}: {what} ran in {len(ran)} of {plan.tensor_parallel} worker processes; "
+                f"{remedy}"
+            )
+    others = {
+        one for counts in counted.values() for one in counts if not one.startswith(tuple(wanted))
+    }
+    if others and not plan.method:
         failures.append(f"{variant}: {', '.join(sorted(others))} ran as well")
     return failures
+
+
+def _ran(counts: dict[str, int], beginning: str) -> bool:
+    return any(count > 0 for name, count in counts.items() if name.startswith(beginning))
 
 
 def layers(patterns: str, variant: str, result: Ran) -> list[str]:
@@ -241,10 +249,6 @@ def imports(variant: str, result: Ran, tree: Path, expected: Expected) -> list[s
     if wrong:
         failures.append(f"{variant}: packages are not as locked: {some(wrong)}; run make dev")
     return failures
-
-
-def _ran(counts: dict[str, int], named: str) -> list[str]:
-    return [name for name, count in counts.items() if name.startswith(named) and count > 0]
 
 
 def _differences(old: Step, new: Step) -> list[float]:

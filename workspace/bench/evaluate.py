@@ -93,7 +93,7 @@ def _failures(plan: Plan, runs: Sequence[ProcessRun]) -> list[str]:
         name, result = f"{run.variant.name} (process {run.order})", run.result
         failures += checks.tokens(plan, name, result)
         failures += checks.launches(plan, name, result, run.variant.launches)
-        if run.variant.launches and (plan.layers or plan.method):
+        if run.variant.launches and plan.counts_layers:
             failures += checks.layers(plan.layers or "*", name, result)
         failures += checks.imports(name, result, run.variant.python_path or tree(), expected)
     return failures

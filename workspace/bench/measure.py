@@ -117,6 +117,6 @@ def require_matching_layers(patterns: str, result: Result) -> None:
     for pattern in checks.split_patterns(patterns):
         if not checks.matching(pattern, names):
             raise WorkspaceError(
-                f"LAYERS: {pattern!r} matches none of the model's {len(names)} linear layers; "
+                f"LAYERS: {pattern!r} matches none of the model's {len(names)} layers; "
                 f"examples: {', '.join(layers.one_of_each(names))}"
             )

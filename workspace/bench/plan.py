@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 
+from workspace.bench import operations
 from workspace.bench.checkpoint import METHOD
 from workspace.bench.models import Model
 from workspace.bench.provenance import cpu_flags, cpu_name
@@ -18,6 +19,8 @@ from workspace.pins.model import load
 from workspace.pins.release import selected
 from workspace.verbs import Bench
 
+Engine = Literal["fork", "released"]
+Way = Literal["layer", "ir"]
 Baseline = Literal["stock", "bf16", "fp8", "int8", "pristine"]
 
 
@@ -58,7 +61,10 @@ class Plan:
     input_len: int
     output_len: int
     num_prompts: int
+    op: str | None
+    """The operations of the custom variant; None means the GEMM."""
     backend: str | None
+    """That of a single operation; None means the best."""
     layers: str | None
     """Comma-separated patterns of the layers that run the custom kernel; None means all."""
     quantization: str | None
@@ -68,8 +74,26 @@ class Plan:
     tensor_parallel: int
     eager: bool
     baseline: Baseline
+    engine: Engine = "fork"
+    way: Way = "layer"
     interpret: bool = False
-    """Whether the backend is a Triton kernel that runs in Triton's interpreter."""
+    """Whether a backend is a Triton kernel that runs in Triton's interpreter."""
+
+    @property
+    def operations(self) -> dict[str, str | None]:
+        """The operations of the custom variant with their backends; without those of a method."""
+        return operations.chosen(self.op, self.backend)
+
+    @property
+    def counts_layers(self) -> bool:
+        """Whether the custom variant is to prove the layers in which its kernels ran.
+
+        Without patterns, the GEMM runs whatever asks vLLM for one; an op of vLLM's IR is not told
+        its layer.
+        """
+        if self.way == "ir":
+            return False
+        return bool(self.layers or self.method or set(self.operations) != {operations.GEMM})
 
     @property
     def method(self) -> str | None:
@@ -182,6 +206,7 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         input_len=input_len,
         output_len=output_len,
         num_prompts=options.num_prompts or sizes.num_prompts,
+        op=options.op,
         backend=options.backend,
         layers=options.layers,
         quantization=options.quantization,
@@ -190,7 +215,13 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         tensor_parallel=tp,
         eager=device.kind == "cpu" if options.eager is None else options.eager == "1",
         baseline=_baseline(options, model),
-        interpret=options.interpret and device.kind == "cpu" and _is_triton(options.backend),
+        engine=options.engine or "fork",
+        way=options.way or "layer",
+        interpret=(
+            options.interpret
+            and device.kind == "cpu"
+            and operations.interpreted(operations.chosen(options.op, options.backend))
+        ),
     )
 
 
@@ -209,6 +240,7 @@ def _baseline(options: Bench, model: Model) -> Baseline:
             )
         return "stock" if wanted in (None, "bf16") else wanted
     ignored = {
+        "OP": options.op,
         "BACKEND": options.backend,
         "LAYERS": options.layers,
         "QUANTIZATION": quantized.pattern and options.quantization,
@@ -233,35 +265,6 @@ def _baseline(options: Bench, model: Model) -> Baseline:
             f"BASELINE={quantized.precision} (the same weights, dense) or BASELINE=bf16"
         )
     return quantized.precision
-
-
-def _is_triton(backend: str | None) -> bool:
-    from custom_kernels import registry
-
-    return backend is not None and registry.operation("gemm").backend(backend).kind == "triton"
-
-
-def check_backend(backend: str | None, device: Device) -> None:
-    """Raise unless the kernels package can run `backend` for the gemm operation on `device`.
-
-    Raises:
-        WorkspaceError: an unknown backend, or one that this machine cannot run; names usable ones.
-    """
-    if backend is None:
-        return
-    try:
-        from custom_kernels import registry
-    except ImportError as error:
-        raise WorkspaceError(
-            f"the kernels package cannot be imported ({error}); run make dev"
-        ) from error
-    backends = registry.operation("gemm").backends
-    reasons = {one.name: one.unavailable_reason(device.kind) for one in backends}
-    usable = ", ".join(name for name, reason in reasons.items() if reason is None) or "none"
-    if backend not in reasons:
-        raise WorkspaceError(f"BACKEND={backend}: no such backend; usable here: {usable}")
-    if reasons[backend] is not None:
-        raise WorkspaceError(f"BACKEND={backend}: {reasons[backend]}; usable here: {usable}")
 
 
 def check_quantization(name: str | None) -> None:
@@ -318,6 +321,7 @@ def repeat_command(plan: Plan) -> str:
         INPUT_LEN=plan.input_len,
         OUTPUT_LEN=plan.output_len,
         NUM_PROMPTS=plan.num_prompts,
+        OP=plan.op,
         BACKEND=plan.backend,
         LAYERS=plan.layers,
         QUANTIZATION=plan.quantization,
@@ -326,6 +330,8 @@ def repeat_command(plan: Plan) -> str:
         TP=plan.tensor_parallel,
         EAGER=int(plan.eager),
         BASELINE=plan.baseline if plan.baseline != "stock" else None,
+        ENGINE=plan.engine if plan.engine != "fork" else None,
+        WAY=plan.way if plan.way != "layer" else None,
         VLLM_VERSION=selected() if selected() != default else None,
         TRITON_INTERPRET=1 if plan.interpret else None,
     )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BASELINE=pristine: the fork with its switch unset against the release without the patches.
+"""BASELINE=pristine: the fork with its switch unset against the release without the patches; and
+ENGINE=released: both variants in that release, where our plugin puts the hook in.
 
 The release's Python files come from its tag in the fork's git and are unpacked under .workspace;
 the compiled files, which git does not track, are linked in from the fork. The variants then differ
@@ -8,6 +9,7 @@ in nothing but the patches.
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from workspace.bench.plan import Plan
@@ -31,10 +33,21 @@ def variants(plan: Plan) -> tuple[Variant, Variant]:
     Raises:
         WorkspaceError: the release in the fork's git is not the pinned one, or cannot be written.
     """
+    return Variant("pristine", python_path=released_tree()), Variant("stock")
+
+
+def released(variants: tuple[Variant, Variant]) -> tuple[Variant, Variant]:
+    """Both variants in the release without the patches. Raises as `variants` does."""
+    tree = released_tree()
+    first, second = (replace(variant, python_path=tree) for variant in variants)
+    return first, second
+
+
+def released_tree() -> Path:
+    """The release without the patches, with the fork's binaries. Raises as `variants` does."""
     version = release.selected()
     tag, pinned = upstream_tag(version), load().release(version).tree
-    tree = make_tree(release.tree(version), TREE / tag.replace("/", "-"), tag, pinned)
-    return Variant("pristine", python_path=tree), Variant("stock")
+    return make_tree(release.tree(version), TREE / tag.replace("/", "-"), tag, pinned)
 
 
 def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
@@ -50,10 +63,10 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     """
     tagged = git("rev-parse", "-q", "--verify", f"{tag}^{{tree}}", tree=source, check=False).strip()
     if not tagged:
-        raise WorkspaceError(f"BASELINE=pristine: {source} has no tag {tag}; run make dev")
+        raise WorkspaceError(f"{source} has no tag {tag}; run make dev")
     if pinned and tagged != pinned:
         raise WorkspaceError(
-            f"BASELINE=pristine: {tag} in {source} is tree {tagged[:12]}, pinned is {pinned[:12]}, "
+            f"{tag} in {source} is tree {tagged[:12]}, pinned is {pinned[:12]}, "
             "so it is not the release; restore the tag, or move your work away and run make dev"
         )
     partial = tree.with_name(f"{tree.name}.partial")
@@ -65,7 +78,7 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
     unpacked = subprocess.run(["tar", "-x", "-C", str(partial)], input=archive, check=False)
     if unpacked.returncode != 0:
         raise WorkspaceError(
-            f"BASELINE=pristine: cannot unpack {tag} into {partial} (tar's message is above); free "
+            f"cannot unpack {tag} into {partial} (tar's message is above); free "
             "some space there and re-run"
         )
     for name in git(*IGNORED, "vllm", tree=source).split("\0"):

@@ -109,9 +109,12 @@ class Settings(Strict):
     input_len: int
     output_len: int
     num_prompts: int
+    op: str | None = None
     backend: str | None
     layers: str | None = None
     quantization: str | None = None
+    engine: Literal["fork", "released"] = "fork"
+    way: Literal["layer", "ir"] = "layer"
     repeats: int
     rounds: int
     tensor_parallel: int

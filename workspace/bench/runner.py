@@ -11,14 +11,13 @@ from pathlib import Path
 
 import psutil
 
-from workspace.bench import chart, models, pristine, record, report, workload
+from workspace.bench import chart, models, operations, pristine, record, report, workload
 from workspace.bench.evaluate import evaluate
 from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_stop_engine
 from workspace.bench.measure import measure
 from workspace.bench.messages import Stage
 from workspace.bench.plan import (
     Plan,
-    check_backend,
     check_memory,
     check_quantization,
     detect_device,
@@ -53,6 +52,8 @@ def run(options: Bench) -> Record:
         variants = (
             pristine.variants(plan) if plan.baseline == "pristine" else stock_and_custom(plan)
         )
+        if plan.engine == "released":
+            variants = pristine.released(variants)
         for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
             shutil.rmtree(folder, ignore_errors=True)
         limited = plan.device.kind == "cpu" and options.rounds is None
@@ -79,7 +80,10 @@ def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:
         The plan, and estimated seconds of each stage of a process; empty if unknown.
     """
     device = detect_device()
-    check_backend(options.backend, device)
+    chosen = operations.chosen(options.op, options.backend)
+    operations.check(chosen, device.kind)
+    if options.way == "ir":
+        operations.ir_arguments(chosen)  # or it says why not
     check_quantization(options.quantization)
     check_surroundings()
     remove_partial(models.MODELS)

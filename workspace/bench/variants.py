@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workspace.bench import operations
 from workspace.bench.models import DUMMY_FORMAT, Model
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
@@ -15,10 +16,6 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 from workspace.pins.release import tree
 
-SWITCH = "VLLM_USE_CUSTOM_GEMM"
-BACKEND_SWITCH = "VLLM_CUSTOM_GEMM_BACKEND"
-LAYERS_SWITCH = "VLLM_CUSTOM_GEMM_LAYERS"
-SWITCHES = (SWITCH, BACKEND_SWITCH, LAYERS_SWITCH)
 INTERPRET = "TRITON_INTERPRET"
 """Triton's own variable: kernels run in its interpreter, one operation after the other."""
 LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
@@ -71,9 +68,9 @@ def custom(plan: Plan) -> Variant:
     if plan.method:
         given = ("--quantization", plan.quantization) if plan.quantization else ()
         return Variant("custom", launches=True, arguments=given)
-    switches = {SWITCH: "1"}
-    switches |= {BACKEND_SWITCH: plan.backend} if plan.backend else {}
-    switches |= {LAYERS_SWITCH: plan.layers} if plan.layers else {}
+    if plan.way == "ir":
+        return Variant("custom", launches=True, arguments=operations.ir_arguments(plan.operations))
+    switches = operations.switches(plan.operations, plan.layers)
     switches |= {INTERPRET: "1"} if plan.interpret else {}
     return Variant("custom", switches, launches=True)
 
@@ -105,7 +102,7 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     """
     # Triton's interpreter is for a custom kernel on the CPU, and then a switch of its variant:
     # elsewhere vLLM's own Triton kernels would run a thousand times slower in it, or fail.
-    removed = (*SWITCHES, INTERPRET)
+    removed = (*operations.SWITCHES, INTERPRET)
     inherited = {k: v for k, v in os.environ.items() if k not in removed}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)

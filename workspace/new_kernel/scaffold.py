@@ -2,8 +2,8 @@
 """`make new-kernel OP=gemm BACKEND=triton NAME=mine`: scaffold a working kernel.
 
 An existing operation gets a backend; a new name becomes an operation with a reference, cases and
-one backend. The files are those of templates/ with the names replaced: working kernels, which are
-compiled and tested in this repository.
+one backend. The files are those of templates/ with the names replaced, or a copy of the operation's
+only kernel in that language: working kernels, which are compiled and tested in this repository.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def _files(op: str, backend: str, name: str) -> dict[Path, str]:
     if (folder / "reference.py").is_file():
         example = EXAMPLE if _started_as_example(op) else op
         templates = {file: TEMPLATES / example / KINDS[backend]}
+        if not templates[file].is_file() and (own := _alike(op, backend)) and len(own) == 1:
+            templates[file] = own[0]  # the operation's only kernel in this language
     elif folder.exists() or folder.with_suffix(".py").exists():
         raise WorkspaceError(f"OP={op} is used by {_shown(paths.PACKAGE)}; use another name")
     else:
@@ -94,9 +96,13 @@ def _started_as_example(op: str) -> bool:
     return signatures[0] == signatures[1]
 
 
+def _alike(op: str, backend: str) -> list[Path]:
+    """The files of an operation's kernels in a language."""
+    return [path for one in registry.select([op]) if one.kind == backend for path in one.files]
+
+
 def _copy_instead(op: str, backend: str) -> str:
-    alike = [one for one in registry.select([op]) if one.kind == backend]
-    files = [path for one in alike for path in one.files] or [paths.PACKAGE / op / "reference.py"]
+    files = _alike(op, backend) or [paths.PACKAGE / op / "reference.py"]
     return f"{op} has no small {backend} kernel to start from: copy {', '.join(map(_shown, files))}"
 
 

@@ -2,16 +2,20 @@
 """The plugin that vLLM loads in each of its processes (entry point group vllm.general_plugins)."""
 
 from custom_kernels import registry
-from custom_kernels.vllm import quantization
+from custom_kernels.vllm import ir_ops, layers, quantization
 
 
 def register() -> None:
-    """Make every operation known to torch and every quantization method to vLLM, and tell the
-    operations that an engine starts. Compiles nothing."""
-    from custom_kernels.vllm import upstream_cpu
+    """Make every operation known to torch; every quantization method, the wanted layers and our
+    implementations of IR ops to vLLM; and tell the operations that an engine starts. Compiles
+    nothing."""
+    from custom_kernels.vllm import upstream_cpu, upstream_hook
 
     upstream_cpu.let_slots_be_mapped()
+    upstream_hook.put_in()
     for operation in registry.operations():
         if hasattr(operation.module, "on_engine_start"):
             operation.module.on_engine_start()
     quantization.register()
+    layers.register()
+    ir_ops.register()

@@ -5,14 +5,20 @@ releases is settled here and nowhere else."""
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm import envs
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers import linear, quantization
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
@@ -44,6 +50,11 @@ OUTPUT_HEAD = "lm_head"
 _graph_facts: set[str] = set()
 
 
+def wants_gemm() -> bool:
+    """Whether unquantized linear layers run our GEMM."""
+    return os.environ.get("VLLM_USE_CUSTOM_GEMM") == "1"
+
+
 def wanted_backend() -> str | None:
     """Which GEMM backend runs the layers; None picks the best for the device."""
     return os.environ.get("VLLM_CUSTOM_GEMM_BACKEND") or None
@@ -54,10 +65,22 @@ def wanted_layers() -> str:
     return os.environ.get("VLLM_CUSTOM_GEMM_LAYERS", "")
 
 
+def wanted_ops() -> str:
+    """Operations with commas that run layers of vLLM, each perhaps with ``.backend``."""
+    return os.environ.get("VLLM_CUSTOM_OPS", "")
+
+
+def wanted_op_layers() -> str:
+    """Patterns with commas of the layers that run these operations; empty takes them all."""
+    return os.environ.get("VLLM_CUSTOM_OPS_LAYERS", "")
+
+
 # Like the switch VLLM_USE_CUSTOM_GEMM, which is the fork's, in vLLM's key for compiled graphs.
 envs.environment_variables |= {
     "VLLM_CUSTOM_GEMM_BACKEND": wanted_backend,
     "VLLM_CUSTOM_GEMM_LAYERS": wanted_layers,
+    "VLLM_CUSTOM_OPS": wanted_ops,
+    "VLLM_CUSTOM_OPS_LAYERS": wanted_op_layers,
 }
 
 
@@ -86,6 +109,58 @@ def layer_name(layer: torch.nn.Module) -> str:
 def is_linear(layer: torch.nn.Module) -> bool:
     """False for an embedding, which multiplies only where it is the output head as well."""
     return isinstance(layer, ParallelLMHead) or not isinstance(layer, VocabParallelEmbedding)
+
+
+def is_linear_layer(module: torch.nn.Module) -> bool:
+    """Whether a module of a model is a linear layer or the output head."""
+    return isinstance(module, LinearBase | ParallelLMHead)
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether it is attention to a KV cache."""
+    return isinstance(module, AttentionLayerBase)
+
+
+def operation_name(module: torch.nn.Module) -> str | None:
+    """vLLM's name of the operation that a layer class is ("rms_norm"), which can be replaced."""
+    return getattr(type(module), "name", None) if isinstance(module, CustomOp) else None
+
+
+class AfterLoading(QuantizeMethodBase):
+    """The ``quant_method`` of a layer that calls ``then`` when the whole model has its weights."""
+
+    supports_pre_processed_weights = True
+    requires_device_loading = False
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def create_weights(self, layer: torch.nn.Module, *arguments: Any, **more: Any) -> None:
+        """The layer has its weights already."""
+
+    def apply(self, layer: torch.nn.Module, *arguments: Any, **more: Any) -> torch.Tensor:
+        """Such a layer has a ``forward`` of its own."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._then()
+
+
+def replace_layer(replaced: type, layer: type) -> None:
+    """Let vLLM build ``layer``, a subclass, where a model asks for ``replaced``.
+
+    Raises RuntimeError if another plugin has replaced it.
+    """
+    name = getattr(replaced, "name", None)
+    try:
+        CustomOp.register_oot(name=replaced.__name__)(layer)
+    except AssertionError:
+        raise RuntimeError(
+            f"VLLM_CUSTOM_OPS: another plugin has replaced {replaced.__name__} already; leave out "
+            "one of the two (VLLM_PLUGINS names those that are loaded)"
+        ) from None
+    # By this name vLLM's setting custom_ops turns on and off what the layer runs if it is not ours.
+    layer.name = name  # type: ignore[attr-defined]
 
 
 def quantization_methods() -> list[str]:

@@ -29,6 +29,7 @@ def plan(**changes: Any) -> Plan:
         "input_len": 8,
         "output_len": 4,
         "num_prompts": 3,
+        "op": None,
         "backend": None,
         "layers": None,
         "quantization": None,

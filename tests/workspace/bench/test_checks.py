@@ -201,6 +201,11 @@ def test_sources_must_not_change_during_the_run(tmp_path: Path) -> None:
         ({11: {"gemm.reference": 5}}, {"backend": "cublaslt"}, False),
         ({11: {"gemm.reference": 5, "gemm.cublaslt": 1}}, {"backend": "cublaslt"}, False),
         ({11: {"attention.cuda": 5}}, {}, False),
+        ({11: {"rms_norm.a": 5, "gemm.b": 5}}, {"op": "rms_norm,gemm"}, True),
+        ({11: {"rms_norm.a": 5, "gemm.b": 5}}, {"op": "rms_norm,gemm.b"}, True),
+        ({11: {"rms_norm.a": 5, "gemm.b": 5}}, {"op": "rms_norm.b,gemm"}, False),
+        ({11: {"rms_norm.a": 5, "gemm.b": 5}}, {"op": "rms_norm"}, False),
+        ({11: {"rms_norm.a": 5}}, {"op": "rms_norm,gemm"}, False),
     ],
 )
 def test_custom_kernels_ran_in_every_worker(

@@ -12,10 +12,10 @@ import pytest
 from tests.workspace.bench.samples import plan as sample
 from tests.workspace.bench.samples import sparse_model
 from tests.workspace.conftest import clean_environment
+from workspace.bench import operations
 from workspace.bench.plan import (
     DEFAULTS,
     Device,
-    check_backend,
     check_memory,
     check_quantization,
     detect_device,
@@ -25,6 +25,7 @@ from workspace.bench.plan import (
 from workspace.bench.record import Metric
 from workspace.host.errors import WorkspaceError
 from workspace.host.options import read
+from workspace.pins import release
 from workspace.pins.model import load
 from workspace.verbs import Bench
 
@@ -53,6 +54,9 @@ MODEL = sample().model
         ),
         ({"QUANTIZATION": "sparse_2_4", "BACKEND": "reference"}, "leave out BACKEND"),
         ({"QUANTIZATION": "sparse_2_4", "BASELINE": "pristine"}, "leave out BASELINE"),
+        ({"QUANTIZATION": "sparse_2_4", "OP": "rms_norm"}, "leave out OP"),
+        ({"WAY": "ir", "LAYERS": "*"}, "leave out LAYERS"),
+        ({"ENGINE": "released", "BASELINE": "pristine"}, "leave out one of them"),
     ],
 )
 def test_an_invalid_value_is_one_line_with_its_variable(given: dict[str, str], says: str) -> None:
@@ -106,13 +110,40 @@ def test_defaults_fit_a_model_that_takes_few_tokens() -> None:
     assert made.input_len + made.output_len <= 16
 
 
-def test_unknown_backend_names_those_there_are() -> None:
-    check_backend(None, CPU)
-    check_backend("reference", CPU)
+def test_unknown_operations_and_backends_name_those_there_are() -> None:
+    operations.check(operations.chosen(None, None), "cpu")
+    operations.check(operations.chosen("rms_norm,gemm", None), "cpu")
+    operations.check(operations.chosen("silu_and_mul", "reference"), "cpu")
     with pytest.raises(WorkspaceError, match=r"no such backend; usable here: .*reference"):
-        check_backend("turbo", CPU)
+        operations.check(operations.chosen(None, "turbo"), "cpu")
     with pytest.raises(WorkspaceError, match=r"CUDA devices only; usable here: .*reference"):
-        check_backend("cublaslt", CPU)
+        operations.check(operations.chosen("gemm.cublaslt", None), "cpu")
+    with pytest.raises(WorkspaceError, match=r"OP=quant_expand: .* there are: gemm, rms_norm, "):
+        operations.check(operations.chosen("quant_expand", None), "cpu")
+
+
+def test_only_what_implements_an_op_of_the_ir_enters_by_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkspaceError, match=r"gemm implements no op of .*; there are: rms_norm$"):
+        operations.ir_arguments({"gemm": None})
+    monkeypatch.setattr(release, "tree", lambda: tmp_path)
+    with pytest.raises(WorkspaceError, match=r"has no IR; leave it out$"):
+        operations.ir_arguments({"rms_norm": None})
+
+
+@pytest.mark.parametrize(
+    ("op", "backend", "says"),
+    [
+        ("rms_norm,rms_norm.triton", None, "names rms_norm twice"),
+        (" , ", None, "names no operation"),
+        ("rms_norm,gemm", "triton", r"such as OP=rms_norm\.triton,gemm\.triton"),
+        ("rms_norm.cupy", "triton", "BACKEND=triton beside OP=rms_norm.cupy"),
+    ],
+)
+def test_what_op_cannot_say_is_one_line(op: str, backend: str | None, says: str) -> None:
+    with pytest.raises(WorkspaceError, match=says):
+        operations.chosen(op, backend)
 
 
 def test_unknown_quantization_methods_name_those_there_are() -> None:
@@ -137,6 +168,8 @@ def test_command_that_repeats_a_run_asks_for_the_same_run() -> None:
     for made in (
         sample(rounds=3, backend="reference", layers=layers),
         sample(backend="triton", interpret=True),
+        sample(op="rms_norm,gemm.reference", engine="released"),
+        sample(op="rms_norm", backend="reference", way="ir"),
         sample(quantization="sparse_2_4", baseline="fp8"),
         sample(model=sparse_model(), baseline="int8"),
         sample(model=sparse_model(), baseline="bf16"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.workspace.bench.samples import plan, sparse_model
-from workspace.bench import variants
+from workspace.bench import operations, variants
 from workspace.bench.plan import Device
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -19,28 +19,53 @@ STOCK = variants.Variant("stock")
 
 
 def test_sides_differ_in_nothing_but_the_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variants.SWITCH, "1")
-    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
-    monkeypatch.setenv(variants.LAYERS_SWITCH, "*")
+    monkeypatch.setenv(operations.GEMM_SWITCH, "1")
+    monkeypatch.setenv(operations.GEMM_BACKEND, "something")
+    monkeypatch.setenv(operations.GEMM_LAYERS, "*")
     made = plan(backend="reference", layers="lm_head")
     stock, custom = (variants.environment(made, v, LOG) for v in variants.stock_and_custom(made))
     assert custom.items() - stock.items() == {
-        (variants.SWITCH, "1"),
-        (variants.BACKEND_SWITCH, "reference"),
-        (variants.LAYERS_SWITCH, "lm_head"),
+        (operations.GEMM_SWITCH, "1"),
+        (operations.GEMM_BACKEND, "reference"),
+        (operations.GEMM_LAYERS, "lm_head"),
     }
     assert stock.items() <= custom.items()
+
+
+def test_layer_operations_have_switches_of_their_own() -> None:
+    two = plan(op="rms_norm,silu_and_mul.reference", layers="*.mlp.*")
+    assert variants.custom(two).switches == {
+        operations.OPS_SWITCH: "rms_norm,silu_and_mul.reference",
+        operations.OPS_LAYERS: "*.mlp.*",
+    }
+    with_gemm = plan(op="gemm,rms_norm")
+    assert variants.custom(with_gemm).switches == {
+        operations.OPS_SWITCH: "rms_norm", operations.GEMM_SWITCH: "1",
+    }  # fmt: skip
+    one = plan(op="rms_norm", backend="triton")
+    assert variants.custom(one).switches == {operations.OPS_SWITCH: "rms_norm.triton"}
+
+
+def test_an_op_of_vllms_ir_is_chosen_by_vllms_own_setting() -> None:
+    variant = variants.custom(plan(op="rms_norm", backend="reference", way="ir"))
+    assert variant.switches == {}
+    option, value = variant.arguments
+    assert option == "--ir-op-priority"
+    assert json.loads(value) == {
+        "rms_norm": ["custom_kernels_reference"],
+        "fused_add_rms_norm": ["custom_kernels_reference"],
+    }
 
 
 def test_a_quantization_method_is_an_argument_and_no_switch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(variants.SWITCH, "1")
+    monkeypatch.setenv(operations.GEMM_SWITCH, "1")
     made = plan(quantization="sparse_6_8")
     sides = variants.stock_and_custom(made)
     stock, custom = (variants.environment(made, side, LOG) for side in sides)
     assert stock == custom
-    assert variants.SWITCH not in custom
+    assert operations.GEMM_SWITCH not in custom
     plain, quantized = (variants.arguments(made, side) for side in sides)
     assert quantized == [*plain, "--quantization", "sparse_6_8"]
     assert variants.command_line(made, sides[1]).endswith("--quantization sparse_6_8")
@@ -88,9 +113,9 @@ def test_both_sides_draw_dummy_weights_with_the_pattern() -> None:
 
 
 def test_without_a_backend_the_kernels_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variants.BACKEND_SWITCH, "something")
+    monkeypatch.setenv(operations.GEMM_BACKEND, "something")
     _, custom = variants.stock_and_custom(plan())
-    assert variants.BACKEND_SWITCH not in variants.environment(plan(), custom, LOG)
+    assert operations.GEMM_BACKEND not in variants.environment(plan(), custom, LOG)
 
 
 @pytest.mark.parametrize("interpret", [True, False])

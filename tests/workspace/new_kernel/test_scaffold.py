@@ -89,6 +89,15 @@ def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Copy:
     return made
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cupy"])
+def test_without_a_template_it_starts_as_the_operations_own_kernel(backend: str) -> None:
+    (written,) = scaffold._files("silu_and_mul", backend, "mine").items()
+    suffix = {"cuda": ".cu"}.get(backend, ".py")
+    assert written[0] == (paths.PACKAGE / "silu_and_mul" / "mine").with_suffix(suffix)
+    own = written[0].with_name(f"{backend}{suffix}")
+    assert written[1] == own.read_text()
+
+
 @pytest.mark.slow
 def test_new_kernels_of_every_kind_work_at_once(copy: Copy) -> None:
     """In an operation that exists, and in one that the first of them adds."""
@@ -179,7 +188,8 @@ def test_a_bad_name_is_one_clear_line(copy: Copy, arguments: tuple[str, ...], me
 def test_an_operation_without_a_template_says_what_to_copy(copy: Copy) -> None:
     folder = copy.root / "custom_kernels" / "other"
     folder.mkdir()
-    for name, text in {"__init__": "", "reference": "", "fast": "import triton\n"}.items():
+    texts = {"__init__": "", "reference": ""} | dict.fromkeys(("fast", "other"), "import triton\n")
+    for name, text in texts.items():
         (folder / f"{name}.py").write_text(text)
     error = copy.error("other", "triton", "mine")
     assert "other has no small triton kernel to start from: copy " in error
