@@ -60,8 +60,8 @@ def run(options: Ops) -> None:
     for kind, count in found.items():
         runs = "custom kernels" if kind.custom else UPSTREAM
         table.add_row(kind.layers, str(count), kind.vllm_class, runs, way(kind))
-    console = Console(highlight=False)
-    console.width = max(console.width, console.measure(table).maximum)  # a log has 80 columns
+    # Rich takes a log for a terminal of 80 columns.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(table)
     for name in [operations.GEMM, *layers.names()]:
         backends = ", ".join(one.name for one in registry.operation(name).backends)
