@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -38,13 +39,14 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT, lock_files
 from workspace.host.settings import device
-from workspace.host.text import some
+from workspace.host.text import last_line, some
 from workspace.pins.model import Release, load
 from workspace.pins.release import active, bundled, selected, tree
 
 Status = Literal["ok", "note", "problem"]
 # Not the disassembler: it reads what older releases compiled, and packages ask for a newer one.
 CUDA_COMPONENT = re.compile(r"nvidia-(cuda-(?!nvdisasm)[a-z-]+|nvvm|nvjitlink|nvtx)(-cu\d+)?")
+NVIDIA = "lib/python*/site-packages/nvidia/*/lib/*.so*"
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 MARKS = {"ok": "✓", "note": "•", "problem": "✗"}
 
@@ -111,6 +113,14 @@ def packages(mode: str, seen: Imports) -> Check:
     return ok(f"all {len(wanted)} at their locked versions")
 
 
+def install_again() -> str:
+    """How to make an environment with the host's packages again."""
+    stamp = Path(sys.prefix).resolve() / "workspace.json"
+    made = json.loads(stamp.read_text()) if stamp.exists() else {}
+    python = f" PYTHON={shlex.quote(made['python'])}" if "python" in made else ""
+    return f"rm -f {shlex.quote(str(stamp))} && ENV=system{python} make dev"
+
+
 def bundled_packages() -> Check:
     """The packages of the bundle, and packages of the host that are not at the pinned versions."""
     manifest = json.loads(bundled(selected()).joinpath("manifest.json").read_text())
@@ -118,8 +128,7 @@ def bundled_packages() -> Check:
     packed = {package["name"]: package["version"] for package in manifest["packages"]}
     bundle = f"bundle {manifest['identity']}"
     if wrong := [name for name, version in packed.items() if _installed(name) != version]:
-        stamp = shlex.quote(str(Path(sys.prefix).resolve() / "workspace.json"))
-        return problem(f"not as in {bundle}: {some(wrong)}", f"rm {stamp} && ENV=system make dev")
+        return problem(f"not as in {bundle}: {some(wrong)}", install_again())
     if gone := [name for name, version in host.items() if version is None]:
         return problem(
             f"{len(gone)} of the host's packages were removed since its inventory: {some(gone)}",
@@ -132,6 +141,53 @@ def bundled_packages() -> Check:
     ]
     others = f", {len(differ)} not at the pinned versions: {some(differ)}" if differ else ""
     return note(f"{len(packed)} from {bundle}, {len(host)} of the host{others}")
+
+
+def bundle_has_torch() -> bool:
+    """Whether this environment has torch from a bundle, with CUDA libraries of the host."""
+    manifest = bundled(selected()) / "manifest.json"
+    packed = json.loads(manifest.read_text())["packages"] if manifest.exists() else []
+    return any(package["name"] == "torch" for package in packed)
+
+
+LOADED = (
+    "import torch; lines = (line.split(maxsplit=5) for line in open('/proc/self/maps')); "
+    "print(*sorted({line[5] for line in lines if len(line) > 5}), sep='')"
+)
+"""Prints the files that a process with torch has loaded, one a line."""
+TORCH_LIBRARY = re.compile(r"lib((?:torch|c10|cu|nccl|nv)\w*)\.so")
+
+
+def torch_libraries() -> Check:
+    """Which files a process loads with the bundle's torch: the bundle's, or the host's."""
+    prefix = Path(sys.prefix).resolve()
+    own = {path.name for path in prefix.glob(NVIDIA) if not path.is_symlink()}
+    for folder in filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)):
+        if found := sorted(name for name in own if (Path(folder) / name).exists()):
+            text = f"{folder} is on LD_LIBRARY_PATH and precedes the bundle's {some(found)}"
+            return problem(text, "unset LD_LIBRARY_PATH")
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return problem(
+            f"the bundle's torch cannot be imported: {last_line(done.stderr)}", install_again()
+        )
+    files = [Path(line) for line in done.stdout.splitlines()]
+    found = [(match[1], path) for path in files if (match := TORCH_LIBRARY.match(path.name))]
+    names = [name for name, _ in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        return problem(f"loaded twice, from different folders: {some(twice)}", install_again())
+    hosts = {name: path.parent for name, path in found if not path.is_relative_to(prefix)}
+    if foreign := [name for name in hosts if name.startswith(("torch", "c10"))]:
+        return problem(
+            f"{foreign[0]} is loaded from {hosts[foreign[0]]}, not from the bundle", install_again()
+        )
+    sources = {prefix: [name for name in names if name not in hosts]}
+    sources |= {
+        folder: sorted(name for name in hosts if hosts[name] == folder)
+        for folder in sorted(set(hosts.values()))
+    }
+    return ok("; ".join(f"from {folder}: {', '.join(of)}" for folder, of in sources.items()))
 
 
 SECOND_LIBRARY = re.compile(
@@ -376,6 +432,7 @@ def tools() -> Check:
 def checks(mode: str) -> list[Check]:
     """Every row; a check that fails with an exception is a problem, and the others still run."""
     release, seen = load().release(), probe(tree())
+    own_torch = mode == "system" and bundle_has_torch()
     steps: dict[str, Callable[[], Check]] = {
         "Python": python,
         "packages": partial(packages, mode, seen),
@@ -385,6 +442,7 @@ def checks(mode: str) -> list[Check]:
         "nvcc": partial(nvcc, release),
         "GPU": partial(gpu, release),
         "torch": partial(library, "torch", release.torch, seen),
+        **({"CUDA libraries": torch_libraries} if own_torch else {}),
         "triton": partial(library, "triton", release.triton, seen),
         "cupy": partial(library, release.cupy_package, release.cupy, seen),
         "vLLM": lambda: vllm(seen),

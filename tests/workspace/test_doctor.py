@@ -167,3 +167,18 @@ def test_a_check_that_breaks_is_a_problem_not_the_end(monkeypatch: pytest.Monkey
 def test_every_problem_has_a_remedy(doctors_rows: list[doctor.Check]) -> None:
     for check in doctors_rows:
         assert check.status != "problem" or check.remedy
+
+
+def test_which_files_are_loaded_with_a_bundles_torch_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = doctor.torch_libraries()
+    assert check.status == "ok"
+    assert f"from {Path(sys.prefix).resolve()}: " in check.detail
+    assert "torch_cuda" in check.detail
+    (library,) = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/*/lib/libcudnn.so.*")
+    (tmp_path / library.name).touch()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    check = doctor.torch_libraries()
+    assert check.status == "problem"
+    assert f"{tmp_path} is on LD_LIBRARY_PATH and precedes" in check.detail

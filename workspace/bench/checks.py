@@ -222,6 +222,12 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     return {name for name in names if fnmatchcase(name, pattern)}
 
 
+def _is_in(module: Path, folder: Path) -> bool:
+    """Whether a top-level module is from a folder of the module path. What is a link there counts:
+    Debian's sitecustomize, or a package of the host (environment/host_packages.py)."""
+    return any(parent.resolve().is_relative_to(folder) for parent in module.parents[:2])
+
+
 def imports(variant: str, result: Ran, tree: Path, expected: Expected) -> list[str]:
     """The process ran vLLM from `tree`, this checkout's kernels, and the locked packages."""
     failures = []
@@ -233,8 +239,7 @@ def imports(variant: str, result: Ran, tree: Path, expected: Expected) -> list[s
         f"{name} from {file}"
         for name, file in sorted(result.modules.items())
         if name in expected.modules - {"vllm", "custom_kernels"}
-        # The folder on the module path counts: Debian's sitecustomize is a link to elsewhere.
-        and not any(Path(file).parent.resolve().is_relative_to(p) for p in expected.paths)
+        and not any(_is_in(Path(file), path) for path in expected.paths)
     ]
     if others:
         failures.append(

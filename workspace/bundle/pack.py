@@ -19,6 +19,7 @@ from typing import Any
 
 from packaging.tags import Tag
 from packaging.utils import parse_wheel_filename
+from packaging.version import Version
 
 from workspace import verbs
 from workspace.bundle import archive, packages, repository, unbundle
@@ -45,10 +46,12 @@ from workspace.host.git import git
 from workspace.host.paths import LOCKS, ROOT, lock_path
 from workspace.host.text import plural, say
 from workspace.pins import release
-from workspace.pins.model import Artifact, Uv, load
+from workspace.pins.model import Artifact, Pins, Release, Uv, load
 
 BUNDLES = ROOT / "bundle"
 DEFAULT_PARTS = "2G"
+LARGEST = 5
+"""Packages that are named with their size."""
 
 
 def run(options: verbs.Bundle) -> None:
@@ -80,7 +83,11 @@ def run(options: verbs.Bundle) -> None:
     start = [*packages.wheel_requirements(wheel), *packages.roots(pins, version, host)]
     locks = [lock_path(version), lock_path(version, gpu=True)]
     lock = locked((path for path in locks if path.exists()), host.markers)
-    choice = packages.choose(start, lock, host, nvcc=host.has_nvcc(pinned))
+    unfit = hosts.unfit_torch(host, pinned)
+    if unfit:
+        say(_torch_comes_along(unfit, host, pinned, pins))
+    nvcc = host.has_nvcc(pinned)
+    choice = packages.choose(start, lock, host, nvcc=nvcc, unfit_torch=unfit)
     wheels = fetch_wheels(choice.packed, host)
     BUNDLES.mkdir(exist_ok=True)
     remove_partial(BUNDLES)  # of a run that was killed; this one holds the lock
@@ -101,6 +108,31 @@ def run(options: verbs.Bundle) -> None:
             archive.write(work, unfinished, manifest, limit)
             shutil.rmtree(folder, ignore_errors=True)  # an earlier one, of the same name
     _report(folder, manifest, choice)
+    if unfit:
+        say(_torch_share(wheels))
+
+
+def _torch_comes_along(unfit: str, host: Host, pinned: Release, pins: Pins) -> str:
+    """That the bundle is large, why, and what would make it smaller."""
+    line = f"{unfit}; torch {pinned.torch} and what it needs come along"
+    if host.torch is None:
+        return f"{line} (another Python there that has torch: make the inventory with that one)"
+    other = pins.built_for(Version(host.torch.version).public)
+    if other is None or hosts.unfit_torch(host, pins.release(other)):
+        return line
+    return f"{line} (a bundle without: VLLM_VERSION={other}, built for the host's)"
+
+
+def _torch_share(wheels: dict[str, Path]) -> str:
+    """How much of the bundle is there because torch is."""
+    sizes = {
+        name: path.stat().st_size / 1e6
+        for name, path in wheels.items()
+        if name in packages.TORCH or packages.LIBRARY.fullmatch(name)
+    }
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:LARGEST]
+    named = ", ".join(f"{name} {sizes[name]:.0f}" for name in largest)
+    return f"{sum(sizes.values()):.0f} MB of it are torch and what it needs: {named}"
 
 
 def refuse_credentials(tree: Path) -> None:

@@ -3,7 +3,8 @@
 
 Requirements are resolved from vLLM's metadata and from what the workspace uses. The host's version
 of a package is kept if it satisfies all of them; otherwise the pinned one is packed. torch and its
-libraries are always the host's: they are the reason for ENV=system.
+libraries are the host's if they are of the release; else torch, what is compiled against it and
+those libraries are packed that the host lacks or has too old.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from email.parser import BytesParser
 from importlib import metadata
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from workspace.bundle.target import Host
 from workspace.environment.lock import Entry
@@ -49,9 +51,13 @@ LEFT_OUT = {
 }
 """What vLLM requires, but does not need to run dense language models."""
 
-KEPT_FROM_HOST = re.compile(r"torch|torchvision|torchaudio|triton|numba|llvmlite|(nvidia|cuda)-.+")
-"""Kept whatever their versions: torch and its CUDA libraries; numba, which vLLM pins and imports at
-its start but uses for n-gram speculation only (80 MB)."""
+TORCH = ("torch", "torchvision", "torchaudio", "triton")
+"""They belong together: compiled against torch, or made for one version of it."""
+LIBRARY = re.compile(r"(nvidia|cuda)-.+")
+"""torch's CUDA libraries, and Python's bindings of them."""
+ANY_VERSION = re.compile(r"numba|llvmlite")
+"""Kept whatever their versions: vLLM pins numba and imports it at its start, but uses it for n-gram
+speculation only (80 MB)."""
 
 TOOL_CHAIN = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
 """They only work from one folder, so all are packed or none."""
@@ -112,10 +118,18 @@ def roots(pins: Pins, version: str, host: Host) -> list[str]:
     return names
 
 
+def _left_out(host: Host) -> dict[str, str]:
+    """What is not packed for a host, and why. On data centre Blackwell the warm-up of vLLM 0.32.0
+    imports kernels in CuTe DSL whatever the model is."""
+    blackwell = any(gpu.capability.startswith("10.") for gpu in host.gpus)
+    return {name: why for name, why in LEFT_OUT.items() if not (blackwell and why == CUTE)}
+
+
 def _walk(
     start: list[str],
     requires: Callable[[str], list[str]],
     markers: dict[str, str],
+    left_out: Container[str],
 ) -> dict[str, list[tuple[Requirement, str]]]:
     """Every package that `start` requires → the requirements, and whose they are."""
     asked: dict[str, list[tuple[Requirement, str]]] = defaultdict(list)
@@ -128,7 +142,7 @@ def _walk(
             continue
         name = canonicalize_name(requirement.name)
         asked[name].append((requirement, by))
-        if name in LEFT_OUT:
+        if name in left_out:
             continue
         for extra in {"", *requirement.extras}:
             if (name, extra) not in seen:
@@ -137,17 +151,40 @@ def _walk(
     return asked
 
 
+def serves(version: str, pinned: str) -> bool:
+    """Whether a library of this version serves what was compiled with the pinned one: of the same
+    major version, and not of an older minor one. Before 1.0 the minor version is the major one.
+
+    cuBLAS 13.1.0.3 serves in place of 13.1.1.3; cuDNN 9.19 (torch compiled with 9.20 refuses it),
+    NCCL 2.28 (lacks functions of 2.29) and cuSPARSELt 0.8.0 (of 0.8.1) do not.
+    """
+    found, wanted = Version(version).release, Version(pinned).release
+    major = next((place for place, number in enumerate(wanted) if number), 0) + 1
+    return found[:major] == wanted[:major] and found[major : major + 1] >= wanted[major : major + 1]
+
+
+def _kept_anyway(name: str, lock: dict[str, Entry], host: Host, *, torch: bool) -> bool:
+    """Whether the host's package is kept although its version does not satisfy a requirement."""
+    if ANY_VERSION.fullmatch(name) or (not torch and name in TORCH):
+        return True
+    if not LIBRARY.fullmatch(name) or name not in host.packages:
+        return False
+    return not torch or (name in lock and serves(host.packages[name].version, lock[name].version))
+
+
 def _conflicts(
     asked: dict[str, list[tuple[Requirement, str]]],
     lock: dict[str, Entry],
     host: Host,
     replaced: dict[str, str],
+    *,
+    torch: bool,
 ) -> Iterator[tuple[str, str]]:
     """The host's packages that cannot be kept, and why: their version does not satisfy a
     requirement, or a pinned version does not satisfy theirs."""
     for name, requirements in asked.items():
         kept = name in host.packages and name not in replaced
-        if KEPT_FROM_HOST.fullmatch(name) or not (kept or name in lock):
+        if _kept_anyway(name, lock, host, torch=torch) or not (kept or name in lock):
             continue
         version = host.packages[name].version if kept else lock[name].version
         for requirement, by in requirements:
@@ -156,18 +193,33 @@ def _conflicts(
                 continue
             if kept:
                 yield name, f"{by} requires {wanted}, the host has {version}"
-            elif by in host.packages and not KEPT_FROM_HOST.fullmatch(by):
+            elif by in host.packages and not _kept_anyway(by, lock, host, torch=torch):
                 yield by, f"the host's requires {name} {wanted}, the pin is {version}"
 
 
-def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) -> Choice:
+def compiled_against_torch(host: Host) -> set[str]:
+    """The host's packages that only run with its own torch; an inventory made by an earlier version
+    of the workspace tells of none but torch's own."""
+    links = {name for name, package in host.packages.items() if package.links_torch}
+    return links | {name for name in TORCH if name in host.packages}
+
+
+def choose(
+    start: list[str],
+    lock: dict[str, Entry],
+    host: Host,
+    *,
+    nvcc: bool,
+    unfit_torch: str | None = None,
+) -> Choice:
     """What to pack so that all requirements in `start` are satisfied on the host.
 
     Args:
         nvcc: the host's CUDA compiler is used.
+        unfit_torch: why the pinned torch is packed in place of the host's; None if it is not.
     """
-    choice = Choice()
-    replaced: dict[str, str] = {}
+    choice, torch, left_out = Choice(), unfit_torch is not None, _left_out(host)
+    replaced = dict.fromkeys(compiled_against_torch(host), unfit_torch) if unfit_torch else {}
 
     def requires(name: str) -> list[str]:
         if name in host.packages and name not in replaced:
@@ -176,8 +228,8 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
 
     # A pinned version may conflict with another package of the host, so repeat until none does.
     while True:
-        asked = _walk(start, requires, host.markers)
-        conflicts = _conflicts(asked, lock, host, replaced)
+        asked = _walk(start, requires, host.markers, left_out)
+        conflicts = _conflicts(asked, lock, host, replaced, torch=torch)
         more = {name: why for name, why in conflicts if name not in replaced and name in lock}
         if not more:
             break
@@ -185,9 +237,11 @@ def choose(start: list[str], lock: dict[str, Entry], host: Host, *, nvcc: bool) 
     for name in sorted(DEVELOPMENT - asked.keys() - host.packages.keys()):
         choice.left_out[name] = "a tool for development"
     for name in sorted(asked):
-        if name in LEFT_OUT:
+        if name in left_out:
             if name not in host.packages:
-                choice.left_out[name] = LEFT_OUT[name]
+                choice.left_out[name] = left_out[name]
+        elif name in replaced and name not in lock:
+            choice.left_out[name] = f"{replaced[name]}, and the lock has none"
         elif name in replaced or (not nvcc and name in TOOL_CHAIN and name in lock):
             choice.packed.append(lock[name])
             choice.why[name] = replaced.get(name, "the host has no nvcc of this release")

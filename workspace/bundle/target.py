@@ -15,6 +15,11 @@ from workspace.environment.inventory import FORMAT
 from workspace.host.errors import WorkspaceError
 from workspace.pins.model import Device, Pins, Release
 
+OLDEST_DRIVER = {12: 525, 13: 580}
+"""Version of CUDA → the oldest driver that runs it, whatever the minor version.
+
+Source: NVIDIA, CUDA Compatibility, section Minor Version Compatibility."""
+
 HOW = (
     "on the host: python3 inventory.py > inventory.json (that file is "
     "workspace/environment/inventory.py; with a checkout: make inventory), then copy it here"
@@ -40,6 +45,7 @@ class Libc(BaseModel):
 class Torch(BaseModel):
     version: str
     cuda: str | None
+    sees_gpu: bool = False
 
 
 class Gpu(BaseModel):
@@ -56,6 +62,8 @@ class Nvcc(BaseModel):
 class Package(BaseModel):
     version: str
     requires: list[str]
+    links_torch: bool = False
+    """Whether it is compiled against the torch that it was installed with."""
 
 
 class Host(BaseModel):
@@ -157,7 +165,7 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
             f"{python.executable} lacks Python's own {names}; install them there (Debian, Ubuntu: "
             f"python{python.short}-venv)"
         )
-    yield from _torch_problems(host, version, pins)
+    yield from _driver_problems(host, version, pins)
     if not python.headers:
         yield (
             f"it has no Python.h for {python.executable}, and vLLM compiles at run time; install "
@@ -170,32 +178,43 @@ def problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
         yield f"it lacks {', '.join(missing)}; install them there"
 
 
-def _torch_problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
-    release = pins.release(version)
-    wanted = f"torch {release.torch} for CUDA {release.cuda.release}"
-    if host.torch is None:
+def _driver_problems(host: Host, version: str, pins: Pins) -> Iterator[str]:
+    wanted = pins.release(version).cuda.major
+    if not host.gpus or (host.torch and host.torch.sees_gpu and _cuda(host.torch) == wanted):
+        return  # with NVIDIA's compatibility package an older driver serves, too
+    found = host.gpus[0].driver
+    number = int(found.split(".")[0])
+    if number < OLDEST_DRIVER.get(wanted, 0):
+        others = [
+            name
+            for name, release in pins.vllm.release.items()
+            if OLDEST_DRIVER[release.cuda.major] <= number
+        ]
+        bundle = f", or bundle another release: VLLM_VERSION={others[0]}" if others else ""
         yield (
-            f"{host.python.executable} has no torch that can be imported, and a bundle has "
-            f"none; install {wanted} there, or make the inventory with the Python that has it"
+            f"its driver is {found}, vLLM {version} is built for CUDA {wanted}, which needs "
+            f"{OLDEST_DRIVER[wanted]} or later; install one{bundle}"
         )
-        return
+
+
+def _cuda(torch: Torch) -> int | None:
+    return int(torch.cuda.split(".")[0]) if torch.cuda else None
+
+
+def unfit_torch(host: Host, release: Release) -> str | None:
+    """Why vLLM cannot run with the torch that the host has; None if it can."""
+    if host.torch is None:
+        return f"{host.python.executable} has no torch that can be imported"
     found = Version(host.torch.version)
     if found.public != release.torch:
-        other = pins.built_for(found.public)
-        bundle = f"bundle the release that is built for it (VLLM_VERSION={other}), or "
-        yield (
-            f"it has torch {found}, the binaries of vLLM {version} are built for {release.torch}; "
-            f"{bundle if other else ''}install {wanted} there"
-        )
-    elif host.device == "cuda" and (host.torch.cuda or "").split(".")[0] != str(release.cuda.major):
-        built = f"CUDA {host.torch.cuda}" if host.torch.cuda else "the CPU only"
-        yield f"its torch is built for {built}; install {wanted} there"
+        return f"the host has torch {found}"
     triton = host.packages.get("triton")
+    if host.device == "cuda" and _cuda(host.torch) != release.cuda.major:
+        built = f"CUDA {host.torch.cuda}" if host.torch.cuda else "the CPU only"
+        return f"the host's torch {found} is built for {built}"
     if host.device == "cuda" and triton and Version(triton.version).public != release.triton:
-        yield (
-            f"it has triton {triton.version}, torch {release.torch} needs {release.triton}; "
-            "install that there"
-        )
+        return f"the host has triton {triton.version}"
+    return None
 
 
 def require_workable(host: Host, version: str, pins: Pins) -> None:

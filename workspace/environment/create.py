@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TypedDict
 
-from workspace.environment import conda, index, uv
+from workspace.environment import conda, host_packages, index, uv
 from workspace.environment.commands import INDEX_REMEDY, run
 from workspace.environment.python import find_python, version_of
 from workspace.host import settings
@@ -103,15 +103,14 @@ def _system_environment(prefix: Path, python: str, bundled: list[Path]) -> None:
     Nothing is installed into the host's interpreter.
 
     --system-site-packages would show the packages of the base interpreter, which is another one if
-    the host's is a venv itself; so its folders are named in a .pth file.
+    the host's is a venv itself; so its folders are named in a .pth file. With a torch in the bundle
+    they are folders of links (host_packages.py).
     """
     say(f"using the packages of {python}; nothing is installed into it")
     run([python, "-m", "venv", "--without-pip", "--clear", str(prefix)], quiet=True)
     purelib = run([str(_interpreter(prefix)), "-c", PURELIB], quiet=True).splitlines()[0]
-    host = run([python, "-c", SITE_FOLDERS], quiet=True).splitlines()
-    # Escaped: the encoding in which such a file is read depends on Python and locale.
-    lines = [f"import site; site.addsitedir({folder!a})" for folder in host]
-    (Path(purelib) / "host.pth").write_text("\n".join(lines) + "\n")
+    host = [Path(line) for line in run([python, "-c", SITE_FOLDERS], quiet=True).splitlines()]
+    _let_see(Path(purelib), host)  # the host's pip may install what follows
     for requirements in bundled:
         say(f"installing the bundle's packages into {prefix.name}")
         run(
@@ -121,6 +120,15 @@ def _system_environment(prefix: Path, python: str, bundled: list[Path]) -> None:
             quiet=True,
             failure="the bundle's packages could not be installed; run: make unbundle FROM=<it>",
         )  # fmt: skip
+    if host_packages.has_torch(bundled):
+        _let_see(Path(purelib), host_packages.show(prefix, Path(purelib), host, bundled))
+        host_packages.require_one_torch(_interpreter(prefix), python)
+
+
+def _let_see(purelib: Path, folders: list[Path]) -> None:
+    # Escaped: the encoding in which such a file is read depends on Python and locale.
+    lines = [f"import site; site.addsitedir({str(folder)!a})" for folder in folders]
+    (purelib / "host.pth").write_text("\n".join(lines) + "\n")
 
 
 def _bundle_installer(interpreter: Path, python: str) -> list[str]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import mmap
 import os
 import platform
 import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -80,16 +82,59 @@ def markers() -> dict[str, Any]:
 
 
 def packages() -> dict[str, Any]:
-    """Name → version and requirements of every distribution; of duplicates, the first counts."""
+    """Name → version, requirements and whether it links with torch, of every distribution; of
+    duplicates, the first counts."""
     entries: dict[str, Any] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name and distribution.version:
-            entries.setdefault(
-                re.sub(r"[-_.]+", "-", name).lower(),
-                {"version": distribution.version, "requires": distribution.requires or []},
-            )
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        if name and distribution.version and name not in entries:
+            entries[name] = {
+                "version": distribution.version,
+                "requires": distribution.requires or [],
+                "links_torch": any(map(links_torch, compiled_files(distribution))),
+            }
     return dict(sorted(entries.items()))
+
+
+def installed_files(distribution: metadata.Distribution) -> list[str]:
+    """The files of a distribution, relative to its folder; none if it has no list of them."""
+    lines = (distribution.read_text("RECORD") or "").splitlines()
+    return [line.rsplit(",", 2)[0].strip('"') for line in lines]
+
+
+def compiled_files(distribution: metadata.Distribution) -> list[str]:
+    names = [name for name in installed_files(distribution) if ".so" in os.path.basename(name)]
+    return [str(distribution.locate_file(name)) for name in names]
+
+
+def links_torch(path: str) -> bool:
+    """Whether a shared library is linked with torch's, so that only that version can load it."""
+    return any(name.startswith(("libtorch", "libc10")) for name in linked_libraries(path))
+
+
+def linked_libraries(path: str) -> list[str]:
+    """The libraries that a shared library names as needed (ELF, 64 bits, little-endian)."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+            if data[:6] != b"\x7fELF\x02\x01":
+                return []
+            (start,) = struct.unpack_from("<Q", data, 32)
+            size, count = struct.unpack_from("<HH", data, 54)
+            # type, flags, offset in the file, address, physical address, size in the file
+            parts = [struct.unpack_from("<IIQQQQ", data, start + i * size) for i in range(count)]
+            entries = [
+                struct.unpack_from("<qQ", data, part[2] + place)
+                for part in parts
+                if part[0] == 2  # PT_DYNAMIC
+                for place in range(0, part[5], 16)
+            ]
+            address = next((value for tag, value in entries if tag == 5), 0)  # DT_STRTAB
+            loaded = (part for part in parts if part[0] == 1 and 0 <= address - part[3] < part[5])
+            strings = next((part[2] + address - part[3] for part in loaded), 0)
+            names = [strings + value for tag, value in entries if tag == 1]  # DT_NEEDED
+            return [data[name : data.find(b"\0", name)].decode() for name in names]
+    except (OSError, ValueError, OverflowError, struct.error):  # missing, empty, or cut off
+        return []
 
 
 def torch() -> dict[str, Any] | None:

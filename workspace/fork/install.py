@@ -301,7 +301,8 @@ def require_torch(version: str) -> None:
             use = f"use a release built for it: VLLM_VERSION={other}, or "
             raise WorkspaceError(
                 f"this Python has torch {found}, the binaries of vLLM {version} are built for "
-                f"{wanted}; {use if other else ''}set PYTHON= to one with torch {wanted}"
+                f"{wanted}; {use if other else ''}set PYTHON= to one with torch {wanted}, or use a "
+                "bundle (make bundle), which brings it"
             )
 
 

@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 
 from tests.workspace.conftest import edit_in_the_same_second
 from workspace.bundle import archive, pack, packages, place, repository, unbundle
-from workspace.bundle.target import Host, problems, require_workable, supported_tags
+from workspace.bundle.target import (
+    Host,
+    Package,
+    problems,
+    require_workable,
+    supported_tags,
+    unfit_torch,
+)
 from workspace.environment import inventory
 from workspace.environment.lock import Entry, locked
 from workspace.fork.tree_state import uncommitted
@@ -137,12 +144,7 @@ def test_a_host_with_the_pinned_torch_is_workable(here: dict[str, Any]) -> None:
         ({"python": {"headers": False}}, "has no Python.h"),
         ({"machine": "riscv64"}, "it is riscv64"),
         ({"libc": {"name": ""}}, "C library"),
-        ({"torch": None}, "has no torch that can be imported"),
-        ({"torch": {"version": "2.4.1"}}, f"torch 2.4.1, the binaries of vLLM .* {RELEASE.torch}"),
-        ({"torch": {"version": "2.11.0"}}, r"the release that .* \(VLLM_VERSION=0\.25\.1\), or"),
-        ({"torch": {"cuda": None}}, "built for the CPU only"),
-        ({"torch": {"cuda": "12.8"}}, "built for CUDA 12.8"),
-        ({"packages": {"triton": {"version": "3.1.0", "requires": []}}}, "triton 3.1.0"),
+        ({"gpus": [{**GPU, "driver": "570.86"}]}, "driver is 570.86, .* needs 580 .*=0.13.0"),
         ({"tools": {"git": None}}, "it lacks git"),
         ({"gpus": [], "libnuma": False}, "libnuma"),
     ],
@@ -154,6 +156,45 @@ def test_a_host_that_cannot_work_is_refused_in_one_line(
         require_workable(a_host(here, **changes), VERSION, load())
     assert str(caught.value).startswith("no bundle for that host: ")
     assert "\n" not in str(caught.value)
+
+
+def test_an_older_driver_with_which_torch_sees_the_gpu_is_taken(here: dict[str, Any]) -> None:
+    gpu = {**GPU, "driver": "550.54"}
+    host = a_host(here, gpus=[gpu], torch={"version": "2.11.0", "sees_gpu": True})
+    assert list(problems(host, VERSION, load())) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"torch": None}, "has no torch that can be imported"),
+        ({"torch": {"version": "2.11.0+cu130"}}, "the host has torch 2.11.0+cu130"),
+        ({"torch": {"version": "2.14.0a0+nv"}}, "the host has torch 2.14.0a0"),
+        ({"torch": {"cuda": None}}, "built for the CPU only"),
+        ({"torch": {"cuda": None}, "gpus": []}, None),
+        ({"torch": {"cuda": "12.8"}}, "built for CUDA 12.8"),
+        ({"packages": {"triton": {"version": "3.1.0", "requires": []}}}, "has triton 3.1.0"),
+    ],
+)
+def test_another_torch_on_the_host_is_seen_and_does_not_prevent_a_bundle(
+    here: dict[str, Any], changes: dict[str, Any], says: str | None
+) -> None:
+    host = a_host(here, **changes)
+    reason = unfit_torch(host, RELEASE)
+    assert (reason is None) is (says is None)
+    assert (says or "") in (reason or "")
+    require_workable(host, VERSION, load())
+
+
+def test_the_release_that_needs_no_torch_in_the_bundle_is_named(here: dict[str, Any]) -> None:
+    pins = load()
+    version = pins.release("0.25.1").triton
+    triton: dict[str, Any] = {"triton": {"version": version, "requires": []}}
+    for cuda, named in (("13.0", True), ("12.8", False)):
+        host = a_host(here, torch={"version": "2.11.0", "cuda": cuda}, packages=triton)
+        line = pack._torch_comes_along("why", host, RELEASE, pins)
+        assert ("VLLM_VERSION=0.25.1" in line) is named
 
 
 def test_wheels_for_the_hosts_glibc_or_older_fit_and_no_newer(here: dict[str, Any]) -> None:
@@ -228,6 +269,61 @@ def test_torch_and_its_cuda_libraries_stay_the_hosts_whatever_their_versions(
     assert choice.packed == []
 
 
+@pytest.mark.parametrize(
+    ("host", "pinned", "expected"),
+    [
+        ("13.1.0.3", "13.1.1.3", True),  # cuBLAS of CUDA 13.0.2 and 13.0.3
+        ("13.3", "13.0.3", True),
+        ("12.9", "13.0", False),
+        ("9.19.0.56", "9.20.0.48", False),  # torch refuses a cuDNN older than its own
+        ("9.21", "9.20.0.48", True),
+        ("2.28.9", "2.29.7", False),  # NCCL: functions are missing
+        ("0.8.0", "0.8.1", False),
+        ("0.8.1.1", "0.8.1", True),
+        ("0.9.0", "0.8.1", False),
+    ],
+)
+def test_a_library_serves_if_it_is_of_the_major_version_and_not_of_an_older_minor_one(
+    host: str, pinned: str, expected: bool
+) -> None:
+    assert packages.serves(host, pinned) is expected
+
+
+def test_torch_comes_with_what_belongs_to_it_and_the_libraries_that_the_host_has_too_old(
+    here: dict[str, Any], lock: dict[str, Entry]
+) -> None:
+    if "nvidia-cudnn-cu13" not in lock:
+        pytest.skip("this release's libraries have other names")
+    host = a_host(here)
+    versions = {"torch": "2.11.0", "triton": "3.6.0", "torchvision": "0.26.0",
+                "nvidia-cublas": "13.1.0.3", "nvidia-cudnn-cu13": "9.1.0.1",
+                "nvidia-nccl-cu13": "2.1.0"}  # fmt: skip
+    for name, version in versions.items():
+        host.packages[name].version = version
+    linked = Package(version="1.0", requires=["torch==2.11.0"], links_torch=True)
+    host.packages |= {"flash-attn": linked, "xgrammar": linked}
+    start = ["torch", "torchvision", "flash-attn", "xgrammar"]
+    choice = packages.choose(start, lock, host, nvcc=True, unfit_torch="the host has torch 2.11.0")
+    assert {entry.name for entry in choice.packed} >= {
+        *("torch", "triton", "torchvision", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "xgrammar")
+    }
+    assert choice.why["torchvision"] == "the host has torch 2.11.0"
+    assert "nvidia-cublas" in {kept.name for kept in choice.kept}
+    assert "the lock has none" in choice.left_out["flash-attn"]
+
+
+def test_a_host_without_torch_gets_all_of_its_libraries(
+    here: dict[str, Any], lock: dict[str, Entry]
+) -> None:
+    host = a_host(here, torch=None)
+    for name in [*host.packages]:
+        if name in packages.TORCH or packages.LIBRARY.fullmatch(name):
+            del host.packages[name]
+    choice = packages.choose(["torch"], lock, host, nvcc=True, unfit_torch="no torch")
+    needed = {*load().release(VERSION).cuda.libraries, "torch", "triton"}
+    assert needed <= {entry.name for entry in choice.packed}
+
+
 def test_without_nvcc_the_tool_chain_comes_along_whole(
     here: dict[str, Any], lock: dict[str, Entry]
 ) -> None:
@@ -246,6 +342,11 @@ def test_what_is_left_out_is_named_with_the_reason_and_so_is_what_the_lock_lacks
     host.packages.pop("flashinfer-python", None)
     choice = packages.choose(["flashinfer-python", "no-such-package"], lock, host, nvcc=True)
     assert "VLLM_USE_FLASHINFER_SAMPLER" in choice.left_out["flashinfer-python"]
+    host.packages.pop("quack-kernels", None)
+    for capability, left_out in (("9.0", True), ("10.3", False), ("12.0", True)):
+        host.gpus[0].capability = capability
+        cute = packages.choose(["quack-kernels"], lock, host, nvcc=True).left_out
+        assert ("quack-kernels" in cute) is left_out
     assert "not in the lock" in choice.left_out["no-such-package"]
     assert choice.packed == []
 
