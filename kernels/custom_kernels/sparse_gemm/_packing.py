@@ -16,10 +16,12 @@ pair, then from its second pair until it is full. This always succeeds for at mo
 Four bits hold their positions, two bits each, the first in the low bits; a byte holds two such
 groups, the first in the low bits.
 
-Both are vectorized over rows and groups, only move bits and run on the weight's device.
+Both are vectorized over rows and groups, only move bits and run on the weight's device. Arithmetic
+stands for comparisons, gathers and transposes of small groups, which a CPU does one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn.functional import pad
@@ -48,8 +50,12 @@ Arguments = tuple[
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtype by item size, to move values: not every torch operation supports 8-bit floats."""
 
-_CHUNK = 1 << 25
-"""Values that are processed at a time: temporaries take about ten bytes for each."""
+_WORDS = {1: (torch.int16, torch.int32), 2: (torch.int32, torch.int64)}
+"""Integer dtypes for two and for four values, by item size."""
+
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 25}
+"""Values that are processed at a time, by type of device: temporaries take about ten bytes for
+each, which on a CPU should stay in its caches."""
 
 
 def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -65,23 +71,36 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     out = bits.new_zeros((rows, pattern.expanded(k)))
     count = pattern.groups(k)
     even, odd, start = count * pattern.even, count * pattern.odd, pattern.odd_start(k)
-    for part in _chunks(rows, out.shape[1]):
-        padding = (0, count * pattern.group - k)
-        values = pad(bits[part], padding).unflatten(1, (count, pattern.n, 2))
-        left = pad(_nonzero(weight[part]), padding).unflatten(1, (count, pattern.n, 2))
-        _check_pattern(left, pattern, part.start, k)
-        windows = []
+
+    def plain(part: slice) -> None:  # 2:4: the only window of a group is the group
+        nonzero = _nonzero(pad(bits[part], (0, -k % 4)), weight.dtype)
+        _check_pattern(_counts(nonzero).flatten(), pattern, part.start, k)
+        torch.mul(bits[part], nonzero[:, :k], out=out[part, :k])
+
+    def work(part: slice) -> None:
+        groups = pad(bits[part], (0, count * pattern.group - k)).view(-1, pattern.group)
+        values = groups.new_empty(pattern.group, len(groups))  # a row for each place in a group
+        for place, column in zip(values, groups.unbind(1), strict=True):
+            place.copy_(column)
+        left = _nonzero(values, weight.dtype)
+        _check_pattern(left.sum(0, dtype=torch.uint8), pattern, part.start, k)
+        sections = [
+            out[part, begin : begin + length].unflatten(1, (count, -1))
+            for begin, length in ((0, even), (start, odd))
+        ]
         for j in range(pattern.n - 1):
-            first, second = left[:, :, j], left[:, :, j + 1]
-            # A value is taken if those before it leave one of the window's two places.
-            before = torch.stack([first.sum(-1), first.sum(-1) + second[..., 0]], -1)
-            taken = second & (before < 2)
-            window = torch.cat([values[:, :, j] * first, values[:, :, j + 1] * taken], -1)
-            windows.append(window)
-            left[:, :, j + 1] = second & ~taken
-        stacked = torch.stack(windows, 2)  # [rows, groups, N-1, 4]
-        out[part, :even] = stacked[:, :, 0::2].flatten(1)
-        out[part, start : start + odd] = stacked[:, :, 1::2].flatten(1)
+            first, second = left[2 * j : 2 * j + 2], left[2 * j + 2 : 2 * j + 4]
+            free = 2 - first[0] - first[1]
+            taken = [torch.minimum(second[0], free)]
+            taken.append(torch.minimum(second[1], free - taken[0]))
+            for i, mask in enumerate((*first, *taken)):
+                place = sections[j % 2][:, :, j // 2 * 4 + i]
+                place.copy_((values[2 * j + i] * mask).view(place.shape))
+            second[0] -= taken[0]
+            second[1] -= taken[1]
+
+    short = pattern.n == 2 and bits.dtype.itemsize in _WORDS
+    _in_parts(plain if short else work, bits.device, rows, out.shape[1])
     return out.view(weight.dtype)
 
 
@@ -94,11 +113,16 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
     Raises ValueError with the first row and group that violate the pattern.
     """
     n, k = weight.shape
-    full = torch.zeros(-(-n // MIXED_ROWS) * MIXED_ROWS, dtype=torch.int64, device=weight.device)
-    for part in _chunks(n, k):  # the first of each row's groups of 4 that is too full, or -1
-        nonzero = pad(_nonzero(weight[part]), (0, -k % 4)).unflatten(1, (-1, 4))
-        over = nonzero.sum(-1, dtype=torch.uint8) > 2
-        full[part] = over.any(1) * (over.to(torch.uint8).argmax(1) + 1)
+    full = torch.zeros(-(-n // MIXED_ROWS) * MIXED_ROWS, dtype=torch.bool, device=weight.device)
+
+    def too_full(part: slice) -> torch.Tensor:
+        nonzero = _nonzero(pad(weight[part].view(torch.uint8), (0, -k % 4)), weight.dtype)
+        return _counts(nonzero) > 2
+
+    def work(part: slice) -> None:
+        full[part] = too_full(part).any(1)
+
+    _in_parts(work, weight.device, n, k)
     dense = full.view(-1, MIXED_ROWS // MIXED_GROUP, MIXED_GROUP).any(-1)
     most = dense.shape[1] // 2
     wrong = dense.sum(1) > most
@@ -107,7 +131,7 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
         group = int(dense[block].nonzero()[most])
         first = block * MIXED_ROWS + group * MIXED_GROUP
         row = first + int(full[first : first + MIXED_GROUP].nonzero()[0])
-        column = (int(full[row]) - 1) * 4
+        column = 4 * int(too_full(slice(row, row + 1))[0].nonzero()[0])
         raise ValueError(
             f"sparse_gemm: the weight is not mixed: of rows {block * MIXED_ROWS} to "
             f"{min((block + 1) * MIXED_ROWS, n) - 1}, {int(dense[block].sum())} groups of "
@@ -123,22 +147,34 @@ def pad_bits(weight: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """expanded [N, K'] with at most two nonzeros in every aligned four, K' a multiple of 64.
+    """expanded [N, K'] of 8 or 16 bits with at most two nonzeros in every aligned four, K' a
+    multiple of 64.
 
     Returns values [N, K'/2] of its dtype and metadata [N, K'/8] uint8.
     """
     rows, k = expanded.shape
-    bits = expanded.view(BITS[expanded.dtype.itemsize])
-    values = bits.new_empty((rows, k // 2))
-    metadata = torch.empty((rows, k // 8), dtype=torch.uint8, device=expanded.device)
-    kept = torch.tensor([_kept(code) for code in range(16)], device=expanded.device)
-    weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=expanded.device)
-    for part in _chunks(rows, k):
-        code = (_nonzero(expanded[part]).unflatten(1, (-1, 4)) * weights).sum(-1, dtype=torch.int64)
-        places = kept[code]  # [rows, K'/4, 2]
-        values[part] = bits[part].unflatten(1, (-1, 4)).gather(2, places).flatten(1)
-        nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8).unflatten(1, (-1, 2))
-        metadata[part] = nibbles[..., 0] | nibbles[..., 1] << 4
+    size, device = expanded.dtype.itemsize, expanded.device
+    two, four = _WORDS[size]
+    lane = 8 * size
+    bits = expanded.view(BITS[size])
+    values = torch.empty((rows, k // 4), dtype=two, device=device)
+    metadata = torch.empty((rows, k // 8), dtype=torch.uint8, device=device)
+    places = torch.tensor([a | b << 2 for a, b in map(_kept, range(16))], dtype=four, device=device)
+
+    def work(part: slice) -> None:
+        code = _nonzero(bits[part], expanded.dtype).view(four)  # a bit in each of four lanes
+        code |= code >> (lane - 1)
+        code |= code >> 2 * (lane - 1)
+        code &= 15
+        nibbles = places.index_select(0, code.flatten()).view(code.shape)
+        quads, mask = bits[part].view(four), (1 << lane) - 1
+        first = quads >> (nibbles & 3) * lane & mask
+        second = quads >> (nibbles >> 2) * lane & mask
+        values[part] = second << lane | first
+        pairs = nibbles.to(torch.uint8).view(torch.int16)
+        metadata[part] = (pairs | pairs >> 4).to(torch.uint8)
+
+    _in_parts(work, device, rows, k)
     return values.view(expanded.dtype), metadata
 
 
@@ -159,28 +195,56 @@ def _kept(code: int) -> tuple[int, int]:
     return first, second
 
 
-def _nonzero(values: torch.Tensor) -> torch.Tensor:
-    if values.is_floating_point() and values.dtype.itemsize == 1:
-        return (values.view(torch.uint8) & 0x7F) != 0
-    return values != 0
+def _nonzero(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """1 where the bits of a value of ``dtype`` are not zero, else 0; −0.0 is zero."""
+    if dtype.is_floating_point:
+        return (bits & (1 << 8 * dtype.itemsize - 1) - 1).clamp_(max=1)
+    return bits.clamp(max=1) if bits.dtype == torch.uint8 else (bits != 0).to(bits.dtype)
 
 
-def _check_pattern(nonzero: torch.Tensor, pattern: Pattern, row_offset: int, k: int) -> None:
-    """nonzero [rows, groups, N, 2], the first of them row ``row_offset`` of the weight."""
-    counts = nonzero.sum((-1, -2))
-    wrong = counts > pattern.nonzeros
-    if not wrong.any():
+def _counts(nonzero: torch.Tensor) -> torch.Tensor:
+    """[N, K/4] integers: the sums of every four of nonzero [N, K], 0 or 1 in 8 or 16 bits."""
+    size = nonzero.dtype.itemsize
+    quads = nonzero.view(_WORDS[size][1])
+    quads = quads + (quads >> 16 * size)
+    return quads + (quads >> 8 * size) & 7
+
+
+def _check_pattern(counts: torch.Tensor, pattern: Pattern, row_offset: int, k: int) -> None:
+    """counts [rows · groups] of nonzeros, the first of row ``row_offset`` of the weight."""
+    if not counts.numel() or counts.max() <= pattern.nonzeros:
         return
-    row, group = (int(index) for index in wrong.nonzero()[0])
+    wrong = int((counts > pattern.nonzeros).nonzero()[0])
+    row, group = divmod(wrong, pattern.groups(k))
     first = group * pattern.group
     last = min(first + pattern.group, k) - 1
     raise ValueError(
         f"sparse_gemm: the weight is not {pattern}: row {row_offset + row}, group {group} (columns "
-        f"{first} to {last}) has {int(counts[row, group])} nonzeros, {pattern.nonzeros} are allowed"
+        f"{first} to {last}) has {int(counts[wrong])} nonzeros, {pattern.nonzeros} are allowed"
     )
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // max(columns, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def _in_parts(work: Callable[[slice], None], device: torch.device, rows: int, columns: int) -> None:
+    """Call ``work`` for parts of the rows, which together are all of them.
+
+    On a CPU in several threads, each of which computes alone: so they wait for each other once, and
+    not after every operation, which takes long where something else runs as well.
+    """
+    step = max(1, _CHUNK[device.type] // max(columns, 1))
+    parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or len(parts) == 1 or threads == 1:
+        for part in parts:
+            work(part)
+        return
+    inference = torch.is_inference_mode_enabled()
+
+    def one(part: slice) -> None:
+        with torch.inference_mode(inference):
+            work(part)
+
+    try:
+        with ThreadPoolExecutor(threads, "pack", torch.set_num_threads, (1,)) as pool:
+            list(pool.map(one, parts))  # raises what the first part raised that did
+    finally:
+        torch.set_num_threads(threads)  # threads that start later begin with what was set last
