@@ -8,7 +8,6 @@ import re
 from workspace.fork import patch_queue
 from workspace.fork.rebase_state import Rebase, conflicts
 from workspace.fork.tree_state import shown
-from workspace.host.git import git
 
 STYLE = ("-c", "merge.conflictStyle=diff3")
 """With it git writes into a file also what was there before both changes."""
@@ -20,7 +19,7 @@ PLACE = re.compile(
 
 def title(rebase: Rebase, commit: str) -> str:
     """The commit, and the patch that it is exported as, if it is."""
-    subject = git("log", "-1", "--format=%s", commit, tree=rebase.tree).strip()
+    subject = patch_queue.subject(rebase.tree, commit)
     patches = patch_queue.files(rebase.origin)
     names = [shown(one) for one in patches if patch_queue.read_file(one).subject == subject]
     return ", ".join([patch_queue.short(rebase.tree, commit), *names])

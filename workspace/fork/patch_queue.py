@@ -289,5 +289,9 @@ def commit_id(tree: Path, name: str) -> str:
     return git("rev-parse", "-q", "--verify", f"{name}^{{commit}}", tree=tree).strip()
 
 
+def subject(tree: Path, commit: str) -> str:
+    return git("log", "-1", "--format=%s", commit, tree=tree).strip()
+
+
 def short(tree: Path, commit: str) -> str:
     return git("log", "-1", "--format=%h (%s)", commit, tree=tree).strip()

@@ -20,7 +20,7 @@ from workspace import verbs
 from workspace.environment import lock
 from workspace.environment.fetch import fetch
 from workspace.fork import conflict, patch_queue, pin_release, prepare, rebase_state, tree_state
-from workspace.fork.patch_queue import is_ancestor, short
+from workspace.fork.patch_queue import is_ancestor, short, subject
 from workspace.fork.rebase_state import Rebase, conflicts, in_git
 from workspace.fork.tree_state import require, require_no_edits, require_no_operation, shown
 from workspace.host import setup_lock
@@ -201,18 +201,14 @@ def _todo(rebase: Rebase) -> list[str]:
     tree = rebase.tree
     commits = patch_queue.commits(tree, f"{REFS}/base", f"{REFS}/tip")
     patches = patch_queue.commits(tree, prepare.upstream_tag(rebase.target), rebase.onto)
-    subjects = {_subject(tree, commit) for commit in patches}
-    todo = [commit for commit in commits if _subject(tree, commit) not in subjects]
+    subjects = {subject(tree, commit) for commit in patches}
+    todo = [commit for commit in commits if subject(tree, commit) not in subjects]
     if not todo:
         raise WorkspaceError(
             f"the patches of vLLM {rebase.target} include all {len(commits)} commits of vLLM "
             f"{rebase.origin}: nothing to rebase. Undo it with: make fork-rebase ABORT=1"
         )
     return todo
-
-
-def _subject(tree: Path, commit: str) -> str:
-    return git("log", "-1", "--format=%s", commit, tree=tree).strip()
 
 
 def _hash(tree: Path, name: str) -> str:

@@ -98,6 +98,15 @@ def check_kind(operation: str, pattern: str | None, dtype: torch.dtype) -> None:
             raise ValueError(f"{operation}: for mixed weights expand for {kind.expansion}")
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [M, K] with unit inner stride and rows that do not overlap."""
+    k = x.shape[-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
+        return rows.contiguous()
+    return rows
+
+
 def _quant_expand(
     x: torch.Tensor, pattern: str | None, dtype: torch.dtype, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,10 +115,7 @@ def _quant_expand(
     run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, pattern, dtype)
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
-        rows = rows.contiguous()
+    rows = as_rows(x)
     q, scale = run(rows, pattern, dtype)
     launches.record("quant_expand", backend, tokens=rows.shape[0])
     if x.dim() == 2:

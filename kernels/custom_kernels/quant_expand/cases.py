@@ -76,12 +76,8 @@ def checks(dtype: str) -> Iterator[Case]:
 def baselines(dtype: str) -> list[Contender]:
     """What a user would call instead: torch, plain and compiled; vLLM's own quantization, which
     does not expand."""
-
     kernels = {"int8": "dynamic_scaled_int8_quant"}
     kernel = kernels.get(dtype, "dynamic_per_token_scaled_fp8_quant")
-
-    def compiling(device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
 
     return [
         Contender("torch", reference.run),
@@ -112,12 +108,9 @@ def case(
     def fill(inputs: Sequence[Any]) -> None:
         x = inputs[0]
         x.normal_()
-        channels = torch.randint(k, (max(1, k // 100),), device=x.device)
-        x[:, channels] *= torch.empty(len(channels), device=x.device).uniform_(20, 50).to(x.dtype)
+        make_outliers(20, 50, x)
         if edges:
-            for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
-                row[k // 2 :] = value
-                row[: k // 2] *= 0 if value == 0 else 1e-38
+            make_edges(x)
 
     return Case(
         labels={**labels, "pattern": pattern or PLAIN, "M": m, "K": k},
@@ -128,6 +121,23 @@ def case(
         tolerance=0.0,
         error=error,
     )
+
+
+def make_outliers(least: float, most: float, *tensors: torch.Tensor) -> None:
+    """Make one column in a hundred so many times as large, the same in all ``tensors`` [M, K]."""
+    k, device = tensors[0].shape[1], tensors[0].device
+    columns = torch.randint(k, (max(1, k // 100),), device=device)
+    large = torch.empty(len(columns), device=device).uniform_(least, most)
+    for tensor in tensors:
+        tensor[:, columns] *= large.to(tensor.dtype)
+
+
+def make_edges(x: torch.Tensor) -> None:
+    """Rows of x [M, K] after the first: of zeros, with infinities, with NaN, of subnormals."""
+    half = x.shape[1] // 2
+    for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
+        row[half:] = value
+        row[:half] *= 0 if value == 0 else 1e-38
 
 
 def error(inputs: Sequence[Any], outputs: Any) -> float:
@@ -193,6 +203,11 @@ def vllm_quantize(x: torch.Tensor, dtype: torch.dtype) -> Rounded:
     else:
         q, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
     return Rounded(q, scale)
+
+
+def compiling(device: torch.device) -> str | None:
+    """Why torch.compile is not measured on a device, as a Contender asks it."""
+    return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
 
 
 def vllm_kernel_missing(name: str) -> Callable[[torch.device], str | None]:

@@ -9,7 +9,7 @@ registration as ``torch.ops.custom_kernels.rms_norm_quant``.
 import torch
 
 from custom_kernels import launches, registry
-from custom_kernels.quant_expand import check_kind, expanded
+from custom_kernels.quant_expand import as_rows, check_kind, expanded
 
 OPERATION = registry.operation("rms_norm_quant")
 
@@ -114,8 +114,8 @@ def _rms_norm_quant(
     run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, residual, weight, epsilon, pattern, dtype)
-    rows = _rows(x)
-    other = None if residual is None else _rows(residual)
+    rows = as_rows(x)
+    other = None if residual is None else as_rows(residual)
     q, scale, total = run(rows, other, weight.contiguous(), epsilon, pattern, dtype)
     launches.record("rms_norm_quant", backend, tokens=rows.shape[0])
     if x.dim() == 2:
@@ -126,15 +126,6 @@ def _rms_norm_quant(
         scale.view(leading),
         total if residual is None else total.view(x.shape),
     )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[M, K] with unit inner stride and rows that do not overlap."""
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
-        return rows.contiguous()
-    return rows
 
 
 _op = OPERATION.register(

@@ -12,14 +12,32 @@ from typing import Any, NamedTuple
 
 import torch
 
-from custom_kernels import custom_quant_expand, registry
+from custom_kernels import custom_quant_expand
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand import expanded
-from custom_kernels.quant_expand.cases import PLAIN, steps, vllm_kernel_missing, wrong_bytes
+from custom_kernels.quant_expand.cases import (
+    PLAIN,
+    compiling,
+    contender,
+    make_edges,
+    make_outliers,
+    steps,
+    vllm_kernel_missing,
+    wrong_bytes,
+)
 from custom_kernels.rms_norm_quant import reference
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "cases",
+    "checks",
+    "contender",
+]
 
 DTYPES = ("float8_e4m3fn", "int8")
 """What DTYPE= may say, the first by default."""
@@ -73,20 +91,12 @@ def baselines(dtype: str) -> list[Contender]:
     """What a user would call instead: the norm compiled by torch, then quant_expand, as vLLM does
     without a fusion; torch alone; vLLM's own fused kernel, which does not expand."""
 
-    def compiling(device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
-
     kernel = "rms_norm_dynamic_per_token_quant"
     return [
         Contender("unfused", _unfused, unavailable_reason=compiling),
         Contender("torch", reference.run),
         Contender("vllm, not expanded", _vllm, unavailable_reason=vllm_kernel_missing(kernel)),
     ]
-
-
-def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
-    """A backend of this package, which takes x in bfloat16 whatever the dtype of q."""
-    return Contender(backend.name, backend.runner(device, torch.bfloat16))
 
 
 def case(
@@ -112,16 +122,12 @@ def case(
     def fill(inputs: Sequence[Any]) -> None:
         x, other, weight, *_ = inputs
         weight.normal_(1, 0.2)
-        channels = torch.randint(k, (max(1, k // 100),), device=x.device)
-        large = torch.empty(len(channels), device=x.device).uniform_(20, 50).to(x.dtype)
-        for tensor in (x, other):
-            if tensor is not None:
-                tensor.normal_()
-                tensor[:, channels] *= large
+        tensors = [x] if other is None else [x, other]
+        for tensor in tensors:
+            tensor.normal_()
+        make_outliers(20, 50, *tensors)
         if edges:
-            for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
-                row[k // 2 :] = value
-                row[: k // 2] *= 0 if value == 0 else 1e-38
+            make_edges(x)
             if other is not None:
                 other[1:] *= 1e-38
 

@@ -8,7 +8,7 @@ registration as ``torch.ops.custom_kernels.silu_mul_quant``.
 import torch
 
 from custom_kernels import launches, registry
-from custom_kernels.quant_expand import check_kind, expanded
+from custom_kernels.quant_expand import as_rows, check_kind, expanded
 
 OPERATION = registry.operation("silu_mul_quant")
 
@@ -77,10 +77,7 @@ def _silu_mul_quant(
     run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, pattern, dtype)
-    width = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, width)
-    if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < width):
-        rows = rows.contiguous()
+    rows = as_rows(x)
     q, scale = run(rows, pattern, dtype)
     launches.record("silu_mul_quant", backend, tokens=rows.shape[0])
     if x.dim() == 2:

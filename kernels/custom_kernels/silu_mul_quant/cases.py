@@ -12,15 +12,33 @@ from typing import Any
 
 import torch
 
-from custom_kernels import custom_quant_expand, registry
+from custom_kernels import custom_quant_expand
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand import expanded
-from custom_kernels.quant_expand.cases import PLAIN, vllm_kernel_missing, vllm_quantize, wrong_bytes
+from custom_kernels.quant_expand.cases import (
+    PLAIN,
+    compiling,
+    contender,
+    make_edges,
+    make_outliers,
+    vllm_kernel_missing,
+    vllm_quantize,
+    wrong_bytes,
+)
 from custom_kernels.rms_norm_quant.cases import Rounded, too_far
 from custom_kernels.silu_mul_quant import reference
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "cases",
+    "checks",
+    "contender",
+]
 
 DTYPES = ("float8_e4m3fn", "int8")
 """What DTYPE= may say, the first by default."""
@@ -62,9 +80,6 @@ def baselines(dtype: str) -> list[Contender]:
     """What a user would call instead: the activation compiled by torch, then quant_expand, as vLLM
     does without a fusion; torch alone; vLLM's own two kernels, which do not expand."""
 
-    def compiling(device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
-
     return [
         Contender("unfused", _unfused, unavailable_reason=compiling),
         Contender("torch", reference.run),
@@ -72,11 +87,6 @@ def baselines(dtype: str) -> list[Contender]:
             "vllm, not expanded", _vllm, unavailable_reason=vllm_kernel_missing("silu_and_mul")
         ),
     ]
-
-
-def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
-    """A backend of this package, which takes x in bfloat16 whatever the dtype of q."""
-    return Contender(backend.name, backend.runner(device, torch.bfloat16))
 
 
 def case(
@@ -96,12 +106,9 @@ def case(
     def fill(inputs: Sequence[Any]) -> None:
         x = inputs[0]
         x.normal_(0, 2)
-        channels = torch.randint(2 * k, (max(1, k // 50),), device=x.device)
-        x[:, channels] *= torch.empty(len(channels), device=x.device).uniform_(5, 10).to(x.dtype)
+        make_outliers(5, 10, x)
         if edges:
-            for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
-                row[k // 2 : k] = value
-                row[: k // 2] *= 0 if value == 0 else 1e-38
+            make_edges(x[:, :k])
 
     return Case(
         labels={**labels, "pattern": pattern or PLAIN, "M": m, "K": k},
