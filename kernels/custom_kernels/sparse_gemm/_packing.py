@@ -68,7 +68,7 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """
     rows, k = weight.shape
     bits = weight.view(BITS[weight.dtype.itemsize])
-    out = bits.new_zeros((rows, pattern.expanded(k)))
+    out = bits.new_empty((rows, pattern.expanded(k)))
     count = pattern.groups(k)
     even, odd, start = count * pattern.even, count * pattern.odd, pattern.odd_start(k)
 
@@ -76,6 +76,7 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         nonzero = _nonzero(pad(bits[part], (0, -k % 4)), weight.dtype)
         _check_pattern(_counts(nonzero).flatten(), pattern, part.start, k)
         torch.mul(bits[part], nonzero[:, :k], out=out[part, :k])
+        out[part, k:] = 0
 
     def work(part: slice) -> None:
         groups = pad(bits[part], (0, count * pattern.group - k)).view(-1, pattern.group)
@@ -84,6 +85,8 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
             place.copy_(column)
         left = _nonzero(values, weight.dtype)
         _check_pattern(left.sum(0, dtype=torch.uint8), pattern, part.start, k)
+        out[part, even:start] = 0
+        out[part, start + odd :] = 0
         sections = [
             out[part, begin : begin + length].unflatten(1, (count, -1))
             for begin, length in ((0, even), (start, odd))
