@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from workspace.environment.progress import LoggedProgress
+from workspace.fork import time_left
+from workspace.fork.time_left import STATUS, STEP
 from workspace.host import setup_lock
 from workspace.host.errors import WorkspaceError
 
-STEP = re.compile(r"^\[(\d+)/(\d+)\] (.+)$")
-"""ninja's line for a finished step, as NINJA_STATUS below sets it."""
 SHOWN_LINES = 60
 FULL = 16 * 2**20
 """A disk with fewer free bytes is full."""
@@ -71,10 +72,10 @@ def run(
     folder: Path,
     log: Path,
     env: dict[str, str],
-    show_steps: bool = False,
+    jobs: int = 0,
 ) -> None:
     """Run a build command (`what`, for messages) that writes to `folder`, and append its output to
-    `log`; with `show_steps`, show ninja's steps as they finish.
+    `log`; with `jobs`, ninja's parallel ones, show its steps as they finish, and the time left.
 
     The set-up lock is passed on: if this process is killed and the build continues, the next run
     waits for it.
@@ -82,13 +83,15 @@ def run(
     Raises:
         WorkspaceError: it failed; its first error was printed.
     """
-    with log.open("a+", errors="replace") as file:
+    steps = time_left.planned(command, env) if jobs else set()
+    # By lines: the log is read while the build runs, and what was done before a kill is in it.
+    with log.open("a+", buffering=1, errors="replace") as file:
         began = file.tell()
         file.write("$ " + shlex.join(command) + "\n")
         file.flush()
         process = subprocess.Popen(
             command,
-            env={**env, "NINJA_STATUS": "[%f/%t] "},
+            env={**env, **STATUS},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,7 +101,10 @@ def run(
         )
         assert process.stdout is not None
         try:
-            _follow(process.stdout, file, show_steps=show_steps)
+            if jobs:
+                _show_steps(process.stdout, file, folder, steps, jobs)
+            else:
+                file.writelines(process.stdout)
         except BaseException:
             # Ctrl-C reaches the build, too; any other exception must end it.
             process.terminate()
@@ -115,18 +121,30 @@ def run(
         raise WorkspaceError(f"{what} failed{': ' + hint if hint else ' (above)'}; log: {log}")
 
 
-def _follow(output: IO[str], log: IO[str], *, show_steps: bool) -> None:
-    if not show_steps:
-        log.writelines(output)
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    description = TextColumn("{task.description}", markup=False)
-    with LoggedProgress(*columns, description, transient=False) as progress:
-        task = progress.add_task("", total=None)
+def _show_steps(output: IO[str], log: IO[str], folder: Path, steps: set[str], jobs: int) -> None:
+    def fixed() -> Column:
+        return Column(no_wrap=True, min_width=7)  # in a narrow terminal the name gives way
+
+    columns = (
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=fixed()),
+        TimeElapsedColumn(table_column=fixed()),
+        TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True, min_width=20)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+    )
+    remaining = set(steps)
+
+    def left() -> str:
+        return time_left.left(remaining, time_left.durations(folder), jobs)
+
+    with LoggedProgress(*columns, transient=False) as progress:
+        task = progress.add_task("", total=len(steps) or None, left=left())
         for line in output:
             log.write(line)
             if step := STEP.match(line):
-                done, total, text = step.groups()
-                progress.update(task, completed=int(done), total=int(total), description=text[-60:])
+                done, total, made = int(step[1]), int(step[2]), step[3].split()[-1]
+                remaining.discard(made)
+                name = Path(made).name.removesuffix(".o")
+                progress.update(task, completed=done, total=total, description=name, left=left())
                 if not progress.redraws:
                     print(line.rstrip(), file=sys.stderr, flush=True)

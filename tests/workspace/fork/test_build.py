@@ -25,7 +25,7 @@ import pytest
 
 from tests.workspace.conftest import BINARIES, KILLS, UNREACHABLE, Checkout, still_running
 from tests.workspace.test_dev import mounted
-from workspace.fork import build, build_log, upstream_sources
+from workspace.fork import build, build_log, time_left, upstream_sources
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import ROOT
@@ -400,14 +400,15 @@ def test_what_ccache_has_is_not_compiled_again(
 
 
 def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
-    steps = 'for i in 1 2 3; do echo "[$i/3] Building part$i.o"; done; echo a warning'
+    steps = 'for i in 1 2 3; do echo "[$i/3] Building part$i.o"; sleep 0.5; done; echo a warning'
     code = (
         "import os, sys; from pathlib import Path; from workspace.fork import build_log; "
-        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), folder=Path(), "
-        "env=dict(os.environ), show_steps=True)"
+        "build_log.run(['sh', '-c', sys.argv[1]], what='it', log=Path(sys.argv[2]), "
+        "folder=Path(sys.argv[2]).parent, env=dict(os.environ), jobs=2)"
     )
+    (tmp_path / ".ninja_log").write_text("# ninja log v7\n0\t300000\t1\tpart3.o\tcafe\n")
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     result = subprocess.run(
         [sys.executable, "-c", code, steps, str(tmp_path / "log")],
         cwd=ROOT, env=environment, stderr=theirs, stdout=theirs, check=False,
@@ -420,12 +421,40 @@ def test_in_a_terminal_a_bar_shows_how_far_it_is(tmp_path: Path) -> None:
     os.close(ours)
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
     assert result.returncode == 0, plain
-    assert re.search(r"━+ 3/3 [\d:]+ Building part3\.o", plain), plain
+    assert re.search(r"━+ +2/3 +[\d:]+ +about 2 min left +part2\b", plain), plain
+    assert re.search(r"━+ +3/3 +[\d:]+ +part3\b", plain), plain
     assert "a warning" not in plain
     assert "a warning" in (tmp_path / "log").read_text()
 
 
 # --- the parts ------------------------------------------------------------------------------------
+
+
+def test_the_time_left_is_a_lower_bound_until_each_target_was_seen() -> None:
+    """Two fetched files took 2 and 4 s; a.cpp took 100 s when it was last compiled."""
+    known = {"src/one.dir/x.o": 2.0, "src/one.dir/y.o": 4.0, "_C.dir/csrc/a.o": 100.0}
+    fetched = {f"src/one.dir/{number}.o" for number in range(100)}
+    assert time_left.left(fetched, {}, 2) == ""
+    assert time_left.left(fetched, known, 1) == "about 5 min left"
+    assert time_left.left(fetched | {"_C.dir/csrc/a.o"}, known, 2) == "about 3 min left"
+    assert time_left.left({"_C.dir/csrc/b.o", "_C.so"}, known, 1) == "about 2 min left"
+    assert time_left.left({"_C_AVX2.dir/csrc/b.o"}, known, 1) == "at least 1 min left"
+
+
+def test_the_files_of_a_build_and_how_long_they_took_are_ninjas(tmp_path: Path) -> None:
+    rule = "rule slow\n  command = sleep 0.2 && touch $out\n  description = Making $out\n"
+    (tmp_path / "build.ninja").write_text(rule + "build one.dir/a.o: slow\nbuild b: slow\n")
+    (tmp_path / "CMakeCache.txt").write_text(
+        "CMAKE_PROJECT_NAME:STATIC=small\nCMAKE_GENERATOR:INTERNAL=Ninja\n"
+        f"CMAKE_MAKE_PROGRAM:FILEPATH={shutil.which('ninja')}\n"
+    )
+    command, environment = ["cmake", "--build", str(tmp_path)], dict(os.environ)
+    assert time_left.planned(command, environment) == {"one.dir/a.o", "b"}
+    subprocess.run([*command, "--target", "b"], check=True, capture_output=True)
+    assert time_left.planned(command, environment) == {"one.dir/a.o"}
+    ((made, seconds),) = time_left.durations(tmp_path).items()
+    assert made == "b"
+    assert 0.2 <= seconds < 20
 
 
 @pytest.mark.parametrize(
@@ -473,6 +502,19 @@ def test_a_full_disk_and_too_little_memory_are_said_in_words(tmp_path: Path) -> 
         "g++: fatal error: Killed signal terminated program cc1plus", tmp_path
     )
     assert build_log.remedy("error: expected ';'", tmp_path) == ""
+
+
+def test_libnuma_is_looked_for_before_anything_is_compiled(tmp_path: Path) -> None:
+    """A compiler that finds nothing: it matters only to a release whose build links libnuma."""
+    build.require_libnuma(tmp_path, "false")
+    listed = tmp_path / "cmake/cpu_extension.cmake"
+    listed.parent.mkdir()
+    listed.write_text("set(LIBS dl)\n")
+    build.require_libnuma(tmp_path, "false")
+    listed.write_text("list(APPEND LIBS numa)\n")
+    build.require_libnuma(tmp_path, "true")
+    with pytest.raises(WorkspaceError, match="install your distribution's libnuma-dev"):
+        build.require_libnuma(tmp_path, "false")
 
 
 def test_without_a_compiler_the_error_says_what_to_install(
