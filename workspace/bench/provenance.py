@@ -11,13 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from workspace.bench.record import GitState, Provenance
-from workspace.fork import tree_state
+from workspace.bench.record import Binaries, GitState, Provenance
+from workspace.fork import built_from, install, tree_state
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
 from workspace.host.paths import KERNELS, LOCKS, ROOT, lock_files
 from workspace.pins import release
+
+Source = TypeVar("Source", Binaries, GitState)
 
 CPU_FLAGS = (
     "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"
@@ -93,6 +96,22 @@ def fork_state() -> GitState:
     return GitState(commit=state.head, dirty=bool(state.uncommitted))
 
 
+def binaries() -> Binaries:
+    """The origin of the compiled files in the selected release's tree.
+
+    Raises:
+        WorkspaceError: one of them was changed by hand, or a build ended while it installed.
+    """
+    manifest, tree = built_from.read_manifest(), release.tree()
+    edited = install.edited(tree, manifest, sorted(manifest.names()))
+    if manifest.unfinished or edited:
+        what = f"{edited[0]} was changed by hand" if edited else "a build was interrupted"
+        raise WorkspaceError(f"{what}; run: make fork-build, or make dev BUILD=precompiled")
+    cmake, rust = built_from.stale(tree, release.selected(), manifest)
+    compiled = {name: build.sources for name, build in manifest.builds.items()}
+    return Binaries(wheel=manifest.wheel, compiled=compiled, outdated=[*cmake, *rust])
+
+
 def lock_hashes(folder: Path = LOCKS) -> dict[str, str]:
     """File name -> SHA-256 for every lock."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
@@ -111,16 +130,20 @@ def collect(
     """
     errors: list[str] = []
 
-    def read(name: str, state: Callable[[], GitState]) -> GitState | None:
+    def read(name: str, state: Callable[[], Source]) -> Source | None:
         try:
             return state()
         except WorkspaceError as error:
-            errors.append(f"cannot read the commit of the {name}: {error}")
+            errors.append(f"cannot tell {name}: {error}")
             return None
 
+    workspace = read("the commit of the workspace", lambda: git_state(ROOT))
+    fork = read("the commit of the fork", fork_state)
+
     return Provenance(
-        workspace=read("workspace", lambda: git_state(ROOT)),
-        fork=read("fork", fork_state),
+        workspace=workspace,
+        fork=fork,
+        binaries=read("the origin of vLLM's binaries", binaries) if fork else None,
         locks=lock_hashes(),
         kernels=kernels,
         environment=environment,

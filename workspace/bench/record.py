@@ -171,6 +171,19 @@ class GitState(Strict):
     dirty: bool
 
 
+class Binaries(Strict):
+    """Where the compiled files in vLLM's tree come from.
+
+    `wheel` is the released wheel, empty if none is unpacked. `compiled` has a local build's name
+    (an extension, or all) and git's hash of the tree of sources that it was made from, which the
+    fork's repository keeps. `outdated` are sources that were edited and not compiled since.
+    """
+
+    wheel: str
+    compiled: dict[str, str]
+    outdated: list[str]
+
+
 class Provenance(Strict):
     """Sources, versions and machine of a run.
 
@@ -180,6 +193,7 @@ class Provenance(Strict):
 
     workspace: GitState | None
     fork: GitState | None
+    binaries: Binaries | None = None
     locks: dict[str, str]
     kernels: str
     environment: dict[str, str]

@@ -4,11 +4,14 @@
 import hashlib
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
 from workspace.bench import provenance
+from workspace.fork import built_from
+from workspace.fork.built_from import Build, BuiltFile, Manifest
 from workspace.host.errors import WorkspaceError
 from workspace.pins import release
 
@@ -48,10 +51,38 @@ def test_sources_that_cannot_be_read_are_named(
     monkeypatch.setattr(release, "tree", lambda: tmp_path)
     found, unknown = provenance.collect("0" * 64, {}, load_before=0.1)
     assert (found.workspace, found.fork) == (None, None)
+    assert found.binaries is None
     workspace, fork = unknown
-    assert workspace.startswith("cannot read the commit of the workspace: git rev-parse")
+    assert workspace.startswith("cannot tell the commit of the workspace: git rev-parse")
     assert "the fork" in fork
     assert "this workspace did not make it" in fork
+
+
+def test_a_record_says_where_the_binaries_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One library of the wheel, one compiled here since; then one that was changed by hand."""
+    folder = tmp_path / "vllm"
+    folder.mkdir()
+    crcs = {}
+    for name in ("vllm/_C.abi3.so", "vllm/_moe_C.abi3.so"):
+        (tmp_path / name).write_bytes(name.encode())
+        crcs[name] = zlib.crc32(name.encode())
+    manifest = Manifest(wheel="vllm.whl", files={**crcs, "vllm/_C.abi3.so": 1})
+    manifest.own["vllm/_C.abi3.so"] = BuiltFile(crc=crcs["vllm/_C.abi3.so"], build="_C")
+    manifest.builds["_C"] = Build(sources="cafe", packages={}, architectures="", time="")
+    monkeypatch.setattr(built_from, "read_manifest", lambda: manifest)
+    monkeypatch.setattr(built_from, "stale", lambda *_: (["csrc/a.cpp"], []))
+    monkeypatch.setattr(release, "tree", lambda: tmp_path)
+    made = provenance.binaries()
+    assert (made.wheel, made.compiled) == ("vllm.whl", {"_C": "cafe"})
+    assert made.outdated == ["csrc/a.cpp"]
+    manifest.unfinished = True
+    with pytest.raises(WorkspaceError, match=r"a build was interrupted; run: make fork-build"):
+        provenance.binaries()
+    (tmp_path / "vllm/_moe_C.abi3.so").write_bytes(b"patched")
+    with pytest.raises(WorkspaceError, match=r"vllm/_moe_C\.abi3\.so was changed by hand"):
+        provenance.binaries()
 
 
 def test_the_hosts_packages_have_no_locked_versions_whatever_the_environment_is_called(
