@@ -115,6 +115,9 @@ class Build:
         if stamp.exists() and stamp.read_text() == inputs:
             return
         stamp.unlink(missing_ok=True)
+        # In it values of CMAKE_ARGS would outlive CMAKE_ARGS. Compiled files stay: ninja compares
+        # their commands.
+        (self.folder / "CMakeCache.txt").unlink(missing_ok=True)
         # Requests a file with the targets and components, see `targets`.
         write_file(self.folder / ".cmake/api/v1/query/codemodel-v2", b"")
         archs = f" {self.architectures.replace(';', ', ')}," if self.device == "cuda" else ""

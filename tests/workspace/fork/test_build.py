@@ -179,6 +179,16 @@ def test_one_extension_of_a_precompiled_tree_is_built_and_the_wheels_comes_back(
     assert "return ADDED" in (checkout.src / "csrc/second.cpp").read_text()
 
 
+def test_what_cmake_args_set_ends_with_them(checkout: Checkout, numbers: Path) -> None:
+    given = ("TARGET=_C", f"NUMBERS_SRC_DIR={numbers}")
+    result = checkout.make("fork-build", *given, CMAKE_ARGS="-DCMAKE_CXX_FLAGS=-Dsecond=renamed")
+    assert result.returncode == 0, result.stdout
+    assert call(checkout, "_C", "renamed") == 2
+    result = checkout.make("fork-build", *given)
+    assert compiled(result.stdout) == {"first.cpp", "second.cpp"}
+    assert call(checkout, "_C", "second") == 2
+
+
 def test_a_compile_error_is_shown_and_the_tree_stays(checkout: Checkout, numbers: Path) -> None:
     given = f"NUMBERS_SRC_DIR={numbers}"
     edit(checkout, "csrc/second.cpp", "return 2", "return undeclared_name")
