@@ -16,7 +16,7 @@ import pytest
 from tests.language_model import LanguageModel
 from tests.workspace.bench import sparse_folder
 from tests.workspace.conftest import still_running
-from workspace.bench import record, runner, workload
+from workspace.bench import pristine, record, runner, workload
 from workspace.bench.guards import only_bench
 from workspace.environment import progress
 from workspace.host.errors import WorkspaceError
@@ -58,7 +58,11 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
 ) -> None:
     monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
     monkeypatch.setattr(progress, "LOG_SECONDS", 1.0)
-    runner.run(Bench(input_len=16, output_len=8, num_prompts=4, repeats=1))
+    # By every way, in the release without the fork's patches; the fork runs in the tests below.
+    monkeypatch.setattr(pristine, "TREE", here / "pristine")
+    ops = "gemm,rms_norm,silu_and_mul.reference,rotary_embedding"
+    sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1}
+    runner.run(Bench(op=ops, engine="released", **sizes))
     (path,) = (here / "results").glob("*.json")
     made = record.read(path)
     assert made.valid
@@ -70,8 +74,17 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
             assert (done.prompt_tokens, done.output_tokens) == (4 * 16, 4 * 8)
             assert done.reported_tokens == 4 * 24
     assert stock.launches == {}
-    assert sum(custom.launches.values()) > 0
+    assert {name.partition(".")[0] for name in custom.launches} == {
+        "gemm", "rms_norm", "silu_and_mul", "rotary_embedding",
+    }  # fmt: skip
     assert len(custom.processes[0].launches) == 1
+    for variant in made.variants:
+        assert str(here / "pristine") in variant.processes[0].vllm_folder
+    (counted,) = custom.processes[0].layers.values()
+    assert counted["model.layers.1.mlp.act_fn"].keys() == {"silu_and_mul.reference"}
+    assert counted["model.layers.1.mlp.down_proj"].keys() == {"gemm.reference"}
+    # Two norms in each of two layers and one at the end, one activation in each, one rotation.
+    assert sum(any("rms_norm" in kernel for kernel in ran) for ran in counted.values()) == 5
     (tokens,) = custom.processes[0].tokens.values()
     launched = {kernel: sum(calls.values()) for kernel, calls in tokens.items()}
     assert launched == custom.launches
