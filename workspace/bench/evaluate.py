@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from workspace.bench import checks, provenance
+from workspace.bench import checks, operations, provenance
 from workspace.bench.compare import compare
 from workspace.bench.measure import ProcessRun
 from workspace.bench.messages import Result
@@ -127,6 +127,12 @@ def _notes(plan: Plan) -> list[str]:
     notes = [CPU_NOTE] if plan.device.kind == "cpu" else []
     if plan.interpret:
         notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
+    opaque = [name for name in plan.operations if name != operations.GEMM]
+    if opaque and not (plan.eager or plan.method or plan.baseline == "pristine"):
+        notes.append(
+            f"torch.compile merges stock's {', '.join(opaque)} with what is around them; custom "
+            "runs kernels of their own"
+        )
     if plan.same_weights:
         inexact = ", and multiplies them inexactly: this CPU has no VNNI" if plan.inexact else ""
         return [*notes, f"{plan.baseline} loads the same weights as dense ones{inexact}"]

@@ -268,3 +268,10 @@ def test_table_shows_both_sides_with_their_weights_and_launches(
     assert "INVALID" not in text
     report.show(make(drop_launches), tmp_path / "r.json", tmp_path / "r.png")
     assert "INVALID" in console.export_text()
+
+
+def test_a_compiled_stock_that_merges_what_we_run_alone_is_said() -> None:
+    said = "torch.compile merges stock's rms_norm with what is around them"
+    assert said in make(op="rms_norm,gemm", eager=False).note
+    assert said not in make(op="rms_norm", eager=True).note
+    assert said not in make(eager=False).note
