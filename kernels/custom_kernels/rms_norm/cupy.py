@@ -14,6 +14,7 @@ import cupy
 import numpy
 import torch
 
+from custom_kernels import raw_kernels
 from custom_kernels.rms_norm import empty_output
 
 MIN_CAPABILITY = (8, 0)
@@ -23,40 +24,7 @@ KEPT = 2
 THREADS = 1024
 """Of a block, at most."""
 
-SOURCE = r"""
-// The options say what these are: ELEMENT and FORMAT (0 float32, 1 float16, 2 bfloat16; the last
-// two as bits), WIDTH (values of a vector), KEPT.
-using T = ELEMENT;
-constexpr int W = WIDTH;
-
-struct __align__(sizeof(T) * W) Vector { T values[W]; };
-
-__device__ float widen(T value) {
-#if FORMAT == 0
-  return value;
-#elif FORMAT == 1
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-  return wide;
-#else
-  return __uint_as_float((unsigned int)value << 16);
-#endif
-}
-
-__device__ T narrow(float value) {
-#if FORMAT == 0
-  return value;
-#else
-  unsigned short bits;
-#if FORMAT == 1
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-#endif
-}
-
+SOURCE = r"""  // after raw_kernels.BEGIN
 // Of the blockDim.x threads of a row, which are whole warps.
 __device__ float sum_of_row(float value) {
   __shared__ float partial[32];
@@ -132,24 +100,7 @@ rms_norm(const Vector* x, const Vector* residual, const void* weight, Vector* y,
 }
 """
 
-_TYPES = {
-    torch.float32: ("float", 0),
-    torch.float16: ("unsigned short", 1),
-    torch.bfloat16: ("unsigned short", 2),
-}
-
-
-def _kernel(dtype: torch.dtype, width: int) -> cupy.RawKernel:
-    element, number = _TYPES[dtype]
-    values = {"ELEMENT": element, "FORMAT": number, "WIDTH": width, "KEPT": KEPT}
-    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
-    return cupy.RawKernel(SOURCE, "rms_norm", options=options)
-
-
-# Compiled at the first launch, and kept in CuPy's cache folder.
-KERNELS = {
-    (dtype, width): _kernel(dtype, width) for dtype in _TYPES for width in (16 // dtype.itemsize, 1)
-}
+KERNELS = raw_kernels.of_vectors("rms_norm", SOURCE, KEPT=KEPT)
 
 
 def run(

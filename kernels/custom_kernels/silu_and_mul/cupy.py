@@ -12,6 +12,7 @@ import cupy
 import numpy
 import torch
 
+from custom_kernels import raw_kernels
 from custom_kernels.silu_and_mul import empty_output
 
 MIN_CAPABILITY = (8, 0)
@@ -20,40 +21,7 @@ MIN_CAPABILITY = (8, 0)
 THREADS = 256
 """Of a block, at most."""
 
-SOURCE = r"""
-// The options say what these are: ELEMENT and FORMAT (0 float32, 1 float16, 2 bfloat16; the last
-// two as bits), WIDTH (values of a vector).
-using T = ELEMENT;
-constexpr int W = WIDTH;
-
-struct __align__(sizeof(T) * W) Vector { T values[W]; };
-
-__device__ float widen(T value) {
-#if FORMAT == 0
-  return value;
-#elif FORMAT == 1
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-  return wide;
-#else
-  return __uint_as_float((unsigned int)value << 16);
-#endif
-}
-
-__device__ T narrow(float value) {
-#if FORMAT == 0
-  return value;
-#else
-  unsigned short bits;
-#if FORMAT == 1
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-#endif
-}
-
+SOURCE = r"""  // after raw_kernels.BEGIN
 extern "C" __global__ void __launch_bounds__(256)
 silu_and_mul(const Vector* x, Vector* y, long long stride, int vectors, int blocks_of_row) {
   const long long row = blockIdx.x / blocks_of_row;
@@ -70,24 +38,7 @@ silu_and_mul(const Vector* x, Vector* y, long long stride, int vectors, int bloc
 }
 """
 
-_TYPES = {
-    torch.float32: ("float", 0),
-    torch.float16: ("unsigned short", 1),
-    torch.bfloat16: ("unsigned short", 2),
-}
-
-
-def _kernel(dtype: torch.dtype, width: int) -> cupy.RawKernel:
-    element, number = _TYPES[dtype]
-    values = {"ELEMENT": element, "FORMAT": number, "WIDTH": width}
-    options = ("--std=c++17", *(f"-D{name}={value}" for name, value in values.items()))
-    return cupy.RawKernel(SOURCE, "silu_and_mul", options=options)
-
-
-# Compiled at the first launch, and kept in CuPy's cache folder.
-KERNELS = {
-    (dtype, width): _kernel(dtype, width) for dtype in _TYPES for width in (16 // dtype.itemsize, 1)
-}
+KERNELS = raw_kernels.of_vectors("silu_and_mul", SOURCE)
 
 
 def run(x: torch.Tensor) -> torch.Tensor:
