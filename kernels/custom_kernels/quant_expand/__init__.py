@@ -11,6 +11,7 @@ import functools
 import torch
 
 from custom_kernels import launches, registry, sparsity
+from custom_kernels.rows import as_rows
 
 OPERATION = registry.operation("quant_expand")
 
@@ -96,15 +97,6 @@ def check_kind(operation: str, pattern: str | None, dtype: torch.dtype) -> None:
             raise ValueError(f"{operation}: {error}") from None
         if kind.mixed:
             raise ValueError(f"{operation}: for mixed weights expand for {kind.expansion}")
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., K] as [M, K] with unit inner stride and rows that do not overlap."""
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
-        return rows.contiguous()
-    return rows
 
 
 def _quant_expand(

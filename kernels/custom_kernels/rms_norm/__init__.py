@@ -8,6 +8,7 @@ registration as ``torch.ops.custom_kernels.rms_norm``.
 import torch
 
 from custom_kernels import launches, registry
+from custom_kernels.rows import as_rows
 
 OPERATION = registry.operation("rms_norm")
 
@@ -113,8 +114,8 @@ def _rms_norm(
     run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x, residual, weight, epsilon)
-    rows = _rows(x)
-    other = None if residual is None else _rows(residual)
+    rows = as_rows(x)
+    other = None if residual is None else as_rows(residual)
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     y, total = run(rows, other, weight, epsilon)
@@ -123,15 +124,6 @@ def _rms_norm(
     if x.dim() == 2:
         return y, total
     return y.view(x.shape), total if residual is None else total.view(x.shape)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[M, K] with unit inner stride and rows that do not overlap."""
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if (k > 1 and rows.stride(1) != 1) or (rows.shape[0] > 1 and rows.stride(0) < k):
-        return rows.contiguous()
-    return rows
 
 
 _op = OPERATION.register(

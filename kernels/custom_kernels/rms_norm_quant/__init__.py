@@ -9,7 +9,8 @@ registration as ``torch.ops.custom_kernels.rms_norm_quant``.
 import torch
 
 from custom_kernels import launches, registry
-from custom_kernels.quant_expand import as_rows, check_kind, expanded
+from custom_kernels.quant_expand import check_kind, expanded
+from custom_kernels.rows import as_rows
 
 OPERATION = registry.operation("rms_norm_quant")
 

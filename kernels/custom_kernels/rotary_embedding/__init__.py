@@ -8,6 +8,7 @@ registration as ``torch.ops.custom_kernels.rotary_embedding``.
 import torch
 
 from custom_kernels import launches, registry
+from custom_kernels.rows import as_rows
 
 OPERATION = registry.operation("rotary_embedding")
 
@@ -150,8 +151,8 @@ def _rotary_embedding(
             raise ValueError("rotary_embedding: query and key must have a head at least")
         return empty_output(query, key, positions, cos_sin_cache, head_size, is_neox)
     rotated, rotated_key = run(
-        _rows(query),
-        None if key is None else _rows(key),
+        as_rows(query.flatten(1)),
+        None if key is None else as_rows(key.flatten(1)),
         positions.contiguous(),
         cos_sin_cache.contiguous(),
         head_size,
@@ -160,15 +161,6 @@ def _rotary_embedding(
     address = None if layer is None else layer.data_ptr()
     launches.record("rotary_embedding", backend, address, tokens=query.shape[0])
     return rotated.view(query.shape), rotated_key if key is None else rotated_key.view(key.shape)
-
-
-def _rows(heads: torch.Tensor) -> torch.Tensor:
-    """[M, heads · head_size] with unit inner stride and rows that do not overlap."""
-    rows = heads.flatten(1)
-    count, width = rows.shape
-    if (width > 1 and rows.stride(1) != 1) or (count > 1 and rows.stride(0) < width):
-        return rows.contiguous()
-    return rows
 
 
 _op = OPERATION.register(

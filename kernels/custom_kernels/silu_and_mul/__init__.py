@@ -8,6 +8,7 @@ registration as ``torch.ops.custom_kernels.silu_and_mul``.
 import torch
 
 from custom_kernels import launches, registry
+from custom_kernels.rows import as_rows
 
 OPERATION = registry.operation("silu_and_mul")
 
@@ -62,14 +63,11 @@ def _silu_and_mul(x: torch.Tensor, layer: torch.Tensor | None, backend: str) -> 
     run = OPERATION.runner(backend, x.device, x.dtype)
     if x.numel() == 0:
         return empty_output(x)
-    width = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, width)
-    if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < width):
-        rows = rows.contiguous()
+    rows = as_rows(x)
     y = run(rows)
     address = None if layer is None else layer.data_ptr()
     launches.record("silu_and_mul", backend, address, tokens=rows.shape[0])
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], width // 2)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 _op = OPERATION.register("(Tensor x, Tensor? layer, str backend) -> Tensor", _silu_and_mul, _check)
