@@ -155,8 +155,8 @@ def serves(version: str, pinned: str) -> bool:
     """Whether a library of this version serves what was compiled with the pinned one: of the same
     major version, and not of an older minor one. Before 1.0 the minor version is the major one.
 
-    cuBLAS 13.1.0.3 serves in place of 13.1.1.3; cuDNN 9.19 (torch compiled with 9.20 refuses it),
-    NCCL 2.28 (lacks functions of 2.29) and cuSPARSELt 0.8.0 (of 0.8.1) do not.
+    So a cuBLAS of an earlier patch serves. torch refuses a cuDNN older than the minor version that
+    it was compiled with, and a NCCL of an earlier minor version lacks functions.
     """
     found, wanted = Version(version).release, Version(pinned).release
     major = next((place for place, number in enumerate(wanted) if number), 0) + 1

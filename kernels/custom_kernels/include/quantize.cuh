@@ -24,7 +24,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "include/device.cuh"
+#include "include/device.cuh"  // IWYU pragma: export
 
 namespace custom_kernels {
 

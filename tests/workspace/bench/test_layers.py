@@ -102,6 +102,6 @@ def test_a_pattern_that_matches_no_layer_ends_the_run_in_one_line() -> None:
     with pytest.raises(WorkspaceError) as caught:
         require_matching_layers("*.mlp.*,*.mpl.*", counted)
     assert str(caught.value) == (
-        "LAYERS: '*.mpl.*' matches none of the model's 5 linear layers; examples: "
+        "LAYERS: '*.mpl.*' matches none of the model's 5 layers; examples: "
         "lm_head, model.layers.0.mlp.down_proj, model.layers.0.self_attn.o_proj"
     )
