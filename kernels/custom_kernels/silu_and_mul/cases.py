@@ -13,7 +13,7 @@ import torch
 
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand.cases import vllm_kernel_missing
+from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
 from custom_kernels.silu_and_mul import reference
 
 __all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
@@ -50,9 +50,6 @@ def checks(dtype: str) -> Iterator[Case]:
 def baselines(dtype: str) -> list[Contender]:
     """What a user would call instead: the activation compiled by torch, as vLLM does without custom
     ops; torch alone; vLLM's own kernel."""
-
-    def compiling(device: torch.device) -> str | None:
-        return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
 
     return [
         Contender("torch.compile", _run_compiled, unavailable_reason=compiling),
