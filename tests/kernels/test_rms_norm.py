@@ -125,7 +125,8 @@ def test_the_reference_rounds_where_vllm_does() -> None:
             right = ((values * factor).to(weight.dtype) * weight).to(x.dtype)
             different = y != right
             assert float(different.float().mean()) < 1e-3  # the sum's order
-            torch.testing.assert_close(y, right, rtol=2**-7, atol=0)
+            # Another order can end either rounding, before and after the weight, one unit away.
+            torch.testing.assert_close(y, right, rtol=RTOL[x.dtype], atol=0)
             if other is not None:
                 assert torch.equal(total, values.to(x.dtype))
 
