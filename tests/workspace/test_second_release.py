@@ -22,6 +22,8 @@ from workspace.bench import record
 from workspace.host.paths import ROOT
 from workspace.pins.model import load
 
+GIGABYTES = 20
+"""That the environments of two releases take."""
 DEFAULT = load().vllm.default
 *OTHERS, OLDEST = (version for version in load().vllm.release if version != DEFAULT)
 
@@ -30,6 +32,9 @@ DEFAULT = load().vllm.default
 def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
     """A clone of this checkout, edits included; nothing is set up in it. Downloads come from the
     user's caches."""
+    free = shutil.disk_usage(tmp_path).free / 1e9
+    if free < GIGABYTES:
+        pytest.skip(f"needs {GIGABYTES} GB free in {tmp_path}, which has {free:.0f}")
     root = tmp_path / ODD / "vllm kernels"
     subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
     copy_files_of_this_checkout(root)
