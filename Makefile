@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -56,6 +56,12 @@ report: ## one page of HTML of the records, or of two side by side (A=before.jso
 
 profile: ## run Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile
+
+wheel: ## the kernels as a wheel for a released vLLM, compiled (OPS=gemm,rms_norm, NAME=my-kernels, ARCH=9.0a)
+	@$(WORKSPACE) wheel
+
+wheel-verify: ## serve a model with a wheel in a fresh environment (WHEEL, OPS=gemm,rms_norm.triton, MODEL, TP)
+	@$(WORKSPACE) wheel-verify
 
 test: ## run the tests (K=gemm)
 	@$(WORKSPACE) test

@@ -213,6 +213,20 @@ def report(options: verbs.TwoRecords) -> None:
     run(options)
 
 
+def wheel(options: verbs.Wheel) -> None:
+    set_up.package_only()
+    from workspace.wheel.make import run
+
+    run(options)
+
+
+def wheel_verify(options: verbs.WheelVerify) -> None:
+    set_up.package_only()
+    from workspace.wheel.verify import run
+
+    run(options)
+
+
 def test(options: verbs.Test) -> int:
     operation = (options.k or "").partition(".")[0]
     if not options.k:
@@ -299,6 +313,8 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "compare": compare,
     "report": report,
     "profile": profile,
+    "wheel": wheel,
+    "wheel-verify": wheel_verify,
     "test": test,
     "fork-export": fork_export,
     "fork-rebase": fork_rebase,

@@ -337,6 +337,31 @@ class Upgrade:
     default: bool = flag("DEFAULT", "make it the default release if every step passed")
 
 
+# --- out of the workspace -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wheel:
+    ops: str | None = text(
+        "OPS", "operations, with commas; what they need comes along", "all", "gemm,rms_norm"
+    )
+    name: str | None = text("NAME", "the package's name", "`custom-kernels`", "my-kernels")
+    arch: str | None = text("ARCH", ARCH, "all pinned ones", "9.0a")
+
+
+@dataclass(frozen=True)
+class WheelVerify:
+    wheel: str | None = text("WHEEL", "a wheel of `make wheel`", "the newest in dist/")
+    ops: str | None = text(
+        "OPS",
+        "operations that run, with commas, each perhaps with its backend",
+        "all of the wheel that run layers of vLLM",
+        "gemm,rms_norm.triton",
+    )
+    model: str | None = text("MODEL", "as for `bench`", "as for `bench`")
+    tp: int | None = number("TP", "tensor-parallel processes", "1")
+
+
 # --- containers and other hosts -------------------------------------------------------------------
 
 
@@ -452,6 +477,8 @@ VERBS = {
         Verb("compare", "compare two records: faster, slower, same or ambiguous", TwoRecords),
         Verb("report", "one page of HTML of the records, or of two side by side", TwoRecords),
         Verb("profile", "run Nsight Compute on one call of a kernel", Profile),
+        Verb("wheel", "the kernels as a wheel for a released vLLM, compiled", Wheel),
+        Verb("wheel-verify", "serve a model with a wheel in a fresh environment", WheelVerify),
         Verb("test", "run the tests", Test),
         Verb("image", "build the development container's image", Image, "container.image", False),
         Verb(

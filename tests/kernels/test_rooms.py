@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from custom_kernels import paths, registry, source_hash
 
-from tests import imported
+from workspace.host import imported
 
 # From the ground up. A `__main__` is a command, which may use all of them.
 FLOORS = ["compile", "command", "inspect", "check", "bench", "tuning", "profile"]

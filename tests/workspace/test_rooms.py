@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import imported
+from workspace.host import imported
 from workspace.host.paths import ROOT
 from workspace.verbs import VERBS
 
@@ -24,7 +24,7 @@ FLOORS = [
         "bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook",
         "upgrade",
     },
-    {"doctor", "set_up", "reference", "clean", "report", "eval", "ops"},
+    {"doctor", "set_up", "reference", "clean", "report", "eval", "ops", "wheel"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]  # fmt: skip

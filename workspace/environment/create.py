@@ -84,6 +84,23 @@ def _conda_environment(prefix: Path, specs: list[str], locks: list[Path]) -> Non
     _unfinished(prefix).unlink()
 
 
+def packages_only(prefix: Path, mode: str, version: str) -> Path:
+    """A new environment of a release at `prefix`, with the locked packages, or for ENV=system over
+    the host's and a bundle's: neither vLLM nor the kernels are installed. Its interpreter.
+
+    Raises:
+        WorkspaceError: no fitting Python, or packages cannot be fetched.
+    """
+    shutil.rmtree(prefix, ignore_errors=True)
+    python = settings.current().python or find_python()
+    if mode == "system":
+        bundled = list(release.bundled(version).glob("requirements.txt"))
+        _system_environment(prefix, python, bundled)
+    else:
+        _uv_environment(prefix, python, lock_files(version, settings.device()))
+    return _interpreter(prefix)
+
+
 def _install_locks(python: Path, locks: list[Path], *, reinstall: bool) -> None:
     """Install exactly the locked packages into the environment of `python`."""
     say("installing the locked packages (about 4 GB to fetch on the first run)")

@@ -128,11 +128,7 @@ def extract_binaries(
     present = all((folder / name).exists() for name in before.names())
     if before.sha256 == artifact.sha256 and present and not (before.own and renew):
         return
-    # Imported here: a run with nothing to do would take twice as long.
-    from workspace.environment.fetch import fetch
-
-    in_bundle = bundled(selected()) / artifact.filename
-    wheel_path = in_bundle if in_bundle.exists() else fetch(artifact)
+    wheel_path = released_wheel(artifact)
     changed = edited(folder, before, sorted(before.names()))
     if changed and not force:
         raise WorkspaceError(
@@ -162,14 +158,24 @@ def extract_binaries(
     remove_unused(folder, manifest)
 
 
-def _installer() -> list[str]:
-    """The workspace's uv; for ENV=system, which fetches nothing, the host's uv or pip."""
+def released_wheel(artifact: Artifact) -> Path:
+    """A pinned wheel of vLLM, from the bundle, the cache or the index."""
+    # Imported here: a run with nothing to do would take twice as long.
+    from workspace.environment.fetch import fetch
+
+    in_bundle = bundled(selected()) / artifact.filename
+    return in_bundle if in_bundle.exists() else fetch(artifact)
+
+
+def installer(prefix: Path) -> list[str]:
+    """What installs into the environment at `prefix`: the workspace's uv; for ENV=system, which
+    fetches nothing, the host's uv or pip."""
     pinned = uv.binary_path(load().uv.version)
-    installer = str(pinned) if pinned.exists() else shutil.which("uv")
+    tool = str(pinned) if pinned.exists() else shutil.which("uv")
     # By its real path, not a link to it: installed scripts contain it.
-    python = str(Path(sys.prefix).resolve() / "bin" / "python")
-    if installer:
-        return [installer, "pip", "install", "-q", "--python", python]
+    python = str(prefix.resolve() / "bin" / "python")
+    if tool:
+        return [tool, "pip", "install", "-q", "--python", python]
     return [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
 
 
@@ -183,7 +189,7 @@ def editable(folder: Path, fingerprint: str, *, env: dict[str, str] | None = Non
     say(f"installing {shown(folder)}, editable")
     result = subprocess.run(
         # Not by its path: brackets, # and ; in it have a meaning for pip and uv.
-        [*_installer(), "--no-deps", "--no-build-isolation", "-e", "."],
+        [*installer(Path(sys.prefix)), "--no-deps", "--no-build-isolation", "-e", "."],
         cwd=folder,
         env={**os.environ, **(env or {})},
         capture_output=True,

@@ -14,6 +14,7 @@ FORK = ROOT / "vllm-fork"
 PATCHES = FORK / "patches"
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+DIST = ROOT / "dist"
 STATE = ROOT / ".workspace"
 """Generated files of this checkout: locks, logs, models, runs, compiled kernels."""
 

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from custom_kernels import paths, registry
+from custom_kernels import paths, registry, shipped
 from custom_kernels.compile import jobs, ptx, sources, toolchain
 from custom_kernels.compile.ptx import Kernel
 from custom_kernels.compile.toolchain import BuildError
@@ -233,7 +233,9 @@ def load(backend: Backend, device: "torch.device | None" = None) -> Any:
 
 
 def existing(backend: Backend, device_architecture: str) -> Path | None:
-    """A library that is up to date and holds the device's architecture."""
+    """A library that is up to date and holds the device's architecture: a wheel's, or compiled."""
+    if path := shipped.library(str(backend), device_architecture):
+        return path
     for wanted in (sources.pinned_architectures(), (device_architecture,)):
         architectures = backend.architectures(wanted)
         if device_architecture in architectures:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import vllm
 from vllm import envs
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.custom_op import CustomOp
@@ -31,6 +32,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
+from custom_kernels import registry
 from custom_kernels.source_hash import source_hash
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,9 @@ __all__ = [
 ]
 
 OUTPUT_HEAD = "lm_head"
+VERSION: str = vllm.__version__
+
+FUSED_QUANTIZATIONS = {"rms_norm_quant", "silu_mul_quant"}
 
 _graph_facts: set[str] = set()
 
@@ -205,6 +210,11 @@ def fuse_quantization(asked: bool) -> None:
         mode = getattr(config.mode, "name", config.mode)
         if asked:
             _say_once(f"vLLM's passes do not see norms here (compilation mode {mode})")
+        return
+    here = set(map(str, registry.operations()))
+    if absent := FUSED_QUANTIZATIONS - here:  # from a wheel
+        if asked:
+            _say_once(f"this package holds no {' and no '.join(sorted(absent))}")
         return
     from custom_kernels.vllm.upstream_fusion import FuseQuantization
 

@@ -11,6 +11,8 @@ import torch
 from vllm import envs
 from vllm.model_executor.layers import linear, utils, vocab_parallel_embedding
 
+from custom_kernels import registry
+
 SWITCH = "VLLM_USE_CUSTOM_GEMM"
 
 
@@ -20,6 +22,7 @@ def put_in() -> None:
         return
     envs.environment_variables[SWITCH] = _is_on
     if _is_on():
+        registry.operation("gemm")  # a wheel may hold others only: then this says so
         _enter_layers(linear.UnquantizedLinearMethod)
         _enter_layers(vocab_parallel_embedding.UnquantizedEmbeddingMethod)
         _replace_everywhere(

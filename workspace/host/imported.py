@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Python files import, for the tests of which module may import which."""
+"""What Python files import, read from their text."""
 
 from __future__ import annotations
 
