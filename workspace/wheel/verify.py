@@ -182,11 +182,15 @@ def entering(found: Mapping[str, Any], asked: str | None) -> dict[str, str | Non
         for name in [operations.GEMM, *found["layers"]]
         if name in found["operations"] or name != operations.GEMM
     ]
+    if not able:
+        raise WorkspaceError(
+            f"no layer of vLLM runs {', '.join(found['operations'])}, which is all the wheel has"
+        )
     wanted = operations.chosen(asked or ",".join(able), None)
     for name in wanted:
         if name not in able:
             raise WorkspaceError(
-                f"OPS={name}: no layer of vLLM runs it; the wheel has {', '.join(able) or 'none'}"
+                f"OPS={name}: no layer of vLLM runs it; the wheel has {', '.join(able)}"
             )
     return wanted
 

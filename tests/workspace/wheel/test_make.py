@@ -137,6 +137,16 @@ def test_without_a_wheel_it_says_how_to_make_one(
         verify.chosen("other.whl")
 
 
+def test_operations_are_those_of_the_wheel_that_enter_vllm() -> None:
+    wheel = {"operations": ["gemm", "quant_expand", "rms_norm"], "layers": ["rms_norm"]}
+    assert verify.entering(wheel, None) == {"gemm": None, "rms_norm": None}
+    assert verify.entering(wheel, "rms_norm.triton") == {"rms_norm": "triton"}
+    with pytest.raises(WorkspaceError, match="OPS=quant_expand: no layer of vLLM runs it; the wh"):
+        verify.entering(wheel, "quant_expand")
+    with pytest.raises(WorkspaceError, match="no layer of vLLM runs quant_expand, which is all"):
+        verify.entering({"operations": ["quant_expand"], "layers": []}, None)
+
+
 def test_what_did_not_run_is_named() -> None:
     ran = {7: {"model.norm": {"rms_norm.cuda": 3}, "lm_head": {}}}
     assert list(verify.missing(ran, {"rms_norm": None}, 1)) == [
