@@ -29,6 +29,7 @@ INT8, FP8 = torch.int8, torch.float8_e4m3fn
 # What vLLM does with a model's folder before the first request, without an engine around it.
 PROGRAM = """
 import json, os, sys
+from pathlib import Path
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -78,6 +79,8 @@ for job in jobs:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
+            # A worker of vLLM sets it, for the shared memory of ranks on a CPU with AVX-512.
+            os.environ["VLLM_DIST_IDENT"] = f"{os.getppid()}-{job['name']}"
             try:
                 said = run(job, rank)
             except Exception as error:
@@ -89,6 +92,8 @@ for job in jobs:
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
+    for left in Path("/dev/shm").glob(f"{os.getpid()}-{job['name']}-*"):
+        left.unlink()
 """
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from custom_kernels import launches
 from rich.console import Console
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -54,7 +55,7 @@ REQUESTS, PROMPT, NEW = 4, 24, 8
 """Requests that are sent at once, and their prompt and new tokens."""
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30
-"""For a server to end by itself."""
+"""For a server, and then for its workers, to end by themselves."""
 
 INSTALLED = """
 import json, importlib.util as u
@@ -237,9 +238,12 @@ def serving(
         try:
             _wait(server)
             yield server
+            # With its workers, which remove their shared memory when they end by themselves.
+            running = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE_SECONDS)
+            psutil.wait_procs(running, PATIENCE_SECONDS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
