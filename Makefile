@@ -21,7 +21,7 @@ fork-build: ## compile what changed in vLLM's C++ and CUDA (CUDA_ARCHS=9.0a, JOB
 kernels: ## compile the kernels that changed (ARCH=9.0a)
 	@$(WORKSPACE) kernels
 
-bench: ## benchmark vLLM, stock against custom kernels (MODEL, METRIC=throughput|latency, OP=rms_norm,silu_and_mul.triton, BACKEND, ...)
+bench: ## benchmark vLLM, stock against custom kernels (MODEL, METRIC=throughput|latency|serve, OP=rms_norm,silu_and_mul.triton, BACKEND, ...)
 	@$(WORKSPACE) bench
 
 ops: ## layers of a model that can run your kernel, and by which way (JSON=1, MODEL)

@@ -143,9 +143,12 @@ class Bench:
         "3B) with dummy weights",
         "GPU: Qwen/Qwen2.5-0.5B; CPU: a bundled tiny Qwen2",
     )
-    metric: Literal["throughput", "latency"] | None = choice(
-        "METRIC", "what is measured", "throughput", "latency", default="`throughput`"
-    )
+    metric: Literal["throughput", "latency", "serve"] | None = choice(
+        "METRIC",
+        "what is measured; `serve`: `vllm serve` on the loopback as its clients see it",
+        "throughput", "latency", "serve",
+        default="`throughput`",
+    )  # fmt: skip
     op: str | None = text(
         "OP",
         "operations that the custom variant runs in vLLM, with commas, each perhaps with its "
@@ -175,6 +178,18 @@ class Bench:
     )
     output_len: int | None = number("OUTPUT_LEN", "new tokens per request", "as `INPUT_LEN`")
     num_prompts: int | None = number("NUM_PROMPTS", "requests per round", "as `INPUT_LEN`")
+    request_rate: str | None = text(
+        "REQUEST_RATE",
+        "`METRIC=serve`: requests per second, arriving at random; `inf`: all at once",
+        "`inf`",
+        "4",
+    )
+    goodput: str | None = text(
+        "GOODPUT",
+        "`METRIC=serve`: count the requests that keep to these milliseconds: `ttft` to the first "
+        "token, `tpot` for each token after that, `e2el` in all",
+        example='"ttft:200 tpot:20"',
+    )
     layers: str | None = text(
         "LAYERS",
         "shell patterns of the layers that run the custom kernel, with commas: "
@@ -222,6 +237,11 @@ class Bench:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        of_serving = {"REQUEST_RATE": self.request_rate, "GOODPUT": self.goodput}
+        if self.metric != "serve" and (given := [name for name, one in of_serving.items() if one]):
+            raise WorkspaceError(
+                f"{' and '.join(given)} is about a server's clients; use METRIC=serve with it"
+            )
         if self.way == "ir" and self.layers:
             raise WorkspaceError(
                 "WAY=ir: an op of vLLM's IR is not told its layer; leave out LAYERS"

@@ -30,7 +30,7 @@ _DURING = "During handling of the above exception, another exception occurred:"
 
 _VAGUE = re.compile(
     r"(Engine core|WorkerProc) initialization failed|root cause|EngineDead|"
-    r"Worker proc \S+ died unexpectedly"
+    r"Worker proc \S+ died unexpectedly|server ended with status"
 )
 """What a process reports when another one has failed."""
 _ENDED = re.compile(r"^([\w.]*\.)?(SystemExit|KeyboardInterrupt|CancelledError|\w+ResetError)\b")
@@ -38,7 +38,9 @@ _ENDED = re.compile(r"^([\w.]*\.)?(SystemExit|KeyboardInterrupt|CancelledError|\
 _MEMORY = re.compile(
     r"out of memory|OutOfMemory|Cannot allocate memory|MemoryError|bad_alloc", re.IGNORECASE
 )
-_KILLED = re.compile(r"proc\(s\): \{.*: -9\b|proc \S+ died unexpectedly")
+_KILLED = re.compile(
+    r"proc\(s\): \{.*: -9\b|proc \S+ died unexpectedly|server ended with status -9\b"
+)
 _LINE = re.compile(
     r"^(?:[\w.]*(?:Error|Exception|Exit)|Fatal [\w ]*error|Killed|terminate called|[\w ]+: error)\b"
 )

@@ -2,10 +2,10 @@
 """The process of one variant: vLLM's `vllm bench`, several rounds in one engine.
 
 Run as `python -m workspace.bench.engine_run JOB.json` (see workspace.bench.messages). Each round
-parses the arguments with vLLM's own parser and calls the entry point of `vllm bench
-throughput|latency`; unlike separate calls, the rounds share one engine start (see `KeptEngine`).
-Rounds before the engine is warm are not part of the result. At the end the same engine generates
-greedily for the comparison of outputs.
+parses the arguments with vLLM's own parser and calls the entry point of `vllm bench METRIC`; unlike
+separate calls, the rounds share one engine start: that of a server (see `Server`), or of an engine
+in this process (see `KeptEngine`). Rounds before the engine is warm are not part of the result. At
+the end the same engine generates greedily for the comparison of outputs.
 """
 
 import functools
@@ -17,11 +17,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from workspace.bench import loaded
+from workspace.bench import loaded, vllm_bench
 from workspace.bench.messages import (
     EVENTS,
     RESULT,
@@ -31,18 +31,36 @@ from workspace.bench.messages import (
     Generation,
     Job,
     Ran,
+    Report,
     Result,
     Step,
 )
 from workspace.bench.models import DUMMY_FORMAT
 from workspace.bench.record import Round
+from workspace.bench.server import Server
 from workspace.host.files import write_file
 
 WARM_GAIN = 1.1
 """An engine is warm when a round is not 1.1 times faster than the one before."""
 
-Report = Callable[[Event], None]
-"""Tells the parent process that a step begins."""
+
+class Engine(Protocol):
+    """What runs the rounds of a job."""
+
+    def start(self, report: Report) -> None:
+        """Start it, or at least so far that the first round does."""
+
+    def bench(self, seed: int) -> Round:
+        """One call of vLLM's benchmark with the prompts of `seed`."""
+        ...
+
+    def generate(self) -> list[Generation]:
+        """Greedy generation with the log-probabilities of the likeliest tokens at each step."""
+        ...
+
+    def stop(self) -> Ran:
+        """Stop it; what it ran."""
+        ...
 
 
 class KeptEngine:
@@ -97,6 +115,66 @@ class KeptEngine:
         return self._llm
 
 
+class InProcess:
+    """The engine of `vllm bench throughput|latency`, in this process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def start(self, report: Report) -> None:
+        import vllm
+
+        self._vllm_files = loaded.files_hash(Path(vllm.__file__).parent)
+        know_dummy_weights(self._job.arguments)
+        self._engine = KeptEngine(vllm.LLM, lambda: report(Event(stage="warming up", number=1)))
+        vllm.LLM = self._engine
+        report(Event(stage="starting the engine"))
+
+    def bench(self, seed: int) -> Round:
+        import numpy as np
+
+        output = self._job.folder / f"vllm-{seed}.json"
+        arguments = [*self._job.arguments, "--seed", str(seed), "--output-json", str(output)]
+        np.random.seed(seed)  # noqa: NPY002 - vLLM's latency benchmark draws its prompts from numpy's global state
+        engine = self._engine
+        engine.prompt_tokens = engine.output_tokens = 0
+        vllm_bench.run(self._job.metric, arguments)
+        figures = json.loads(output.read_text())
+        latency = figures.get("latencies")
+        return Round(
+            seed=seed,
+            elapsed_s=latency[0] if latency else figures["elapsed_time"],
+            prompt_tokens=engine.prompt_tokens,
+            output_tokens=engine.output_tokens,
+            reported_tokens=figures.get("total_num_tokens"),
+        )
+
+    def generate(self) -> list[Generation]:
+        from vllm import SamplingParams
+
+        job = self._job
+        prompts: list[Any] = [
+            prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            for prompt in job.prompts
+        ]
+        greedy = SamplingParams(
+            temperature=0.0, max_tokens=job.new_tokens, ignore_eos=True, logprobs=job.top
+        )
+        generations = []
+        for output in self._engine.llm.generate(prompts, greedy, use_tqdm=False):
+            completion = output.outputs[0]
+            steps = [
+                Step(token=token, logprobs={i: entry.logprob for i, entry in logprobs.items()})
+                for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+            generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
+        return generations
+
+    def stop(self) -> Ran:
+        model = self._engine.llm.llm_engine.model_config
+        return what_ran(self._job, model, self._vllm_files)
+
+
 def main() -> None:
     begin = time.monotonic()
     job = Job.model_validate_json(Path(sys.argv[1]).read_text())
@@ -104,35 +182,33 @@ def main() -> None:
     end_with_parent()
     report = functools.partial(write_event, job.folder)
     report(Event(stage="importing vLLM"))
-    import vllm
-
-    vllm_files = loaded.files_hash(Path(vllm.__file__).parent)
-    if DUMMY_FORMAT in job.arguments:  # vLLM checks the name in this process, too
-        importlib.import_module("workspace.bench.dummy_weights")
-    engine = KeptEngine(vllm.LLM, lambda: report(Event(stage="warming up", number=1)))
-    vllm.LLM = engine
-
-    report(Event(stage="starting the engine"))
+    engine: Engine = Server(job) if job.metric == "serve" else InProcess(job)
+    engine.start(report)
     begin = time.perf_counter()
-    first = _bench(job, engine, job.seed)
+    first = engine.bench(job.seed)
     start_s = time.perf_counter() - begin
 
-    bench = functools.partial(_bench, job, engine)
-    warm_up = _warm_up(job, bench, first, report, deadline)
-    rounds = _rounds(job, bench, report, deadline)
+    warm_up = _warm_up(job, engine.bench, first, report, deadline)
+    rounds = _rounds(job, engine.bench, report, deadline)
 
     report(Event(stage="comparing outputs"))
-    generations = _generate(job, engine)
+    generations = engine.generate()
 
+    report(Event(stage="stopping"))
     result = Result(
         engine_start_s=start_s,
         warm_up=warm_up,
         rounds=rounds,
         generations=generations,
-        **dict(what_ran(job, engine.llm, vllm_files)),
+        **dict(engine.stop()),
     )
     write_file(job.folder / RESULT, result.model_dump_json().encode())
-    report(Event(stage="stopping"))
+
+
+def know_dummy_weights(arguments: Sequence[str]) -> None:
+    """Register the load format in this process, too, if vLLM will check its name here."""
+    if DUMMY_FORMAT in arguments:
+        importlib.import_module("workspace.bench.dummy_weights")
 
 
 def write_event(folder: Path, event: Event) -> None:
@@ -141,11 +217,11 @@ def write_event(folder: Path, event: Event) -> None:
         file.write(event.model_dump_json() + "\n")
 
 
-def what_ran(job: EngineJob, llm: Any, vllm_files: str) -> Ran:
+def what_ran(job: EngineJob, model: Any, vllm_files: str) -> Ran:
     """Launches, sources and versions of this process and its workers.
 
     Args:
-        llm: the `vllm.LLM`.
+        model: vLLM's `ModelConfig`.
         vllm_files: `loaded.files_hash` of vLLM's folder when the process began.
     """
     import vllm
@@ -161,42 +237,11 @@ def what_ran(job: EngineJob, llm: Any, vllm_files: str) -> Ran:
         tokens=launches.read_tokens(job.launches),
         kernels_source_hash=source_hash(),
         environment=loaded.versions(packages),
-        dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         vllm_folder=str(Path(vllm.__file__).parent),
         vllm_files=vllm_files,
         modules=loaded.modules(),
         packages=packages,
-    )
-
-
-def _bench(job: Job, engine: KeptEngine, seed: int) -> Round:
-    """One call of vLLM's benchmark with the prompts of `seed`."""
-    import numpy as np
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    if job.metric == "throughput":
-        from vllm.entrypoints.cli.benchmark.throughput import (
-            BenchmarkThroughputSubcommand as Benchmark,
-        )
-    else:
-        from vllm.entrypoints.cli.benchmark.latency import (
-            BenchmarkLatencySubcommand as Benchmark,
-        )
-    parser = FlexibleArgumentParser(prog=f"vllm bench {job.metric}")
-    Benchmark.add_cli_args(parser)
-    output = job.folder / f"vllm-{seed}.json"
-    arguments = [*job.arguments, "--seed", str(seed), "--output-json", str(output)]
-    np.random.seed(seed)  # noqa: NPY002 - vLLM's latency benchmark draws its prompts from numpy's global state
-    engine.prompt_tokens = engine.output_tokens = 0
-    Benchmark.cmd(parser.parse_args(arguments))
-    figures = json.loads(output.read_text())
-    latency = figures.get("latencies")
-    return Round(
-        seed=seed,
-        elapsed_s=latency[0] if latency else figures["elapsed_time"],
-        prompt_tokens=engine.prompt_tokens,
-        output_tokens=engine.output_tokens,
-        reported_tokens=figures.get("total_num_tokens"),
     )
 
 
@@ -236,28 +281,6 @@ def _rounds(
         done.append(bench(job.seed + number))
         slowest = max(slowest, time.monotonic() - begin)
     return done
-
-
-def _generate(job: Job, engine: KeptEngine) -> list[Generation]:
-    """Greedy generation with the log-probabilities of the likeliest tokens at each step."""
-    from vllm import SamplingParams
-
-    prompts: list[Any] = [
-        prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        for prompt in job.prompts
-    ]
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=job.new_tokens, ignore_eos=True, logprobs=job.top
-    )
-    generations = []
-    for output in engine.llm.generate(prompts, greedy, use_tqdm=False):
-        completion = output.outputs[0]
-        steps = [
-            Step(token=token, logprobs={i: entry.logprob for i, entry in logprobs.items()})
-            for token, logprobs in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
-        generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
-    return generations
 
 
 def end_with_parent() -> None:

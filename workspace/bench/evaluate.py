@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from workspace.bench import checks, operations, provenance
+from workspace.bench import checks, operations, provenance, serving
 from workspace.bench.compare import compare
 from workspace.bench.measure import ProcessRun
 from workspace.bench.messages import Result
@@ -15,14 +15,21 @@ from workspace.bench.plan import Plan, repeat_command
 from workspace.bench.record import (
     CPU_NOTE,
     Agreement,
+    Figure,
+    Metric,
     ProcessRecord,
     Record,
     Settings,
+    Unit,
     VariantRecord,
+    higher_is_better,
 )
 from workspace.bench.variants import Variant, command_line, common_settings
 from workspace.fork.tree_state import shown
 from workspace.pins.release import tree
+
+UNITS: dict[Metric, Unit] = {"throughput": "tokens/s", "latency": "s"}
+"""METRIC=serve has several figures."""
 
 
 def evaluate(
@@ -56,6 +63,7 @@ def evaluate(
     first = runs[0].result
     sources, errors = provenance.collect(candidate[0].kernels_source_hash, first.environment, load)
     failures += errors
+    unit = _unit(plan)
     on_cpu, gpu = plan.device.kind == "cpu", first.environment.get("device")
     return Record(
         run=run_id,
@@ -69,13 +77,15 @@ def evaluate(
         device=plan.device.name if on_cpu else f"{plan.tensor_parallel} x {gpu}",
         device_kind=plan.device.kind,
         note="; ".join(_notes(plan)),
-        unit="tokens/s" if plan.metric == "throughput" else "s",
+        unit=unit,
+        figure=_kinds(plan)[0].name if plan.metric == "serve" else None,
         variants=[variant_record(plan, variant, runs) for variant in variants],
         comparison=compare(
             [_figures(plan, result) for result in baseline],
             [_figures(plan, result) for result in candidate],
-            higher_is_better=plan.metric == "throughput",
+            higher_is_better=higher_is_better(unit),
         ),
+        figures=_others(plan, baseline, candidate),
         agreement=agreement,
         baseline_with_itself=baseline_with_itself,
         candidate_with_itself=candidate_with_itself,
@@ -181,8 +191,41 @@ def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> 
     )
 
 
+def _unit(plan: Plan) -> Unit:
+    return UNITS.get(plan.metric) or _kinds(plan)[0].unit
+
+
+def _kinds(plan: Plan) -> list[serving.Kind]:
+    return serving.kinds(plan.output_len, plan.request_rate, plan.goodput)
+
+
+def _others(plan: Plan, baseline: Sequence[Result], candidate: Sequence[Result]) -> list[Figure]:
+    """The figures of METRIC=serve beside the one with the verdict."""
+    found = []
+    for kind in _kinds(plan)[1:] if plan.metric == "serve" else ():
+        old, new = (
+            [serving.figures(kind, result.rounds) for result in results]
+            for results in (baseline, candidate)
+        )
+        flat = [[value for rounds in side for value in rounds] for side in (old, new)]
+        positive = all(value > 0 for values in flat for value in values)
+        comparison = compare(old, new, higher_is_better(kind.unit)) if positive else None
+        found.append(
+            Figure(
+                name=kind.name,
+                unit=kind.unit,
+                medians=[median(values) for values in flat],
+                comparison=comparison,
+            )
+        )
+    return found
+
+
 def _figures(plan: Plan, result: Result) -> list[float]:
-    """Tokens per second (input and output together), or seconds per batch, of every round."""
+    """Tokens per second (input and output together), seconds per batch, or the first figure of
+    METRIC=serve, of every round."""
+    if plan.metric == "serve":
+        return serving.figures(_kinds(plan)[0], result.rounds)
     if plan.metric == "latency":
         return [done.elapsed_s for done in result.rounds]
     return [(done.prompt_tokens + done.output_tokens) / done.elapsed_s for done in result.rounds]

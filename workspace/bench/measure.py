@@ -14,7 +14,7 @@ from workspace.bench import checks, layers, processes, prompts, report, workload
 from workspace.bench.messages import Job, Result, Stage
 from workspace.bench.plan import Plan
 from workspace.bench.time_left import TimeLeft
-from workspace.bench.variants import Variant, arguments, environment
+from workspace.bench.variants import Variant, arguments, environment, server_arguments
 from workspace.host.errors import WorkspaceError
 
 SEED = 1
@@ -95,6 +95,7 @@ def _job(plan: Plan, variant: Variant, folder: Path, seconds: float | None) -> J
     return Job(
         metric=plan.metric,
         arguments=arguments(plan, variant),
+        server=server_arguments(plan, variant),
         rounds=plan.rounds,
         fewest_rounds=workload.fewest_rounds(plan),
         seconds=seconds,

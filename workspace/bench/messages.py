@@ -5,6 +5,7 @@ Each is JSON in a file of the job's folder.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,7 +27,7 @@ STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage !=
 
 WARM_ROUNDS = (2, 8)
 """Fewest and most warm-up rounds of a process."""
-JOB, EVENTS, RESULT = "job.json", "events.jsonl", "result.json"
+JOB, EVENTS, RESULT, SERVER = "job.json", "events.jsonl", "result.json", "server.json"
 """Files in a job's folder."""
 
 
@@ -47,13 +48,15 @@ class EngineJob(BaseModel):
 class Job(EngineJob):
     """What a process of `make bench` is to do.
 
-    `arguments` go to `vllm bench METRIC`; `--seed` and `--output-json` are added per round.
+    `arguments` go to `vllm bench METRIC`; `--seed` and the file of the result are added per round.
+    For METRIC=serve, `server` has those of `vllm serve`, all of them about the engine.
     `prompts` are texts or token ids for the comparison of outputs. With `seconds`, no round begins
     that would end later than that after the start of the process, except that `fewest_rounds` are
     always measured.
     """
 
     metric: Metric
+    server: list[str] = []
     rounds: int
     fewest_rounds: int = 1
     seconds: float | None = None
@@ -73,6 +76,10 @@ class Event(BaseModel):
     def __str__(self) -> str:
         number = f" {self.number}" if self.number else ""
         return f"{self.stage}{number}{f' of {self.of}' if self.of else ''}"
+
+
+Report = Callable[[Event], None]
+"""Tells the parent process that a step begins."""
 
 
 class Step(BaseModel):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from workspace.bench import operations
+from workspace.bench import operations, serving
 from workspace.bench.checkpoint import METHOD
 from workspace.bench.models import Model
 from workspace.bench.provenance import cpu_flags, cpu_name
@@ -76,6 +76,9 @@ class Plan:
     baseline: Baseline
     engine: Engine = "fork"
     way: Way = "layer"
+    request_rate: float | None = None
+    """Requests per second of METRIC=serve; None: all at once."""
+    goodput: str | None = None
     interpret: bool = False
     """Whether a backend is a Triton kernel that runs in Triton's interpreter."""
 
@@ -143,8 +146,10 @@ class Plan:
 DEFAULTS: dict[tuple[DeviceKind, Metric], Sizes] = {
     ("cpu", "throughput"): Sizes(64, 64, 64, 5),
     ("cpu", "latency"): Sizes(32, 32, 1, 5),
+    ("cpu", "serve"): Sizes(32, 64, 64, 5),
     ("cuda", "throughput"): Sizes(512, 128, 2048, 5),
     ("cuda", "latency"): Sizes(512, 128, 8, 30),
+    ("cuda", "serve"): Sizes(512, 128, 1024, 5),
 }
 REPEATS = 2
 """Two processes per variant."""
@@ -217,6 +222,8 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         baseline=_baseline(options, model),
         engine=options.engine or "fork",
         way=options.way or "layer",
+        request_rate=serving.request_rate(options.request_rate),
+        goodput=serving.goodput(options.goodput),
         interpret=(
             options.interpret
             and device.kind == "cpu"
@@ -321,6 +328,8 @@ def repeat_command(plan: Plan) -> str:
         INPUT_LEN=plan.input_len,
         OUTPUT_LEN=plan.output_len,
         NUM_PROMPTS=plan.num_prompts,
+        REQUEST_RATE=None if plan.request_rate is None else f"{plan.request_rate:g}",
+        GOODPUT=plan.goodput,
         OP=plan.op,
         BACKEND=plan.backend,
         LAYERS=plan.layers,

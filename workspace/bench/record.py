@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from workspace.host.files import write_file
 
-Metric = Literal["throughput", "latency"]
-Unit = Literal["tokens/s", "s"]
+Metric = Literal["throughput", "latency", "serve"]
+Unit = Literal["tokens/s", "s", "requests/s", "ms"]
 Weights = Literal["real", "dummy", "random"]
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -42,6 +42,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
+class Served(Strict):
+    """What the clients of a server saw in a round, by vLLM's own figures.
+
+    Requests per second; milliseconds to a request's first token (`ttft`), and for each token after
+    that (`tpot`, of a request its mean): the median and the 99th percentile over the requests.
+    """
+
+    requests_per_s: float
+    good_per_s: float | None
+    """Requests per second that kept to GOODPUT, if that is given."""
+    ttft_ms: float
+    ttft_p99_ms: float
+    tpot_ms: float
+    tpot_p99_ms: float
+
+
 class Round(Strict):
     """One timed call of vLLM's benchmark: its figures, and the token counts of the requests."""
 
@@ -50,7 +66,9 @@ class Round(Strict):
     prompt_tokens: int
     output_tokens: int
     reported_tokens: int | None
-    """vLLM's own total; its latency benchmark reports none."""
+    """vLLM's own total, of METRIC=serve the server's; its latency benchmark reports none."""
+    served: Served | None = None
+    """Of METRIC=serve."""
 
 
 class ModelRecord(Strict):
@@ -109,6 +127,9 @@ class Settings(Strict):
     input_len: int
     output_len: int
     num_prompts: int
+    request_rate: float | None = None
+    """Requests per second of METRIC=serve; None: all at once."""
+    goodput: str | None = None
     op: str | None = None
     backend: str | None
     layers: str | None = None
@@ -138,6 +159,19 @@ class Comparison(Strict):
     scatter: float
     verdict: Verdict
     because: Message
+
+
+class Figure(Strict):
+    """A figure of METRIC=serve beside the one with the run's verdict.
+
+    `medians` are those over the rounds of each variant; there is no `comparison` where a round has
+    a figure of zero.
+    """
+
+    name: str
+    unit: Unit
+    medians: list[float]
+    comparison: Comparison | None
 
 
 class Agreement(Strict):
@@ -208,9 +242,9 @@ class Provenance(Strict):
 class Record(Strict):
     """One run of `make bench`.
 
-    Figures are in `unit`: tokens per second (input and output together) or seconds per batch.
-    `comparison` is the second variant over the first. A record that is not `valid` has
-    `failures` and its figures must not be used.
+    Figures are in `unit`: tokens per second (input and output together), seconds per batch, or of
+    METRIC=serve what `figure` says. `comparison` is the second variant over the first. A record
+    that is not `valid` has `failures` and its figures must not be used.
     """
 
     schema_version: Literal[1] = 1
@@ -226,12 +260,25 @@ class Record(Strict):
     device_kind: DeviceKind
     note: Message
     unit: Unit
+    figure: str | None = None
     variants: list[VariantRecord]
     comparison: Comparison
+    figures: list[Figure] = []
+    """The others of METRIC=serve."""
     agreement: Agreement
     baseline_with_itself: Agreement | None
     candidate_with_itself: Agreement | None = None
     provenance: Provenance
+
+    @property
+    def measured(self) -> str:
+        """What the figures are: "throughput, tokens/s"."""
+        return f"{self.figure or self.settings.metric}, {self.unit}"
+
+
+def higher_is_better(unit: Unit) -> bool:
+    """Whether a figure is a rate, not a time."""
+    return unit.endswith("/s")
 
 
 def write(record: Strict, path: Path) -> None:

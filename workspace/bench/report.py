@@ -16,7 +16,7 @@ from rich.table import Table
 from workspace.bench import layers
 from workspace.bench.messages import Event
 from workspace.bench.plan import Plan
-from workspace.bench.record import Agreement, Record, Unit, VariantRecord
+from workspace.bench.record import Agreement, Comparison, Record, Settings, Unit, VariantRecord
 from workspace.bench.time_left import TimeLeft
 from workspace.environment.progress import LoggedProgress
 from workspace.fork.tree_state import shown
@@ -24,6 +24,9 @@ from workspace.host.text import duration, plural
 from workspace.verbs import Bench
 
 console = Console(highlight=False, soft_wrap=True)
+
+FEW = 100
+"""Of fewer requests than that, the 99th percentile lies between the two slowest."""
 
 
 def line(text: str) -> None:
@@ -123,12 +126,9 @@ def lines(record: Record) -> Iterator[str]:
                 yield escape("\n".join(counted))
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
-    low, high = ratio.interval
-    colour = COLOURS[ratio.verdict]
-    yield (
-        f"{names[1]} / {names[0]} = [bold]{ratio.ratio:.3f}[/bold] [dim]\\[{low:.3f}, {high:.3f}]"
-        f"[/dim]: [bold {colour}]{ratio.verdict}[/bold {colour}] ({ratio.because})"
-    )
+    yield f"{names[1]} / {names[0]} = {_ratio(ratio)} ({ratio.because})"
+    if record.figures:
+        yield "\n".join(figure_lines(record))
     if record.note:
         yield f"[yellow]{record.note}[/yellow]"
     if record.agreement.lossy:
@@ -153,15 +153,14 @@ def table(record: Record) -> Table:
         f"{'eager' if settings.eager else 'compiled'}"
     )
     caption = (
-        f"per round: {plural(settings.num_prompts, 'request')}, "
+        f"per round: {plural(settings.num_prompts, 'request')}{arrival(settings)}, "
         f"{settings.input_tokens_per_round} tokens in, {settings.output_tokens_per_round} out; "
         f"{plural(settings.repeats, 'process')} per variant, "
         f"{plural(settings.rounds, 'round')} each"
     )
     result = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     result.add_column("variant")
-    measured = f"{settings.metric}, {record.unit}"
-    for name in (measured, "lowest", "highest", "custom kernel launches"):
+    for name in (record.measured, "lowest", "highest", "custom kernel launches"):
         result.add_column(name, justify="right")
     for variant in record.variants:
         figures = (variant.median, variant.lowest, variant.highest)
@@ -170,9 +169,44 @@ def table(record: Record) -> Table:
     return result
 
 
+def arrival(settings: Settings) -> str:
+    """When the requests of METRIC=serve arrive, after their number."""
+    if settings.metric != "serve":
+        return ""
+    rate = settings.request_rate
+    return " at once" if rate is None else f" at {rate:g}/s"
+
+
+def figure_lines(record: Record) -> list[str]:
+    """The other figures of METRIC=serve with their verdicts, a line each, in Rich's markup."""
+    names = [variant.name for variant in record.variants]
+    requests = record.settings.num_prompts
+    few = ", of which the 99th percentile is nearly the slowest" if requests < FEW else ""
+    lines = [
+        f"clients, medians over {plural(len(record.variants[0].figures), 'round')} of "
+        f"{plural(requests, 'request')}{few}:"
+    ]
+    width = max(len(figure.name) for figure in record.figures)
+    for figure in record.figures:
+        sides = zip(names, figure.medians, strict=True)
+        text = ", ".join(f"{name} {number(value, figure.unit)}" for name, value in sides)
+        text = f"  {figure.name:{width}}  {text} {figure.unit}"
+        lines.append(f"{text}, ratio {_ratio(figure.comparison)}" if figure.comparison else text)
+    return lines
+
+
+def _ratio(found: Comparison) -> str:
+    low, high = found.interval
+    colour = COLOURS[found.verdict]
+    return (
+        f"[bold]{found.ratio:.3f}[/bold] [dim]\\[{low:.3f}, {high:.3f}][/dim]: "
+        f"[bold {colour}]{found.verdict}[/bold {colour}]"
+    )
+
+
 def number(value: float, unit: Unit) -> str:
-    """A figure for reading: 12,345 or 1.23 tokens/s, 0.1234 s."""
-    if unit != "tokens/s":
+    """A figure for reading: 12,345 or 1.23 tokens/s, 0.1234 s, 12.3 ms."""
+    if unit == "s":
         return f"{value:.4f}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

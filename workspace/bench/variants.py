@@ -22,6 +22,11 @@ LAUNCH_LOG = "CUSTOM_KERNELS_LAUNCH_LOG"
 PLUGINS, PLUGIN = "VLLM_PLUGINS", "custom_kernels"
 """The variable that names the plugins vLLM loads, and this one's name (kernels/pyproject.toml)."""
 
+HOST = "127.0.0.1"
+"""Where METRIC=serve listens."""
+KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
+"""Of the user's own servers; with one, our clients would be turned away or hand it on."""
+
 GIB = 2**30
 LENGTH_STEP = 128
 """vLLM's KV blocks hold up to 128 tokens; the length limit is rounded up to whole blocks."""
@@ -79,17 +84,19 @@ def common_settings(plan: Plan) -> dict[str, str]:
     """Environment of both variants, in addition to the user's own."""
     settings = {
         "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
-        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_HOST_IP": HOST,
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if plan.metric == "serve":
+        settings["no_proxy"] = HOST  # vLLM's client would go through the user's proxy
     if plan.device.kind == "cpu":
         tokens = min(plan.num_prompts, 64) * (plan.input_len + plan.output_len)
         size = tokens * plan.model.kv_bytes_per_token / plan.tensor_parallel
         settings["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, math.ceil(size / GIB))))
-        if plan.tensor_parallel == 1:
+        if plan.tensor_parallel == 1 and plan.metric != "serve":
             # One process instead of three: half the start-up time on a small machine.
             settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        else:
+        elif plan.tensor_parallel > 1:
             settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.tensor_parallel)
     return settings
 
@@ -102,7 +109,7 @@ def environment(plan: Plan, variant: Variant, launch_log: Path) -> dict[str, str
     """
     # Triton's interpreter is for a custom kernel on the CPU, and then a switch of its variant:
     # elsewhere vLLM's own Triton kernels would run a thousand times slower in it, or fail.
-    removed = (*operations.SWITCHES, INTERPRET)
+    removed = (*operations.SWITCHES, INTERPRET, *KEYS)
     inherited = {k: v for k, v in os.environ.items() if k not in removed}
     result = inherited | common_settings(plan) | variant.switches
     result[LAUNCH_LOG] = str(launch_log)
@@ -140,7 +147,10 @@ def check_surroundings() -> None:
 
 
 def arguments(plan: Plan, variant: Variant) -> list[str]:
-    """Arguments of a variant for `vllm bench METRIC`, without seed and output file."""
+    """Arguments of a variant for `vllm bench METRIC`, without seed and output file; of
+    METRIC=serve without those of the server."""
+    if plan.metric == "serve":
+        return [*_clients(plan), *_model(plan, variant)]
     if plan.metric == "throughput":
         workload = ["--dataset-name", "random"]
         workload += random_lengths(tree(), plan.input_len, plan.output_len)
@@ -152,10 +162,36 @@ def arguments(plan: Plan, variant: Variant) -> list[str]:
     return [*workload, *engine_arguments(plan, variant)]
 
 
+def _clients(plan: Plan) -> list[str]:
+    """Arguments of `vllm bench serve`: random prompts that are continued greedily."""
+    result = ["--dataset-name", "random", "--num-prompts", str(plan.num_prompts)]
+    result += ["--random-input-len", str(plan.input_len)]
+    result += ["--random-output-len", str(plan.output_len), "--ignore-eos", "--temperature", "0"]
+    rate = "inf" if plan.request_rate is None else f"{plan.request_rate:g}"
+    result += ["--request-rate", rate, "--percentile-metrics", "ttft,tpot"]
+    result += ["--metric-percentiles", "99"]
+    return [*result, *(["--goodput", *plan.goodput.split()] if plan.goodput else [])]
+
+
+def server_arguments(plan: Plan, variant: Variant) -> list[str]:
+    """Arguments of a variant for `vllm serve`, without host and port; empty if nothing is served.
+
+    What a model's generation_config.json would add to a request, a penalty for one, would have an
+    effect on the comparison of outputs.
+    """
+    if plan.metric != "serve":
+        return []
+    return [*engine_arguments(plan, variant), "--generation-config", "vllm"]
+
+
+def _model(plan: Plan, variant: Variant) -> list[str]:
+    model = variant.model or plan.model
+    return ["--model", str(model.folder), "--tokenizer", str(model.tokenizer)]
+
+
 def engine_arguments(plan: Plan, variant: Variant) -> list[str]:
     """Those of them that are about the engine."""
-    model = variant.model or plan.model
-    result = ["--model", str(model.folder), "--tokenizer", str(model.tokenizer)]
+    result = _model(plan, variant)
     result += ["--max-model-len", str(max_model_len(plan))]
     result += ["--tensor-parallel-size", str(plan.tensor_parallel)]
     if plan.device.kind == "cpu":
@@ -176,9 +212,14 @@ def command_line(plan: Plan, variant: Variant) -> str:
     """The variant as a shell command to run in the root of the checkout."""
     settings = {**common_settings(plan), **variant.switches}
     words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    commands = [["vllm", "bench", plan.metric, *arguments(plan, variant)]]
+    if plan.metric == "serve":
+        commands[0] += ["--ready-check-timeout-sec", "600"]
+        _, model, *others = server_arguments(plan, variant)
+        commands.insert(0, ["vllm", "serve", model, *others, "--host", HOST])
     # A record may be published: without the checkout's absolute path.
-    given = [argument.removeprefix(f"{ROOT}/") for argument in arguments(plan, variant)]
-    return " ".join([*words, "vllm", "bench", plan.metric, *map(shlex.quote, given)])
+    given = [[argument.removeprefix(f"{ROOT}/") for argument in one] for one in commands]
+    return " & ".join(" ".join([*words, *map(shlex.quote, one)]) for one in given)
 
 
 def batch_limits(plan: Plan) -> tuple[int, int]:

@@ -45,6 +45,10 @@ SMALLER: dict[Metric, tuple[Sizes, ...]] = {
         Sizes(16, 8, 2, 3), Sizes(8, 4, 1, 3),
     ),
     "latency": (Sizes(32, 16, 1, 5), Sizes(16, 8, 1, 5), Sizes(8, 4, 1, 3)),
+    "serve": (
+        Sizes(32, 32, 32, 5), Sizes(32, 16, 16, 5), Sizes(32, 16, 8, 5), Sizes(32, 8, 4, 5),
+        Sizes(32, 8, 2, 3), Sizes(8, 4, 1, 3),
+    ),
 }  # fmt: skip
 """Tried after the CPU's default, from large to small."""
 
@@ -52,8 +56,12 @@ SMALLER: dict[Metric, tuple[Sizes, ...]] = {
 # estimates use the durations measured in the run.
 STARTS_PER_IMPORT = 6.0
 """Importing vLLM and starting the engine, in units of the time of `import torch`."""
+SERVER_IMPORTS = 2.0
+"""The same with a server: it and its engine import vLLM one after the other."""
 STEP_SECONDS = 0.01
 """An engine step apart from the matrix products."""
+SERVED_SECONDS = 0.0005
+"""A token on its way from a server's engine through HTTP to the client."""
 COMPILE_SECONDS = 60.0
 """torch.compile, with EAGER=0."""
 QUANTIZED_SECONDS = 1e-8
@@ -126,6 +134,10 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
     at_once = math.ceil(plan.num_prompts / waves)
     first = step(at_once * plan.input_len, at_once)
     one_round = waves * (first + (plan.output_len - 1) * step(at_once, at_once))
+    if plan.metric == "serve":
+        start *= SERVER_IMPORTS
+        one_round += plan.output_tokens_per_round * SERVED_SECONDS
+        one_round = max(one_round, plan.num_prompts / (plan.request_rate or math.inf))
     compared = step(sum(prompts.PROMPT_LENGTHS), COMPARED_PROMPTS)
     compared += (prompts.new_tokens(plan) - 1) * step(COMPARED_PROMPTS, COMPARED_PROMPTS)
     return {

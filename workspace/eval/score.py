@@ -36,7 +36,8 @@ def main() -> None:
     for number, start in enumerate(starts, 1):
         report(Event(stage="scoring", number=number, of=len(starts)))
         logprobs += score(llm, job.windows[start : start + job.at_once])
-    result = Scores(logprobs=logprobs, **dict(what_ran(job, llm, vllm_files)))
+    ran = what_ran(job, llm.llm_engine.model_config, vllm_files)
+    result = Scores(logprobs=logprobs, **dict(ran))
     write_file(job.folder / RESULT, result.model_dump_json().encode())
     report(Event(stage="stopping"))
 

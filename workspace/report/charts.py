@@ -20,6 +20,7 @@ from custom_kernels.bench.record import Record as KernelRecord
 from custom_kernels.bench.report import label_text
 
 from workspace.bench.record import Record as EngineRecord
+from workspace.bench.record import higher_is_better
 from workspace.bench.report import number
 from workspace.report.records import Kernels
 
@@ -252,8 +253,8 @@ def rounds(record: EngineRecord, same_kernels: Ratio | None) -> Chart:
         )
         for i, figure in enumerate(process.figures, 1)
     ]  # fmt: skip
-    better = "higher is better" if unit == "tokens/s" else "lower is better"
-    title = f"{record.settings.metric}, {unit} ({better})"
+    better = "higher is better" if higher_is_better(unit) else "lower is better"
+    title = f"{record.measured} ({better})"
     axis = {"labelAngle": 0, "labelOverlap": True, "ticks": False}
     order = "processes, as they ran"
     x = {"x": {**_nominal("process"), "sort": None, "title": order, "axis": axis}}

@@ -13,6 +13,7 @@ from custom_kernels.bench import record as kernels
 from pydantic import ValidationError
 
 from workspace.bench import record as engine
+from workspace.bench.report import arrival
 from workspace.fork.tree_state import shown
 from workspace.host.text import plural
 
@@ -44,13 +45,17 @@ class Engine:
         pair = " against ".join(reversed(names)) if names != ["stock", "custom"] else None
         kernels = settings.quantization or settings.backend
         model = run.model.name.rpartition("/")[2]
-        parts = (model, settings.metric, kernels, settings.layers, pair, self.card)
+        metric = f"{settings.metric}{arrival(settings)}"
+        parts = (model, metric, kernels, settings.layers, pair, self.card)
         return ", ".join(part for part in parts if part)
 
     @property
     def workload(self) -> tuple[object, ...]:
         """What is equal in runs whose figures vary alike."""
-        names = ("metric", "input_len", "output_len", "num_prompts", "eager", "tensor_parallel")
+        names = (
+            *("metric", "input_len", "output_len", "num_prompts", "request_rate", "eager"),
+            "tensor_parallel",
+        )
         settings = (getattr(self.record.settings, name) for name in names)
         return (self.record.model.name, self.record.device, *settings)
 

@@ -16,6 +16,7 @@ from custom_kernels.bench import plots
 from custom_kernels.bench.compare import Ratio
 
 from workspace.bench import chart
+from workspace.bench.report import arrival
 from workspace.host.files import write_file
 from workspace.host.paths import BENCHMARKS, ROOT
 from workspace.host.text import plural, with_blocks
@@ -68,7 +69,8 @@ def engine(page: Path, *, only_clear: bool = False) -> Iterator[str]:
                 _link(one, page),
                 one.card,
                 f"{run.model.name.rpartition('/')[2]}, {run.model.weights} weights, "
-                f"{settings.metric}, {plural(settings.num_prompts, 'request')} of "
+                f"{settings.metric}, {plural(settings.num_prompts, 'request')}"
+                f"{arrival(settings)} of "
                 f"{settings.input_len} in, {settings.output_len} out, "
                 f"{'eager' if settings.eager else 'compiled'}",
                 ran,

@@ -33,8 +33,8 @@ DIFFERENT_FROM = 0.02
 two."""
 SAME_WITHIN = 0.03
 SETTINGS = (
-    *("backend", "layers", "quantization", "input_len", "output_len", "num_prompts", "eager"),
-    "tensor_parallel",
+    *("backend", "layers", "quantization", "input_len", "output_len", "num_prompts"),
+    *("request_rate", "eager", "tensor_parallel"),
 )
 """Of an engine run: what should be equal in both."""
 
@@ -183,7 +183,7 @@ class EngineComparison(BaseModel):
 class EngineRecord(BaseModel):
     """What is read of a record of ``make bench``."""
 
-    settings: dict[str, str | int | None]
+    settings: dict[str, str | int | float | None]
     model: dict[str, str | int | None]
     device: str
     unit: str
@@ -237,7 +237,7 @@ def _engine(run: EngineRecord) -> Side:
     stock, custom = run.variants
     found, (low, high) = run.comparison, run.comparison.interval
     ratio = Ratio(found.ratio, low, high)
-    if run.unit == "s":  # seconds: less is faster
+    if not run.unit.endswith("/s"):  # a time, not a rate: less is faster
         ratio = Ratio(1 / found.ratio, 1 / high, 1 / low)
     facts = {"device": run.device, "baseline": stock.name}
     facts |= {name: str(run.model[name]) for name in ("dtype", "weights")}

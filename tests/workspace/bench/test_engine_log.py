@@ -72,6 +72,12 @@ SECOND = "(Worker_TP0 pid=6) ERROR 11-26 09:54:13 [multiproc_executor.py:9] "
             + traceback("ValueError: the end"),
             "ValueError: the end",
         ),
+        # A server's, of which its client only says that it has ended.
+        (
+            traceback("OSError: no such model", header="(APIServer pid=5) ")
+            + traceback("RuntimeError: vLLM's server ended with status 1"),
+            "OSError: no such model",
+        ),
         (traceback("torch.Error: first\nsecond\n  third"), "torch.Error: first second third"),
         (
             traceback(
@@ -108,6 +114,8 @@ def test_the_cause_is_found(log: str, says: str) -> None:
             1,
             "killed (signal 9)",
         ),
+        (traceback("RuntimeError: vLLM's server ended with status -9"), 1, "killed (signal 9)"),
+        (traceback("RuntimeError: vLLM's server ended with status 3"), 1, "with status 3"),
         ("INFO all is well\n", -11, "SIGSEGV"),
         (
             "terminate called after throwing an instance of 'std::bad_alloc'\n  what():  x\n",

@@ -45,7 +45,10 @@ MODEL = sample().model
         ({"ROUNDS": "0"}, "ROUNDS=0"),
         ({"REPEATS": "101"}, "REPEATS=101 is more than 100"),
         ({"ROUNDS": "1001"}, "ROUNDS=1001 is more than 1000"),
-        ({"METRIC": "foo"}, "METRIC=foo is not known; use METRIC=throughput or METRIC=latency"),
+        (
+            {"METRIC": "foo"},
+            "METRIC=foo is not known; use METRIC=throughput, METRIC=latency or METRIC=serve",
+        ),
         ({"EAGER": "perhaps"}, "EAGER=perhaps"),
         ({"BASELINE": "mine"}, "BASELINE=mine"),
         (
@@ -71,7 +74,7 @@ def test_eager_is_what_the_variable_says() -> None:
         assert make_plan(read(Bench, {"EAGER": value}), CPU, MODEL).eager is eager
 
 
-@pytest.mark.parametrize("metric", ["throughput", "latency"])
+@pytest.mark.parametrize("metric", ["throughput", "latency", "serve"])
 def test_defaults_follow_the_device(metric: Metric) -> None:
     options = Bench(metric=metric)
     on_cpu, on_gpu = make_plan(options, CPU, MODEL), make_plan(options, GPU, MODEL)

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -127,6 +130,72 @@ def test_a_sparse_model_agrees_with_its_own_weights_as_dense_ones(
     assert "real weights, 2:4 fp8, bfloat16" in printed
     assert "fp8 loads the same weights as dense ones" in printed
     assert made.command.endswith(" BASELINE=fp8")
+
+
+@contextmanager
+def listening() -> Iterator[set[str]]:
+    """The addresses on which processes that this one starts meanwhile wait for connections."""
+    found: set[str] = set()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    found.update(
+                        connection.laddr.ip
+                        for connection in process.net_connections("inet")
+                        if connection.status == psutil.CONN_LISTEN
+                    )
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_server_is_measured_as_its_clients_see_it(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "LIMIT_SECONDS", 1.0)  # too short for more than the fewest rounds
+    before = psutil.Process().children(recursive=True)
+    sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1}
+    with listening() as addresses:
+        made = runner.run(Bench(metric="serve", goodput="ttft:600000 tpot:600000", **sizes))
+    assert psutil.Process().children(recursive=True) == before
+    assert addresses == {"127.0.0.1"}
+    assert made.valid
+    stock, custom = made.variants
+    for variant in made.variants:
+        (process,) = variant.processes
+        assert len(process.rounds) == 3
+        for done in process.rounds:
+            assert (done.prompt_tokens, done.output_tokens) == (4 * 16, 4 * 8)
+            assert done.reported_tokens == 4 * 24  # by the engine's own counters
+            assert done.served is not None
+            assert 0 < done.served.ttft_ms <= done.served.ttft_p99_ms
+            assert 0 < done.served.tpot_ms <= done.served.tpot_p99_ms
+            assert done.served.requests_per_s == pytest.approx(4 / done.elapsed_s)
+            assert done.served.good_per_s == done.served.requests_per_s
+    assert stock.launches == {}
+    assert set(custom.launches) == {"gemm.reference"}
+    (counts,) = custom.processes[0].launches.values()
+    assert counts == custom.launches
+    assert made.agreement.tokens > 0
+    assert made.agreement.failures == []
+    assert len(made.figures) == 5
+    assert all(figure.comparison for figure in made.figures)
+    (path,) = (here / "results").glob("*-serve.json")
+    assert record.read(path) == made
+    printed = capfd.readouterr().out
+    for words in ("requests served, requests/s", "time to first token, median",
+                  "4 requests at once", "greedy tokens match", " GOODPUT="):  # fmt: skip
+        assert words in printed
 
 
 def start(here: Path, **variables: str) -> subprocess.Popen[str]:

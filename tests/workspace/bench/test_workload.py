@@ -47,7 +47,7 @@ def sizes(made: Plan) -> Sizes:
     return Sizes(made.input_len, made.output_len, made.num_prompts, made.rounds)
 
 
-@pytest.mark.parametrize("metric", ["throughput", "latency"])
+@pytest.mark.parametrize("metric", ["throughput", "latency", "serve"])
 def test_a_slower_machine_gets_a_smaller_workload_that_still_gives_a_verdict(
     metric: Metric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
