@@ -193,7 +193,7 @@ def test_a_server_is_measured_as_its_clients_see_it(
     (path,) = (here / "results").glob("*-serve.json")
     assert record.read(path) == made
     printed = capfd.readouterr().out
-    for words in ("requests served, requests/s", "time to first token, median",
+    for words in ("requests served,", "time to first token, median",
                   "4 requests at once", "greedy tokens match", " GOODPUT="):  # fmt: skip
         assert words in printed
 
@@ -215,12 +215,26 @@ def start(here: Path, **variables: str) -> subprocess.Popen[str]:
     return process
 
 
+def server_of(bench: subprocess.Popen[str]) -> psutil.Process:
+    """The server that the engine process of a bench has started, or is about to."""
+    (engine,) = psutil.Process(bench.pid).children()
+    while not (children := engine.children()):
+        time.sleep(0.1)
+    (server,) = children
+    return server
+
+
 @pytest.mark.engine
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "metric"),
+    [(signal.SIGINT, "latency"), (signal.SIGTERM, "throughput"), (signal.SIGINT, "serve")],
+)
 def test_interrupted_it_says_so_and_leaves_neither_process_nor_record(
-    number: signal.Signals, tmp_path: Path
+    number: signal.Signals, metric: str, tmp_path: Path
 ) -> None:
-    process = start(tmp_path)
+    process = start(tmp_path, METRIC=metric)
+    if metric == "serve":
+        server_of(process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, error = process.communicate()
@@ -258,6 +272,17 @@ def test_an_engine_that_dies_is_one_line_with_its_log(tmp_path: Path) -> None:
     assert "stock: the engine was killed (signal 9)" in error
     log = Path(error.strip().rsplit("log: ", 1)[1])
     assert log.is_file()
+    assert "\n" not in error.strip()
+
+
+@pytest.mark.engine
+def test_a_server_that_dies_is_one_line_with_its_log(tmp_path: Path) -> None:
+    process = start(tmp_path, METRIC="serve")
+    server_of(process).send_signal(signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 1
+    assert "stock: the engine was killed (signal 9)" in error
+    assert Path(error.strip().rsplit("log: ", 1)[1]).is_file()
     assert "\n" not in error.strip()
 
 
