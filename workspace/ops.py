@@ -70,10 +70,12 @@ def run(options: Ops) -> None:
 
 def way(kind: Layers) -> str:
     """How these layers run a kernel of the user's."""
-    from custom_kernels.vllm import layers
+    from custom_kernels.vllm import attention, layers
 
     names = layers.names()
     name = operations.GEMM if kind.operation == built_layers.LINEAR else kind.operation
+    if name == built_layers.ATTENTION and kind.vllm_class == "Attention":
+        name = attention.OPERATION
     if name == built_layers.ATTENTION:
         return "in vllm-fork/src/vllm/v1/attention"
     if name not in (operations.GEMM, *names):

@@ -58,11 +58,14 @@ def _operation(module: Any) -> str | None:
 
 def _is_ours(name: str, module: Any, gemm: Any) -> bool:
     from custom_kernels.vllm import upstream
+    from custom_kernels.vllm.attention._decode import Decode
     from custom_kernels.vllm.layers import _base
 
     if upstream.is_linear_layer(module):
         return gemm is not None and name in gemm
-    return isinstance(module, _base.Layer) and _base.takes(name) and not module.unsupported()
+    ours = getattr(module, "impl", None) if upstream.is_attention(module) else module
+    known = isinstance(ours, _base.Layer | Decode)
+    return known and _base.takes(name) and not ours.unsupported()
 
 
 if __name__ == "__main__":

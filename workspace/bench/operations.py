@@ -6,11 +6,13 @@ import json
 from workspace.host.errors import WorkspaceError
 from workspace.pins import release
 
-GEMM = "gemm"
+GEMM, ATTENTION = "gemm", "paged_attention"
 GEMM_SWITCH, GEMM_BACKEND, GEMM_LAYERS = (
     "VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND", "VLLM_CUSTOM_GEMM_LAYERS",
 )  # fmt: skip
 OPS_SWITCH, OPS_LAYERS = "VLLM_CUSTOM_OPS", "VLLM_CUSTOM_OPS_LAYERS"
+ATTENTION_REGISTRY = "vllm/v1/attention/backends/registry.py"
+"""In vLLM's tree, on releases in which attention can be replaced."""
 SWITCHES = (GEMM_SWITCH, GEMM_BACKEND, GEMM_LAYERS, OPS_SWITCH, OPS_LAYERS)
 
 
@@ -58,6 +60,11 @@ def check(operations: dict[str, str | None], device: str) -> None:
                 f"OP={name}: no operation of this name enters vLLM; there are: "
                 f"{', '.join(entering)}"
             )
+        if name == ATTENTION and not (release.tree() / ATTENTION_REGISTRY).is_file():
+            raise WorkspaceError(
+                f"OP={name}: attention of vLLM {release.selected()} cannot be replaced; leave it "
+                "out, or take a newer release with VLLM_VERSION"
+            )
         if backend is None:
             continue
         backends = registry.operation(name).backends
@@ -97,6 +104,14 @@ def ir_arguments(operations: dict[str, str | None]) -> tuple[str, ...]:
         provider = f"{ir_ops.PROVIDER}_{backend}" if backend else ir_ops.PROVIDER
         result |= {op: [provider] for op in ir_ops.OPS[name]}
     return ("--ir-op-priority", json.dumps(result))
+
+
+def arguments(operations: dict[str, str | None], device: str) -> tuple[str, ...]:
+    """Arguments of vLLM that they need: on a GPU the attention backend that decodes by ours, which
+    vLLM would choose by itself on some GPUs only. On a CPU there is but one."""
+    if ATTENTION in operations and device == "cuda":
+        return ("--attention-backend", "CUSTOM")
+    return ()
 
 
 def switches(operations: dict[str, str | None], layers: str | None) -> dict[str, str]:

@@ -77,7 +77,8 @@ def custom(plan: Plan) -> Variant:
         return Variant("custom", launches=True, arguments=operations.ir_arguments(plan.operations))
     switches = operations.switches(plan.operations, plan.layers)
     switches |= {INTERPRET: "1"} if plan.interpret else {}
-    return Variant("custom", switches, launches=True)
+    arguments = operations.arguments(plan.operations, plan.device.kind)
+    return Variant("custom", switches, launches=True, arguments=arguments)
 
 
 def common_settings(plan: Plan) -> dict[str, str]:

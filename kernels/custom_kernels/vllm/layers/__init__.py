@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of vLLM that run an operation of ours: one file each, named as the operation.
+"""Layers of vLLM that run an operation of ours: one file each, named as the operation; attention
+is in a folder of its own.
 
 ``VLLM_CUSTOM_OPS="rms_norm,silu_and_mul.triton"`` names those that do, perhaps with a backend.
 Every other layer is vLLM's own; its file is not even imported.
@@ -13,13 +14,16 @@ they replace. vLLM then builds them in its place wherever a model asks for that 
 from importlib import import_module
 from pathlib import Path
 
+from custom_kernels.vllm import attention
+
 _registered: set[str] = set()
 
 
 def names() -> list[str]:
     """Names of all operations that can enter as a layer, by their files alone: imports nothing."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(path.stem for path in files if not path.stem.startswith("_"))
+    found = [path.stem for path in files if not path.stem.startswith("_")]
+    return sorted([*found, attention.OPERATION])
 
 
 def wanted(text: str) -> dict[str, str | None]:
@@ -44,8 +48,12 @@ def register() -> None:
     from custom_kernels.vllm import upstream
 
     for operation, backend in wanted(upstream.wanted_ops()).items():
-        if operation not in _registered:
+        if operation in _registered:
+            continue
+        if operation == attention.OPERATION:
+            attention.register(backend)
+        else:
             from custom_kernels.vllm.layers import _base
 
             _base.register(import_module(f"{__name__}.{operation}"), operation, backend)
-            _registered.add(operation)
+        _registered.add(operation)

@@ -45,7 +45,7 @@ class Layer(_Module):
 
     def forward(self, *arguments: Any, **more: Any) -> Any:
         """Ours if this layer is selected, else that of vLLM."""
-        _all_are_loaded()
+        all_are_loaded()
         if self.is_custom:
             return self.custom(*arguments, **more)
         return super().forward(*arguments, **more)
@@ -56,22 +56,33 @@ class Layer(_Module):
 
     def _loaded(self) -> None:
         """The model is complete and has its weights."""
-        name = module_names.name(self)
-        _wanted_layers().load(name)
-        reason = self.unsupported()
-        if reason:
-            log.warning("%s: %s stays vLLM's own: %s", self.operation, name, reason)
-            return
-        self.is_custom = takes(name)
-        launches.layer(name, self.called.data_ptr())
+        name, called = module_names.name(self), self.called.data_ptr()
+        self.is_custom = enter(self.operation, name, called, self.unsupported())
 
 
 @torch.compiler.assume_constant_result
 def _backend(operation: str, wanted: str | None, device_type: str, dtype: torch.dtype) -> str:
-    return _choose(operation, wanted, device_type, dtype)
+    return choose(operation, wanted, device_type, dtype)
 
 
-_choose = functools.cache(choice.backend)
+choose = functools.cache(choice.backend)
+
+
+def enter(operation: str, name: str, called: int, reason: str | None) -> bool:
+    """The model has a layer of this name, whose calls are counted by the address ``called``.
+
+    Args:
+        reason: why it cannot run our operation, which is then announced.
+
+    Returns:
+        Whether it is to run our operation.
+    """
+    _wanted_layers().load(name)
+    if reason:
+        log.warning("%s: %s stays vLLM's own: %s", operation, name, reason)
+        return False
+    launches.layer(name, called)
+    return takes(name)
 
 
 def takes(name: str) -> bool:
@@ -80,7 +91,8 @@ def takes(name: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _all_are_loaded() -> None:
+def all_are_loaded() -> None:
+    """A forward pass begins: patterns that match no layer of the model are announced, once."""
     _wanted_layers().warn_of_patterns_without_a_layer()
 
 
