@@ -320,8 +320,8 @@ def test_layers_of_vllm_run_our_operations_and_are_counted_by_name(tmp_path: Pat
             "VLLM_CUSTOM_OPS_LAYERS: '*.mpl' matches none of the 2 layers here, such as layers.0",
         ),
         "VLLM_CUSTOM_OPS=rms_norm,softmax": (
-            "VLLM_CUSTOM_OPS: no layer of vLLM runs 'softmax'; there are: rms_norm, "
-            "rotary_embedding, silu_and_mul",
+            "VLLM_CUSTOM_OPS: no layer of vLLM runs 'softmax'; there are: "
+            "paged_attention, rms_norm, rotary_embedding, silu_and_mul",
             "",
         ),
     }

@@ -28,6 +28,7 @@ from vllm.config import LoadConfig, ModelConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+from workspace.bench import worker
 from workspace.bench.models import DUMMY_FORMAT, DUMMY_SEED
 from workspace.bench.releases import loaded_layer
 
@@ -36,8 +37,8 @@ LOGIT_STD = 3.0
 BIAS_STD = 0.1
 
 
-class WorkerExtension:
-    """Adds nothing to a worker; naming it makes the worker import this module."""
+class WorkerExtension(worker.WorkerExtension):
+    """Naming it makes the worker import this module."""
 
 
 @register_model_loader(DUMMY_FORMAT)

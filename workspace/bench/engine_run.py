@@ -26,6 +26,7 @@ from workspace.bench.messages import (
     EVENTS,
     RESULT,
     WARM_ROUNDS,
+    WORKER_EXTENSION,
     EngineJob,
     Event,
     Generation,
@@ -171,8 +172,11 @@ class InProcess:
         return generations
 
     def stop(self) -> Ran:
-        model = self._engine.llm.llm_engine.model_config
-        return what_ran(self._job, model, self._vllm_files)
+        llm = self._engine.llm
+        ran = what_ran(self._job, llm.llm_engine.model_config, self._vllm_files)
+        if WORKER_EXTENSION in self._job.arguments:
+            ran.attention = llm.collective_rpc("attention_backends")[0]
+        return ran
 
 
 def main() -> None:

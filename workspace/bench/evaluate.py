@@ -175,6 +175,7 @@ def variant_record(plan: Plan, variant: Variant, runs: Sequence[ProcessRun]) -> 
             launches=run.result.launches,
             layers=run.result.layers,
             tokens=run.result.tokens,
+            attention=run.result.attention,
         )
         for run in runs
     ]

@@ -27,6 +27,8 @@ STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage !=
 
 WARM_ROUNDS = (2, 8)
 """Fewest and most warm-up rounds of a process."""
+WORKER_EXTENSION = "--worker-extension-cls"
+"""vLLM's argument for a class that its workers get as another base: workspace.bench.worker."""
 JOB, EVENTS, RESULT, SERVER = "job.json", "events.jsonl", "result.json", "server.json"
 """Files in a job's folder."""
 
@@ -108,6 +110,9 @@ class Ran(BaseModel):
     """Launches by process and layer; layers without launches are included, empty."""
     tokens: dict[int, dict[str, dict[int, int]]]
     """Launches by process, kernel and number of tokens."""
+    attention: list[str] = []
+    """vLLM's names of its attention backends that the layers have, where its workers can be
+    asked."""
     kernels_source_hash: str
     environment: dict[str, str]
     vllm_folder: str

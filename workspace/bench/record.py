@@ -100,6 +100,9 @@ class ProcessRecord(Strict):
     tokens: dict[int, dict[str, dict[int, int]]] = {}
     """Launches by worker process, kernel and number of tokens: 64 counts those of 57 to 64, as in
     `custom_kernels.buckets`. Not in the first records."""
+    attention: list[str] = []
+    """vLLM's names of the attention backends that its layers have; ours have the names of those
+    that they replace. Not in records from before attention could be replaced."""
 
 
 class VariantRecord(Strict):

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from workspace.bench import layers
+from workspace.bench import layers, operations
 from workspace.bench.messages import Event
 from workspace.bench.plan import Plan
 from workspace.bench.record import Agreement, Comparison, Record, Settings, Unit, VariantRecord
@@ -124,6 +124,8 @@ def lines(record: Record) -> Iterator[str]:
         for counted in (token_lines(variant), layer_lines(variant)):
             if counted:
                 yield escape("\n".join(counted))
+    if operations.ATTENTION in (record.settings.op or ""):
+        yield attention_line(record.variants)
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
     yield f"{names[1]} / {names[0]} = {_ratio(ratio)} ({ratio.because})"
@@ -267,6 +269,15 @@ def layer_lines(variant: VariantRecord) -> list[str]:
             text += f", {kind.fewest:,}{most} calls{' each' if kind.layers > 1 else ''}"
         lines.append(text)
     return lines
+
+
+def attention_line(variants: Sequence[VariantRecord]) -> str:
+    """Which attention of vLLM each variant has; in custom all but the decoding."""
+    backends = (
+        f"{', '.join(variant.processes[0].attention) or 'unknown'} in {variant.name}"
+        for variant in variants
+    )
+    return f"vLLM's own attention: {'; '.join(backends)} (there it does not decode)"
 
 
 def agreement_line(agreement: Agreement) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.bench import operations
+from workspace.bench.messages import WORKER_EXTENSION
 from workspace.bench.models import DUMMY_FORMAT, Model
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
@@ -203,9 +204,11 @@ def engine_arguments(plan: Plan, variant: Variant) -> list[str]:
         result += ["--enforce-eager"]
     if plan.model.weights == "dummy":
         result += ["--load-format", DUMMY_FORMAT]
-        result += ["--worker-extension-cls", "workspace.bench.dummy_weights.WorkerExtension"]
+        result += [WORKER_EXTENSION, "workspace.bench.dummy_weights.WorkerExtension"]
         if plan.model.pattern:  # which the configuration of its dense peer does not name
             result += ["--model-loader-extra-config", json.dumps({"pattern": plan.model.pattern})]
+    elif operations.ATTENTION in plan.operations:
+        result += [WORKER_EXTENSION, "workspace.bench.worker.WorkerExtension"]
     return [*result, *variant.arguments]
 
 

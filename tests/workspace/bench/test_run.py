@@ -63,7 +63,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     monkeypatch.setattr(progress, "LOG_SECONDS", 1.0)
     # By every way, in the release without the fork's patches; the fork runs in the tests below.
     monkeypatch.setattr(pristine, "TREE", here / "pristine")
-    ops = "gemm,rms_norm,silu_and_mul.reference,rotary_embedding"
+    ops = "gemm,rms_norm,silu_and_mul.reference,rotary_embedding,paged_attention"
     sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1}
     runner.run(Bench(op=ops, engine="released", **sizes))
     (path,) = (here / "results").glob("*.json")
@@ -78,7 +78,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
             assert done.reported_tokens == 4 * 24
     assert stock.launches == {}
     assert {name.partition(".")[0] for name in custom.launches} == {
-        "gemm", "rms_norm", "silu_and_mul", "rotary_embedding",
+        "gemm", "rms_norm", "silu_and_mul", "rotary_embedding", "paged_attention",
     }  # fmt: skip
     assert len(custom.processes[0].launches) == 1
     for variant in made.variants:
@@ -86,6 +86,8 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     (counted,) = custom.processes[0].layers.values()
     assert counted["model.layers.1.mlp.act_fn"].keys() == {"silu_and_mul.reference"}
     assert counted["model.layers.1.mlp.down_proj"].keys() == {"gemm.reference"}
+    assert counted["model.layers.1.self_attn.attn"].keys() == {"paged_attention.reference"}
+    assert [variant.processes[0].attention for variant in made.variants] == [["CPU_ATTN"]] * 2
     # Two norms in each of two layers and one at the end, one activation in each, one rotation.
     assert sum(any("rms_norm" in kernel for kernel in ran) for ran in counted.values()) == 5
     (tokens,) = custom.processes[0].tokens.values()
@@ -99,6 +101,7 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     assert path.with_suffix(".png").stat().st_size > 10_000
     printed = capfd.readouterr().out
     for words in ("random weights", "only the ratio", "greedy tokens match", "make bench MODEL=",
+                  "vLLM's own attention: CPU_ATTN in stock; CPU_ATTN in custom",
                   "workload: INPUT_LEN=16 OUTPUT_LEN=8 NUM_PROMPTS=4 REPEATS=1 ROUNDS=5 ",
                   "time:     about ", "1/2 stock: importing vLLM, about ",
                   "1/2 stock: starting the engine, about ", "2/2 custom: done in ",
