@@ -152,7 +152,8 @@ class Bench:
     op: str | None = text(
         "OP",
         "operations that the custom variant runs in vLLM, with commas, each perhaps with its "
-        "backend: `gemm`, `rms_norm`, `silu_and_mul`, `rotary_embedding` or one of yours",
+        "backend: `gemm`, `rms_norm`, `silu_and_mul`, `rotary_embedding`, `paged_attention` or "
+        "one of yours",
         "`gemm`",
         "rms_norm,silu_and_mul.triton",
     )

@@ -121,7 +121,7 @@ def test_unknown_operations_and_backends_name_those_there_are() -> None:
         operations.check(operations.chosen(None, "turbo"), "cpu")
     with pytest.raises(WorkspaceError, match=r"CUDA devices only; usable here: .*reference"):
         operations.check(operations.chosen("gemm.cublaslt", None), "cpu")
-    with pytest.raises(WorkspaceError, match=r"OP=quant_expand: .* there are: gemm, rms_norm, "):
+    with pytest.raises(WorkspaceError, match=r"OP=quant_expand: .* are: gemm, paged_att\w+, "):
         operations.check(operations.chosen("quant_expand", None), "cpu")
 
 
@@ -133,6 +133,15 @@ def test_only_what_implements_an_op_of_the_ir_enters_by_it(
     monkeypatch.setattr(release, "tree", lambda: tmp_path)
     with pytest.raises(WorkspaceError, match=r"has no IR; leave it out$"):
         operations.ir_arguments({"rms_norm": None})
+
+
+def test_attention_enters_a_release_with_its_registry_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    operations.check({"paged_attention": "reference"}, "cpu")
+    monkeypatch.setattr(release, "tree", lambda: tmp_path)
+    with pytest.raises(WorkspaceError, match=r"OP=paged_attention: .* cannot be replaced; leave"):
+        operations.check({"paged_attention": None}, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,23 @@ def test_an_op_of_vllms_ir_is_chosen_by_vllms_own_setting() -> None:
     }
 
 
+def test_attention_is_a_switch_and_on_a_gpu_vllms_name_for_a_backend_from_outside() -> None:
+    gpu = Device("cuda", 1, "NVIDIA H100")
+    for device, given in [(plan().device, ()), (gpu, ("--attention-backend", "CUSTOM"))]:
+        made = plan(op="rms_norm,paged_attention.triton", layers="*.0.*", device=device)
+        stock, custom = variants.stock_and_custom(made)
+        assert custom.switches == {
+            "VLLM_CUSTOM_OPS": "rms_norm,paged_attention.triton",
+            "VLLM_CUSTOM_OPS_LAYERS": "*.0.*",
+        }
+        assert (stock.arguments, custom.arguments) == ((), given)
+        # Either tells which of vLLM's backends it has.
+        told = variants.engine_arguments(made, stock)
+        assert "workspace.bench.worker.WorkerExtension" in told
+        assert variants.engine_arguments(made, custom) == [*told, *given]
+    assert "--worker-extension-cls" not in variants.engine_arguments(plan(), custom)
+
+
 def test_a_quantization_method_is_an_argument_and_no_switch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
