@@ -12,7 +12,7 @@ from custom_kernels import launches, registry
 
 OPERATION = registry.operation("paged_attention")
 
-BACKEND_PRIORITY = {"cuda": ("triton", "reference"), "cpu": ("reference",)}
+BACKEND_PRIORITY = {"cuda": ("triton", "cuda", "cupy", "reference"), "cpu": ("reference",)}
 """Backends per device type, best first."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
