@@ -413,7 +413,7 @@ def test_a_compiled_graph_is_reused_for_the_sources_that_it_was_made_for_only(
         ENGINE,
         *map(str, (model.folder, dense, apart, dense)),
         VLLM_USE_CUSTOM_GEMM="1",
-        VLLM_CUSTOM_OPS="rms_norm,silu_and_mul,rotary_embedding",
+        VLLM_CUSTOM_OPS="rms_norm,silu_and_mul,rotary_embedding,paged_attention",
         VLLM_USE_AOT_COMPILE="0",
         VLLM_CACHE_ROOT=str(tmp_path / "vllm"),
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "torch"),

@@ -60,7 +60,7 @@ def attend(
     of two. With one part y is written, else sums [B, Hq, PARTS, D], maxima and totals
     [B, Hq, PARTS]."""
     sequence = (tl.program_id(0) // KV_HEADS).to(tl.int64)
-    kv_head = tl.program_id(0) % KV_HEADS
+    kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row

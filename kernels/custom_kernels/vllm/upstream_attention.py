@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import get_current_vllm_config
 
+from custom_kernels.vllm import upstream
+
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl as Implementation
 else:
@@ -58,6 +60,7 @@ def unsupported(name: str, layers: Mapping[str, Any]) -> str | None:
         "it shares the cache of another layer": name in shared
         or layer.kv_sharing_target_layer_name is not None,
         "its cache is spread over several devices": impl.total_cp_world_size > 1,
+        "its results may not depend on the batch": upstream.needs_own_gemm(),
     }
     return next((reason for reason, true in reasons.items() if true), None)
 
