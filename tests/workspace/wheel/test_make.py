@@ -170,7 +170,7 @@ def test_the_released_vllm_serves_with_it_in_an_environment_of_its_own(
     monkeypatch.setattr(verify, "LOCK", tmp_path / "lock")
     verify.run(WheelVerify(wheel=str(wheel)))
     printed = capfd.readouterr()
-    for kernel in ("gemm", "rms_norm", "rotary_embedding", "silu_and_mul"):
+    for kernel in ("gemm", "paged_attention", "rms_norm", "rotary_embedding", "silu_and_mul"):
         assert re.search(rf"{kernel}\.\w+ +│ +[1-9]", printed.out), printed.out
     assert f"{wheel.name}: proven with vLLM {selected()} as released" in printed.err
     assert not (tmp_path / "verify").exists()

@@ -23,7 +23,9 @@ def names() -> list[str]:
     """Names of all operations that can enter as a layer, by their files alone: imports nothing."""
     files = Path(__file__).parent.glob("*.py")
     found = [path.stem for path in files if not path.stem.startswith("_")]
-    return sorted([*found, attention.OPERATION])
+    # A wheel without the operation has only the package's own file.
+    decode = Path(attention.__file__).with_name("_decode.py").is_file()
+    return sorted([*found, attention.OPERATION] if decode else found)
 
 
 def wanted(text: str) -> dict[str, str | None]:
