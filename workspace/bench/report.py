@@ -124,7 +124,8 @@ def lines(record: Record) -> Iterator[str]:
         for counted in (token_lines(variant), layer_lines(variant)):
             if counted:
                 yield escape("\n".join(counted))
-    if operations.ATTENTION in (record.settings.op or ""):
+    told = all(variant.processes[0].attention for variant in record.variants)
+    if told and operations.ATTENTION in (record.settings.op or ""):
         yield attention_line(record.variants)
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
@@ -272,10 +273,9 @@ def layer_lines(variant: VariantRecord) -> list[str]:
 
 
 def attention_line(variants: Sequence[VariantRecord]) -> str:
-    """Which attention of vLLM each variant has; in custom all but the decoding."""
+    """Which attention of vLLM each variant has; the second does not decode by it."""
     backends = (
-        f"{', '.join(variant.processes[0].attention) or 'unknown'} in {variant.name}"
-        for variant in variants
+        f"{', '.join(variant.processes[0].attention)} in {variant.name}" for variant in variants
     )
     return f"vLLM's own attention: {'; '.join(backends)} (there it does not decode)"
 
