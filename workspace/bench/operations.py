@@ -11,8 +11,6 @@ GEMM_SWITCH, GEMM_BACKEND, GEMM_LAYERS = (
     "VLLM_USE_CUSTOM_GEMM", "VLLM_CUSTOM_GEMM_BACKEND", "VLLM_CUSTOM_GEMM_LAYERS",
 )  # fmt: skip
 OPS_SWITCH, OPS_LAYERS = "VLLM_CUSTOM_OPS", "VLLM_CUSTOM_OPS_LAYERS"
-ATTENTION_REGISTRY = "vllm/v1/attention/backends/registry.py"
-"""In vLLM's tree, on releases in which attention can be replaced."""
 SWITCHES = (GEMM_SWITCH, GEMM_BACKEND, GEMM_LAYERS, OPS_SWITCH, OPS_LAYERS)
 
 
@@ -60,7 +58,7 @@ def check(operations: dict[str, str | None], device: str) -> None:
                 f"OP={name}: no operation of this name enters vLLM; there are: "
                 f"{', '.join(entering)}"
             )
-        if name == ATTENTION and not (release.tree() / ATTENTION_REGISTRY).is_file():
+        if name == ATTENTION and not attention_can_be_replaced():
             raise WorkspaceError(
                 f"OP={name}: attention of vLLM {release.selected()} cannot be replaced; leave it "
                 "out, or take a newer release with VLLM_VERSION"
@@ -73,6 +71,11 @@ def check(operations: dict[str, str | None], device: str) -> None:
         reason = reasons.get(backend, "no such backend")
         if reason is not None:
             raise WorkspaceError(f"BACKEND={backend}: {reason}; usable here: {usable}")
+
+
+def attention_can_be_replaced() -> bool:
+    """Whether the active release has its registry of attention backends where we know it."""
+    return (release.tree() / "vllm" / "v1" / "attention" / "backends" / "registry.py").is_file()
 
 
 def interpreted(operations: dict[str, str | None]) -> bool:
@@ -109,7 +112,7 @@ def ir_arguments(operations: dict[str, str | None]) -> tuple[str, ...]:
 def arguments(operations: dict[str, str | None], device: str) -> tuple[str, ...]:
     """Arguments of vLLM that they need: on a GPU the attention backend that decodes by ours, which
     vLLM would choose by itself on some GPUs only. On a CPU there is but one."""
-    if ATTENTION in operations and device == "cuda":
+    if ATTENTION in operations and device != "cpu":
         return ("--attention-backend", "CUSTOM")
     return ()
 

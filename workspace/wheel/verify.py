@@ -181,7 +181,8 @@ def entering(found: Mapping[str, Any], asked: str | None) -> dict[str, str | Non
     able = [
         name
         for name in [operations.GEMM, *found["layers"]]
-        if name in found["operations"] or name != operations.GEMM
+        if (name in found["operations"] or name != operations.GEMM)
+        and (name != operations.ATTENTION or operations.attention_can_be_replaced())
     ]
     if not able:
         raise WorkspaceError(
@@ -227,6 +228,7 @@ def serving(
         command += ["--enforce-eager", "--max-num-batched-tokens", "256"]
     if model.weights == "dummy":
         command += ["--load-format", "dummy"]
+    command += operations.arguments(wanted, settings.device())
     log = FOLDER / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

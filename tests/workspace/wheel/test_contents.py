@@ -21,7 +21,7 @@ def test_all_operations_by_default_and_what_a_chosen_one_needs() -> None:
 
 
 def test_an_unknown_operation_is_one_clear_error() -> None:
-    with pytest.raises(WorkspaceError, match="OPS=gem: no such operation; use gemm, "):
+    with pytest.raises(WorkspaceError, match=r"OPS=gem: no such operation; use gemm, paged_att"):
         contents.operations("gem")
 
 

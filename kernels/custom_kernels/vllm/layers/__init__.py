@@ -14,6 +14,7 @@ they replace. vLLM then builds them in its place wherever a model asks for that 
 from importlib import import_module
 from pathlib import Path
 
+from custom_kernels import paths
 from custom_kernels.vllm import attention
 
 _registered: set[str] = set()
@@ -23,9 +24,9 @@ def names() -> list[str]:
     """Names of all operations that can enter as a layer, by their files alone: imports nothing."""
     files = Path(__file__).parent.glob("*.py")
     found = [path.stem for path in files if not path.stem.startswith("_")]
-    # A wheel without the operation has only the package's own file.
-    decode = Path(attention.__file__).with_name("_decode.py").is_file()
-    return sorted([*found, attention.OPERATION] if decode else found)
+    if (paths.PACKAGE / attention.OPERATION).is_dir():  # a wheel may hold other operations only
+        found.append(attention.OPERATION)
+    return sorted(found)
 
 
 def wanted(text: str) -> dict[str, str | None]:
