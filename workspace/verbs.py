@@ -211,14 +211,14 @@ class Bench:
         "on a CPU, run a Triton `BACKEND` in Triton's interpreter: its outputs are proven, its "
         "speed counts for nothing",
     )
-    baseline: Literal["stock", "bf16", "fp8", "int8", "pristine"] | None = choice(
+    baseline: Literal["stock", "bf16", "fp8", "int8", "pristine", "self"] | None = choice(
         "BASELINE",
         "`stock`, `bf16`: compare with the unquantized model, of a sparse `MODEL` the one that it "
         "was converted from; `fp8`, `int8`: with the weights of a sparse `MODEL` of that precision "
         "as dense ones, in vLLM's own method; `fp8` of an unquantized `MODEL`: with vLLM's own, "
         "which quantizes it while it loads; `pristine`: compare the fork with the switch off with "
-        "the unpatched release",
-        "stock", "bf16", "fp8", "int8", "pristine",
+        "the unpatched release; `self`: stock with itself, which shows the noise of this machine",
+        "stock", "bf16", "fp8", "int8", "pristine", "self",
         default="the precision of a sparse `MODEL`, else `stock`",
     )  # fmt: skip
     engine: Literal["fork", "released"] | None = choice(
@@ -257,8 +257,13 @@ class Bench:
             "WAY": self.way,
             "BACKEND": self.backend,
             "LAYERS": self.layers,
-            "BASELINE": self.baseline == "pristine",
+            "BASELINE": self.baseline in ("pristine", "self"),
         }
+        names = [name for name, value in others.items() if value and name != "BASELINE"]
+        if self.baseline == "self" and names:
+            raise WorkspaceError(
+                f"BASELINE=self compares stock with itself; leave out {' and '.join(names)}"
+            )
         given = [name for name, value in others.items() if value]
         if self.quantization and given:
             raise WorkspaceError(

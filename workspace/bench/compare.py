@@ -12,7 +12,7 @@ from statistics import median, quantiles
 
 from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval
 
-from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison
+from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison, Noise
 
 SAME_WITHIN = 0.02
 """A ratio whose whole interval lies within 2 % of 1 counts as "same"."""
@@ -71,6 +71,16 @@ def compare(
         verdict=verdict,
         because=because,
     )
+
+
+def outside(comparison: Comparison, noise: Noise | None) -> Comparison:
+    """The comparison with the noise of this machine: a verdict whose interval is not wholly outside
+    of the band becomes ambiguous."""
+    nearest = min(abs(math.log(bound)) for bound in comparison.interval)
+    because, verdict = comparison.because, comparison.verdict
+    if noise and verdict in ("faster", "slower") and nearest <= math.log1p(noise.band):
+        verdict, because = "ambiguous", f"stock differs from itself by up to {noise.band:.1%} here"
+    return comparison.model_copy(update={"noise": noise, "verdict": verdict, "because": because})
 
 
 def _verdict(

@@ -138,6 +138,8 @@ def _notes(plan: Plan) -> list[str]:
     if plan.interpret:
         notes = ["custom runs in Triton's interpreter: the outputs count, the speed does not"]
     opaque = [name for name in plan.operations if name != operations.GEMM]
+    if plan.baseline == "self":
+        return [*notes, "stock against itself: whatever differs is noise"]
     if opaque and not (plan.eager or plan.method or plan.baseline == "pristine"):
         notes.append(
             f"torch.compile merges stock's {', '.join(opaque)} with what is around them; custom "

@@ -21,7 +21,7 @@ from workspace.verbs import Bench
 
 Engine = Literal["fork", "released"]
 Way = Literal["layer", "ir"]
-Baseline = Literal["stock", "bf16", "fp8", "int8", "pristine"]
+Baseline = Literal["stock", "bf16", "fp8", "int8", "pristine", "self"]
 
 
 class Sizes(NamedTuple):
@@ -251,7 +251,7 @@ def _baseline(options: Bench, model: Model) -> Baseline:
         "BACKEND": options.backend,
         "LAYERS": options.layers,
         "QUANTIZATION": quantized.pattern and options.quantization,
-        "BASELINE=pristine": wanted == "pristine",
+        f"BASELINE={wanted}": wanted in ("pristine", "self"),
     }
     if given := [name for name, value in ignored.items() if value]:
         raise WorkspaceError(

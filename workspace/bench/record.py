@@ -147,6 +147,14 @@ class Settings(Strict):
     output_tokens_per_round: int
 
 
+class Noise(Strict):
+    """How far stock was from itself on this machine: in none of `runs` runs of BASELINE=self was
+    the ratio further from 1 than `band`, a share, up or down."""
+
+    runs: int
+    band: float
+
+
 class Comparison(Strict):
     """The ratio candidate / baseline of the measured figure.
 
@@ -162,6 +170,8 @@ class Comparison(Strict):
     scatter: float
     verdict: Verdict
     because: Message
+    noise: Noise | None = None
+    """None: BASELINE=self never ran here with this model and metric."""
 
 
 class Figure(Strict):

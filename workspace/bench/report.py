@@ -130,6 +130,11 @@ def lines(record: Record) -> Iterator[str]:
     ratio = record.comparison
     names = [variant.name for variant in record.variants]
     yield f"{names[1]} / {names[0]} = {_ratio(ratio)} ({ratio.because})"
+    if ratio.noise:
+        yield (
+            f"noise here: stock against itself within ±{ratio.noise.band:.1%} "
+            f"in {plural(ratio.noise.runs, 'run')} of BASELINE=self"
+        )
     if record.figures:
         yield "\n".join(figure_lines(record))
     if record.note:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from workspace.bench import chart, models, operations, pristine, record, report, workload
+from workspace.bench import chart, models, noise, operations, pristine, record, report, workload
+from workspace.bench.compare import outside
 from workspace.bench.evaluate import evaluate
 from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_stop_engine
 from workspace.bench.measure import measure
@@ -23,7 +24,7 @@ from workspace.bench.plan import (
     detect_device,
 )
 from workspace.bench.record import Record
-from workspace.bench.variants import check_surroundings, stock_and_custom
+from workspace.bench.variants import check_surroundings, stock_and_custom, stock_and_itself
 from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
 from workspace.host.files import remove_partial
@@ -49,9 +50,8 @@ def run(options: Bench) -> Record:
         started, load = datetime.now(UTC), os.getloadavg()[0]
         warn_if_busy()
         run_id = f"{started:%Y%m%d-%H%M%S}-{slug(plan.model.name)}-{plan.metric}"
-        variants = (
-            pristine.variants(plan) if plan.baseline == "pristine" else stock_and_custom(plan)
-        )
+        choose = {"pristine": pristine.variants, "self": stock_and_itself}
+        variants = choose.get(plan.baseline, stock_and_custom)(plan)
         if plan.engine == "released":
             variants = pristine.released(variants)
         for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
@@ -66,6 +66,9 @@ def run(options: Bench) -> Record:
             limit=workload.LIMIT_SECONDS if limited else None,
         )
         result = evaluate(plan, variants, processes, run_id, started, load)
+        if plan.baseline != "self":
+            measured = noise.band(noise.runs(RESULTS, result))
+            result.comparison = outside(result.comparison, measured)
         path, plot = save(result)
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
         report.show(result, path, plot)

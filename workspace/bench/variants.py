@@ -11,6 +11,7 @@ from pathlib import Path
 from workspace.bench import operations
 from workspace.bench.messages import WORKER_EXTENSION
 from workspace.bench.models import DUMMY_FORMAT, Model
+from workspace.bench.noise import AGAIN
 from workspace.bench.plan import Plan
 from workspace.bench.releases import random_lengths
 from workspace.host.errors import WorkspaceError
@@ -57,6 +58,11 @@ def stock_and_custom(plan: Plan) -> tuple[Variant, Variant]:
     """vLLM with the switch unset, perhaps with a quantization method of its own; and with it set,
     or with a custom quantization method."""
     return baseline(plan), custom(plan)
+
+
+def stock_and_itself(plan: Plan) -> tuple[Variant, Variant]:
+    """BASELINE=self: the same twice. Neither launches custom kernels."""
+    return Variant("stock"), Variant(AGAIN)
 
 
 def baseline(plan: Plan) -> Variant:

@@ -60,6 +60,7 @@ MODEL = sample().model
         ({"QUANTIZATION": "sparse_2_4", "OP": "rms_norm"}, "leave out OP"),
         ({"WAY": "ir", "LAYERS": "*"}, "leave out LAYERS"),
         ({"ENGINE": "released", "BASELINE": "pristine"}, "leave out one of them"),
+        ({"BASELINE": "self", "OP": "gemm", "LAYERS": "*"}, "leave out OP and LAYERS"),
     ],
 )
 def test_an_invalid_value_is_one_line_with_its_variable(given: dict[str, str], says: str) -> None:

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far stock vLLM is from itself on this machine: what BASELINE=self measures, and the band that
+a later verdict has to leave."""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from workspace.bench.record import Noise, Record, read
+
+AGAIN = "again"
+"""The name of the second variant of such a run."""
+KEPT = 40
+"""So many of the newest runs count."""
+
+
+def runs(results: Path, like: Record) -> Iterator[Record]:
+    """The valid runs of stock against itself in a folder, the newest first, with the device, model,
+    metric and kind of engine of ``like``."""
+    for path in sorted(results.glob("*.json"), reverse=True):
+        if f'"{AGAIN}"' not in path.read_text():
+            continue
+        try:
+            found = read(path)
+        except ValidationError:  # of another version of the workspace
+            continue
+        if found.valid and found.variants[1].name == AGAIN and _setting(found) == _setting(like):
+            yield found
+
+
+def _setting(record: Record) -> tuple[object, ...]:
+    settings = record.settings
+    rate = settings.request_rate
+    engine = (settings.metric, rate, settings.tensor_parallel, settings.eager)
+    return record.device, record.model.name, *engine
+
+
+def band(found: Iterable[Record]) -> Noise | None:
+    """The largest of their ratios, up or down; None without any."""
+    ratios = [abs(math.log(one.comparison.ratio)) for one in islice(found, KEPT)]
+    return Noise(runs=len(ratios), band=math.expm1(max(ratios))) if ratios else None
