@@ -15,7 +15,7 @@ def register() -> None:
     from custom_kernels.vllm import upstream, upstream_cpu, upstream_hook
 
     shipped.warn(PLUGIN, upstream.VERSION)
-    upstream_cpu.mend()
+    upstream_cpu.fix()
     upstream_hook.put_in()
     for operation in registry.operations():
         if hasattr(operation.module, "on_engine_start"):

