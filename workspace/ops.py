@@ -18,6 +18,7 @@ from rich.table import Table
 
 from workspace.bench import built_layers, models, operations
 from workspace.bench.layers import UPSTREAM, folded
+from workspace.bench.variants import LOCAL
 from workspace.environment.progress import LoggedProgress
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -93,13 +94,12 @@ def built(model: models.Model) -> list[tuple[str, str, str, bool]]:
         sys.executable, "-m", built_layers.__name__, str(model.folder), str(model.tokenizer),
     ]  # fmt: skip
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
     with LoggedProgress(*columns) as progress:
         progress.add_task("vLLM builds the model", total=None)
         ran = subprocess.run(
             command,
             cwd=ROOT,
-            env=os.environ | settings,
+            env=os.environ | LOCAL,
             capture_output=True,
             text=True,
             check=False,

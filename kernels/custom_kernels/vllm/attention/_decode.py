@@ -77,23 +77,6 @@ class Decode(upstream_attention.Implementation):
                 _base.choose(OPERATION, self.backend, query.device.type, query.dtype),
             )
             return output
-        return self.others(
-            layer, query, key, value, kv_cache, attn_metadata, output, *quantized, **scales
-        )
-
-    def others(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        *quantized: Any,
-        **scales: Any,
-    ) -> torch.Tensor:
-        """All steps but those that only decode."""
         return super().forward(
             layer, query, key, value, kv_cache, attn_metadata, output, *quantized, **scales
         )

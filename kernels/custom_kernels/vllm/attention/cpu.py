@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 
 from custom_kernels.vllm import upstream_attention
 from custom_kernels.vllm.attention._decode import Decode
+from custom_kernels.vllm.layers import _base
 
 
 class _CPU(Decode, CPUAttentionBackendImpl):
@@ -38,7 +39,7 @@ class _CPU(Decode, CPUAttentionBackendImpl):
         ):
             pages[slots // pages.shape[1], slots % pages.shape[1]] = new[kept]
 
-    def others(
+    def forward(
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
@@ -50,9 +51,11 @@ class _CPU(Decode, CPUAttentionBackendImpl):
         *quantized: Any,
         **scales: Any,
     ) -> torch.Tensor:
-        """vLLM's own where the layer is not ours, or before there is a cache."""
-        if not self.is_custom or attn_metadata is None:
-            return super().others(
+        """Ours also where not every sequence has one token, once there is a cache."""
+        _base.all_are_loaded()
+        decodes = attn_metadata is None or upstream_attention.is_decode(attn_metadata)
+        if decodes or not self.is_custom:
+            return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *quantized, **scales
             )
         keys, values = upstream_attention.pages(kv_cache, self.head_size)
