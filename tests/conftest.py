@@ -34,7 +34,7 @@ SCOPES = {
     # One engine at a time, for memory.
     "engine": (
         "test_second_release.py", "bench/test_run.py", "eval/test_eval_run.py",
-        "test_notebook_in_engine.py", "wheel/test_make.py",
+        "trace/test_trace_run.py", "test_notebook_in_engine.py", "wheel/test_make.py",
     ),
     "programs": (
         "test_vllm.py", "test_vllm_quantization.py", "test_vllm_fusion.py", "test_dummy_weights.py",

@@ -144,6 +144,13 @@ def bench(options: verbs.Bench) -> None:
     run(options)
 
 
+def trace(options: verbs.Trace) -> None:
+    set_up.up_to_date(set_up.engine, partial(set_up.kernels_for_device, None))
+    from workspace.trace.runner import run
+
+    run(options)
+
+
 def ops(options: verbs.Ops) -> None:
     from workspace.fork.install import install_kernels
 
@@ -302,6 +309,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "fork-build": set_up.compile_fork,
     "kernels": kernels,
     "bench": bench,
+    "trace": trace,
     "ops": ops,
     "convert": convert,
     "eval": evaluate,

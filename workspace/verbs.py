@@ -272,6 +272,38 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Trace:
+    model: str | None = text("MODEL", "as for `bench`", "as for `bench`", "Qwen/Qwen2.5-7B")
+    op: str | None = text(
+        "OP",
+        "as for `bench`; with `OP`, `BACKEND`, `LAYERS` or `QUANTIZATION` stock and custom are "
+        "traced, and shown side by side",
+        "stock alone",
+        "rms_norm",
+    )
+    backend: str | None = text("BACKEND", "as for `bench`", "stock alone")
+    layers: str | None = text("LAYERS", "as for `bench`", "all layers")
+    quantization: str | None = text(
+        "QUANTIZATION", "as for `bench`", "stock alone", example="sparse_2_4"
+    )
+    baseline: Literal["stock", "bf16", "fp8", "int8"] | None = choice(
+        "BASELINE", "as for `bench`", "stock", "bf16", "fp8", "int8", default="as for `bench`"
+    )
+    engine: Literal["fork", "released"] | None = choice(
+        "ENGINE", "as for `bench`", "fork", "released", default="`fork`"
+    )
+    tp: int | None = number("TP", "tensor-parallel processes; the table is of the first", "1")
+    input_len: int | None = number("INPUT_LEN", "prompt tokens per request", "GPU 512, CPU 32")
+    output_len: int | None = number(
+        "OUTPUT_LEN", "new tokens per request: a step each", "GPU 16, CPU 8"
+    )
+    num_prompts: int | None = number("NUM_PROMPTS", "requests, all at once", "GPU 8, CPU 4")
+    eager: Literal["0", "1"] | None = choice(
+        "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
+    )
+
+
+@dataclass(frozen=True)
 class Ops(Report):
     model: str | None = text("MODEL", "as for `bench`; its weights are not read", "as for `bench`")
 
@@ -491,6 +523,7 @@ VERBS = {
         Verb("fork-build", "compile what changed in vLLM's C++ and CUDA", ForkBuild),
         Verb("kernels", "compile the kernels that changed", Kernels),
         Verb("bench", "benchmark vLLM, stock against custom kernels", Bench),
+        Verb("trace", "where a step of vLLM's engine spends its time, kernel by kernel", Trace),
         Verb("ops", "layers of a model that can run your kernel, and by which way", Ops),
         Verb("convert", "prune a checkpoint to a sparsity pattern and quantize it", Convert),
         Verb("eval", "perplexity of a text in vLLM, sparse against dense", Eval),

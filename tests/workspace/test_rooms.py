@@ -24,7 +24,7 @@ FLOORS = [
         "bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook",
         "upgrade",
     },
-    {"doctor", "set_up", "reference", "clean", "report", "eval", "ops", "wheel"},
+    {"doctor", "set_up", "reference", "clean", "report", "eval", "trace", "ops", "wheel"},
     {"cli"},
     {"bootstrap", "__main__"},
 ]  # fmt: skip

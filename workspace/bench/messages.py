@@ -20,9 +20,12 @@ Stage = Literal[
     "round",
     "comparing outputs",
     "scoring",
+    "tracing",
     "stopping",
 ]
-STAGES: tuple[Stage, ...] = tuple(stage for stage in get_args(Stage) if stage != "scoring")
+STAGES: tuple[Stage, ...] = tuple(
+    stage for stage in get_args(Stage) if stage not in ("scoring", "tracing")
+)
 """What an engine process of `make bench` does, in this order."""
 
 WARM_ROUNDS = (2, 8)
