@@ -16,7 +16,7 @@ from workspace.bench import loaded
 from workspace.bench.engine_run import end_with_parent, know_dummy_weights, what_ran, write_event
 from workspace.bench.messages import RESULT, Event
 from workspace.host.files import write_file
-from workspace.trace.messages import TraceJob, Traced
+from workspace.trace.messages import Traced, TraceJob
 
 WARM_UP = 2
 """Rounds before the trace: what is compiled or tuned at first use is no part of a step."""
@@ -82,7 +82,7 @@ def generate(llm: Any, job: TraceJob, seed: int) -> float:
     """Continue fresh random prompts, all at once, by the same number of tokens; the seconds."""
     from vllm import SamplingParams
 
-    drawn = random.Random(seed)  # noqa: S311 - tokens, not secrets
+    drawn = random.Random(seed)
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     prompts: list[Any] = [
         {"prompt_token_ids": [drawn.randrange(vocabulary) for _ in range(job.input_len)]}

@@ -29,7 +29,7 @@ KINDS = (
     ("quantization", r"quant|scaled_fp8|expand_rows|whole_rows|tiled_rows"),
     ("norm", r"rms|norm|rsqrt"),
     ("activation", r"silu|gelu|swiglu|sigmoid|act_and_mul"),
-    ("rotary embedding", r"rotary|rope|rotate_rows|rotat"),
+    ("rotary embedding", r"rotary|rope|rotate"),
     ("embedding", r"embedding"),
 )
 """By the kernel's name, the first that matches. Fused ones are what the first of their ops is."""

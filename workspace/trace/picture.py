@@ -30,7 +30,9 @@ def draw(record: Record, path: Path) -> None:
 
     names = list(dict.fromkeys(one.phase for side in record.sides for one in side.phases))
     every = [one for side in record.sides for one in side.phases]
-    parts = dict.fromkeys(p for one in every for p, us in one.parts().items() if us >= NAMED * one.us)
+    parts = dict.fromkeys(
+        p for one in every for p, us in one.parts().items() if us >= NAMED * one.us
+    )
     palette = matplotlib.colormaps["tab20"]
     colours = {part: to_hex(palette(n % palette.N)) for n, part in enumerate(parts)}
     colours |= {OTHERS: OTHERS_COLOUR, GAPS: GAPS_COLOUR}

@@ -50,8 +50,10 @@ class PhaseRecord(Strict):
 
 
 class SideRecord(Strict):
-    """One variant; `traces` has the file of each worker, `phases` are of the first of them. The same
-    round took `untraced_s` before, and `traced_s` under the profiler."""
+    """One variant; `traces` has the file of each worker, `phases` are of the first of them.
+
+    The same round took `untraced_s` before, and `traced_s` under the profiler.
+    """
 
     name: str
     arguments: list[str]

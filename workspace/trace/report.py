@@ -40,10 +40,15 @@ def show(record: Record, path: Path, plot: Path) -> None:
             if (both := side_by_side(record, phase.phase)) is not None:
                 report.console.print(both)
     if record.bytes_per_second:
-        rates = [f"{rate / 1e12:,.0f} TFLOP/s in {name}" for name, rate in record.flops_per_second.items()]
+        rates = [
+            f"{rate / 1e12:,.0f} TFLOP/s in {name}"
+            for name, rate in record.flops_per_second.items()
+        ]
         reached = ", ".join([f"{record.bytes_per_second / 1e12:.2f} TB/s", *rates])
         report.console.print(f"roofline of linear layers, measured in this run: {reached}")
-    slower = ", ".join(f"{side.name} {side.traced_s / side.untraced_s:.2f}" for side in record.sides)
+    slower = ", ".join(
+        f"{side.name} {side.traced_s / side.untraced_s:.2f}" for side in record.sides
+    )
     report.console.print(f"time under the profiler, of that without: {slower}")
     for failure in record.failures:
         report.console.print(f"[bold red]INVALID[/bold red] {escape(failure)}")

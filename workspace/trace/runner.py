@@ -63,7 +63,9 @@ def run(options: Trace) -> Record:
         traced = trace(plan, variants, RUNS / run_id, LOGS / run_id)
         remove_partial(RECORDS)
         path = RECORDS / f"{run_id}.json"
-        made = evaluate(options, plan, list(zip(variants, traced, strict=True)), path, started, load)
+        made = evaluate(
+            options, plan, list(zip(variants, traced, strict=True)), path, started, load
+        )
         write(made, path)
         plot = path.with_suffix(".png")
         picture.draw(made, plot)

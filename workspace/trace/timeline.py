@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +97,7 @@ def read(path: Path) -> list[Step]:
     for launched, piece in _without_overlap(pieces):
         if (index := bisect.bisect_right(starts, launched) - 1) >= 0:
             found[index].pieces.append(piece)
-    for step, following in zip(found, found[1:], strict=False):
+    for step, following in pairwise(found):
         step.us = _begin(following) - _begin(step)
     return found
 

@@ -10,8 +10,9 @@
   block by block, so that a drift of clocks or temperature hits all contenders alike.
 - **Checked while measured.** Inputs are fresh random numbers in every repetition. Before the first
   and after the last repetition the outputs are poisoned, and the result of a replay is compared
-  with the exact one. A contender that is wrong, does not fit or cannot run is recorded as failed
-  and does not stop the others.
+  with the exact one. Neither the inputs nor what times are taken with may be replaced, nor may a
+  part of L2 be set aside. A contender that is wrong, does not fit or cannot run is recorded as
+  failed and does not stop the others.
 
 On a CPU the same runs with the host's clock and without graphs: to try out a case, a kernel or this
 module itself, not for figures worth recording.
@@ -30,6 +31,7 @@ from custom_kernels.bench.device import Clocks
 from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval
 from custom_kernels.bench.record import Ceilings, Failed, Row, Timed, rates
 from custom_kernels.check.case import Case, Contender
+from custom_kernels.check.guards import L2, require_own_clocks
 from custom_kernels.check.outputs import one_line
 from custom_kernels.check.replay import SIDES, Side
 
@@ -86,12 +88,15 @@ def measure(
     errors = dict.fromkeys(names, 0.0)
     sets = _rotating_buffers(case, device)
     sides: dict[str, Side] = {}
+    l2 = L2(device)
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
             result = action()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            require_own_clocks()
+            l2.require_unchanged()
             return result
         except Exception as error:
             failures[name] = one_line(error)

@@ -6,6 +6,7 @@ interpreter. Each case is called
 
 - on fresh random inputs, twice with other numbers, so that a remembered result is wrong;
 - with memory that torch allocates poisoned first, so that elements that are not written show;
+- with inputs that must stay as they are, and outputs in memory of their own;
 - twice with the same inputs, which must give the same bits (a comment ``# not deterministic:
   <reason>`` in the backend's file, ``//`` in a ``.cu``, says that they need not);
 - on a GPU also captured in a CUDA graph and replayed on other numbers.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from custom_kernels.check.case import Case, Contender, contender_of
+from custom_kernels.check.guards import different, kept_inputs, require_own_memory
 from custom_kernels.check.outputs import PoisonedMemory, WrongResultError, error_of, tensors
 from custom_kernels.check.replay import captured
 from custom_kernels.inspect.compilers import explain
@@ -133,8 +135,9 @@ def check_case(
         for _ in range(1 if quick else 2):
             case.fill(inputs)
             arguments = contender.prepare(inputs)
-            with PoisonedMemory():
+            with kept_inputs(inputs), PoisonedMemory():
                 outputs = run(*arguments)
+            require_own_memory(outputs, [inputs, arguments], "an input")
             try:
                 worst = max(worst or 0.0, error_of(case, inputs, outputs, exact))
             except WrongResultError as error:
@@ -145,6 +148,7 @@ def check_case(
                 continue
             with PoisonedMemory():
                 again = run(*arguments)
+            require_own_memory(again, outputs, "the call before")
             if where := _first_different(outputs, again):
                 raise WrongResultError(f"two calls on the same inputs differ{where}")
         if device.type == "cuda" and run is contender.run:
@@ -187,12 +191,7 @@ def _first_wrong(case: Case, inputs: Sequence[Any], outputs: Any, exact: Any) ->
 
 def _first_different(one: Any, other: Any) -> str:
     for a, b in zip(tensors(one), tensors(other), strict=True):
-        # As bytes: so a NaN equals itself.
-        bits = [
-            tensor.contiguous().view(torch.uint8).view(*tensor.shape, tensor.itemsize)
-            for tensor in (a, b)
-        ]
-        different = (bits[0] != bits[1]).any(-1)
-        if different.any():
-            return f", first at {different.nonzero()[0].tolist()}"
+        differs = different(a, b)
+        if differs.any():
+            return f", first at {differs.nonzero()[0].tolist()}"
     return ""

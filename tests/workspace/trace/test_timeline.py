@@ -40,7 +40,15 @@ STEP_US = 400.0
 
 def event(category: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
     tid = 7 if category in timeline.DEVICE else 1
-    return {"ph": "X", "cat": category, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": ts,
+        "dur": dur,
+        "tid": tid,
+        "args": args,
+    }
 
 
 def gpu_steps(steps: list[str]) -> list[dict[str, Any]]:

@@ -60,5 +60,5 @@ def test_a_trace_names_the_layer_of_every_op_and_shows_both_variants_side_by_sid
 
 
 def test_compiled_code_for_a_cpu_is_refused_because_its_trace_names_no_ops() -> None:
-    with pytest.raises(WorkspaceError, match="EAGER=0: what torch.compile makes for a CPU"):
+    with pytest.raises(WorkspaceError, match="EAGER=0: what torch"):
         runner.prepare(Trace(eager="0"), runner.detect_device())
