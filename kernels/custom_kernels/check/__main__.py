@@ -18,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kernel", nargs="+", help="an operation, or operation.backend")
     parser.add_argument("--dtype", help="default: all that the backend supports")
     parser.add_argument("--quick", action="store_true", help="one dtype, one set of numbers")
+    parser.add_argument(
+        "--bare", action="store_true", help="for tools that watch memory: no poison, no CUDA graph"
+    )
     options = parser.parse_args(arguments)
 
     import torch
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = 0
     for backend in registry.select(options.kernel):
         try:
-            found = check(backend, device, options.dtype, options.quick)
+            found = check(backend, device, options.dtype, options.quick, options.bare)
         except (registry.BackendError, BuildError) as error:
             print(f"{backend}: not checked: {error}")
             failures += isinstance(error, BuildError)

@@ -13,8 +13,13 @@ interpreter. Each case is called
 
 A case without elements (no rows) goes through the operation's public function, which handles it.
 Tolerances are those of the cases.
+
+A bare check leaves out what a tool that watches every access to memory does not need, or cannot
+follow: memory is not poisoned, since what was poisoned counts as written, and nothing is captured,
+since torch captures no call without its caching allocator.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +76,11 @@ def dtypes(backend: Backend, device: torch.device) -> list[str]:
 
 
 def check(
-    backend: Backend, device: torch.device, dtype: str | None = None, quick: bool = False
+    backend: Backend,
+    device: torch.device,
+    dtype: str | None = None,
+    quick: bool = False,
+    bare: bool = False,
 ) -> list[Checked]:
     """Check every case.
 
@@ -79,6 +88,7 @@ def check(
         dtype: the only one; default: each that the backend supports.
         quick: take the first dtype only and call each case on one set of numbers only, on a CPU
             once.
+        bare: neither poison memory nor capture a CUDA graph.
 
     Raises:
         BackendError, BuildError: the backend cannot run on the device.
@@ -99,6 +109,7 @@ def check(
                 public=public,
                 deterministic="not deterministic" not in backend.notes,
                 quick=quick,
+                bare=bare,
             )
             for case in operation.cases.checks(name)
             if contender.takes(case)
@@ -116,6 +127,7 @@ def check_case(
     public: Callable[..., Any] | None = None,
     deterministic: bool = True,
     quick: bool = False,
+    bare: bool = False,
 ) -> Checked:
     """Check one implementation at one case; whatever is wrong with it is in the result.
 
@@ -127,6 +139,7 @@ def check_case(
     started = time.perf_counter()
     worst: float | None = None
     failure = None
+    poisoned = contextlib.nullcontext if bare else PoisonedMemory
     try:
         inputs = case.empty_inputs(device)
         run = contender.run
@@ -135,7 +148,7 @@ def check_case(
         for _ in range(1 if quick else 2):
             case.fill(inputs)
             arguments = contender.prepare(inputs)
-            with kept_inputs(inputs), PoisonedMemory():
+            with kept_inputs(() if bare else inputs), poisoned():
                 outputs = run(*arguments)
             require_own_memory(outputs, [inputs, arguments], "an input")
             try:
@@ -146,12 +159,12 @@ def check_case(
                 ) from None
             if not deterministic or (quick and device.type == "cpu"):
                 continue
-            with PoisonedMemory():
+            with poisoned():
                 again = run(*arguments)
             require_own_memory(again, outputs, "the call before")
             if where := _first_different(outputs, again):
                 raise WrongResultError(f"two calls on the same inputs differ{where}")
-        if device.type == "cuda" and run is contender.run:
+        if device.type == "cuda" and run is contender.run and not bare:
             graph = captured(contender, case, inputs)
             case.fill(inputs)
             try:

@@ -119,6 +119,20 @@ def test_a_wrong_backend_is_found(toy: PackageCopy) -> None:
     assert "3 of 3 cases right" in found["reference"]
 
 
+def test_a_bare_check_neither_poisons_nor_captures(toy: PackageCopy) -> None:
+    """Nor does it let anything pass that is wrong."""
+    looks = "from torch.utils._python_dispatch import _get_current_dispatch_mode as mode\n"
+    looks += RIGHT.replace("    y = torch", "    assert mode() is None\n    y = torch")
+    capture = "assert not (x.is_cuda and torch.cuda.is_current_stream_capturing())"
+    toy.add("toy/mine.py", looks.replace("assert x.numel()", capture))
+    toy.add("toy/wrong.py", RIGHT.replace("2 * x", "3 * x"))
+    assert "mine.py:8: AssertionError" in toy.python("-m", "custom_kernels.check", "toy").stdout
+    result = toy.python("-m", "custom_kernels.check", "toy", "--bare", "--quick")
+    assert result.returncode == 1
+    assert re.search(r"^toy\.mine on .*: 3 of 3 cases right", result.stdout, re.MULTILINE)
+    assert re.search(r"^toy\.wrong on .*: 1 of 3 cases right", result.stdout, re.MULTILINE)
+
+
 def test_what_cannot_be_checked_says_why(toy: PackageCopy) -> None:
     toy.add("toy/gpu.py", "import cupy\n")
     toy.add("toy/narrow.py", "import torch\nDTYPES = (torch.int8,)\n" + RIGHT)
