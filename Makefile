@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench trace ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench trace ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile sanitize wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -59,6 +59,9 @@ report: ## one page of HTML of the records, or of two side by side (A=before.jso
 
 profile: ## run Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile
+
+sanitize: ## run Compute Sanitizer over the checks of a kernel (K=gemm.triton, TOOL=memcheck,racecheck, DTYPE, FULL=1, ...)
+	@$(WORKSPACE) sanitize
 
 wheel: ## the kernels as a wheel for a released vLLM, compiled (OPS=gemm,rms_norm, NAME=my-kernels, ARCH=9.0a)
 	@$(WORKSPACE) wheel

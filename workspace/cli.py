@@ -206,6 +206,19 @@ def profile(options: verbs.Profile) -> int:
     return run_module("custom_kernels.profile", operation, *chosen)
 
 
+def sanitize(options: verbs.Sanitize) -> int:
+    words = split_list(options.k)
+    if not words:
+        known = ", ".join(operations())
+        raise WorkspaceError(f"name an operation or backend: make sanitize K=gemm.triton ({known})")
+    used = {split_kernel(word)[0] for word in words}
+    set_up.up_to_date(partial(set_up.kernels_for_device, used.pop() if len(used) == 1 else None))
+    timeout = str(options.timeout) if options.timeout else None
+    chosen = flags(tool=options.tool, dtype=options.dtype, timeout=timeout)
+    full = ["--full"] if options.full else []
+    return run_module("custom_kernels.sanitize", *words, *chosen, *full)
+
+
 def compare(options: verbs.TwoRecords) -> int:
     if not options.a or not options.b:
         raise WorkspaceError("name two records: make compare A=before.json B=after.json")
@@ -321,6 +334,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "compare": compare,
     "report": report,
     "profile": profile,
+    "sanitize": sanitize,
     "wheel": wheel,
     "wheel-verify": wheel_verify,
     "test": test,

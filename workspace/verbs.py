@@ -121,6 +121,22 @@ class Profile:
 
 
 @dataclass(frozen=True)
+class Sanitize:
+    k: str | None = text("K", f"{KERNEL}, several with commas", example="gemm.triton")
+    tool: str | None = text(
+        "TOOL",
+        "of `memcheck`, `racecheck`, `initcheck` and `synccheck`, with commas",
+        "all four",
+        "memcheck,racecheck",
+    )
+    dtype: str | None = text("DTYPE", "a torch dtype", "the backend's first")
+    full: bool = flag("FULL", "all dtypes, two sets of numbers, as `make test`")
+    timeout: int | None = number(
+        "TIMEOUT", "seconds after which a kernel under a tool is killed", "600"
+    )
+
+
+@dataclass(frozen=True)
 class TwoRecords:
     a: str | None = text("A", "the record before", example="before.json")
     b: str | None = text("B", "the record after", example="after.json")
@@ -535,6 +551,7 @@ VERBS = {
         Verb("compare", "compare two records: faster, slower, same or ambiguous", TwoRecords),
         Verb("report", "one page of HTML of the records, or of two side by side", TwoRecords),
         Verb("profile", "run Nsight Compute on one call of a kernel", Profile),
+        Verb("sanitize", "run Compute Sanitizer over the checks of a kernel", Sanitize),
         Verb("wheel", "the kernels as a wheel for a released vLLM, compiled", Wheel),
         Verb("wheel-verify", "serve a model with a wheel in a fresh environment", WheelVerify),
         Verb("test", "run the tests", Test),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools share: their command lines, the screen, whole files."""
+"""What the tools share: their command lines, programs, the screen, whole files."""
 
 import functools
+import glob
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +42,24 @@ def exit_with(main: Main) -> NoReturn:
     """Run ``main`` on the command line and end with its status."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the reader may close the pipe: `| head`
     sys.exit(main(None))
+
+
+def find_program(name: str, variable: str, places: Sequence[str]) -> str | None:
+    """A program of the CUDA toolkit: what an environment variable names, else from PATH, else from
+    the first of the places that has it. None if it is nowhere.
+
+    Args:
+        places: absolute paths with wildcards; of several matches the last by name is taken.
+
+    Raises:
+        UsageError: the variable is set and names no program.
+    """
+    if given := os.environ.get(variable):
+        if found := shutil.which(given):
+            return found
+        raise UsageError(f"{variable}={given} is not a program")
+    installed = (path for place in places for path in sorted(glob.glob(place))[::-1])  # noqa: PTH207 - absolute
+    return shutil.which(name) or next(installed, None)
 
 
 def console(width: int) -> "Console":

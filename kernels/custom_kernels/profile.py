@@ -11,12 +11,10 @@ nothing to profile.
 import argparse
 import csv
 import datetime
-import glob
 import io
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +33,14 @@ from custom_kernels.bench.provenance import machine
 from custom_kernels.bench.record import Provenance, results_folder
 from custom_kernels.bench.report import label_text
 from custom_kernels.check.case import Case, contender_of
-from custom_kernels.command import UsageError, command, console, exit_with, write_whole
+from custom_kernels.command import (
+    UsageError,
+    command,
+    console,
+    exit_with,
+    find_program,
+    write_whole,
+)
 from custom_kernels.compile.toolchain import BuildError
 
 if TYPE_CHECKING:
@@ -302,12 +307,7 @@ def _child(options: argparse.Namespace) -> list[str]:
 
 def find_ncu() -> str:
     """The program: $NCU, from PATH, or where CUDA's installer puts it. Raises UsageError."""
-    if given := os.environ.get(NCU):
-        if found := shutil.which(given):
-            return found
-        raise UsageError(f"{NCU}={given} is not a program")
-    installed = (path for pattern in INSTALLED for path in sorted(glob.glob(pattern))[::-1])  # noqa: PTH207 - absolute
-    if found := shutil.which("ncu") or next(installed, None):
+    if found := find_program("ncu", NCU, INSTALLED):
         return found
     raise UsageError(
         "Nsight Compute (ncu) is not on PATH: install NVIDIA's package nsight-compute, or name "

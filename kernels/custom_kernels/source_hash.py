@@ -6,7 +6,9 @@ from pathlib import Path
 
 from custom_kernels import paths
 
-TOOLS = frozenset({"compile", "command", "inspect", "check", "bench", "tuning", "profile"})
+TOOLS = frozenset(
+    {"compile", "command", "inspect", "check", "bench", "tuning", "profile", "sanitize"}
+)
 """Folders and modules that the run time never imports, except compile/ for a missing library."""
 
 SUFFIXES = frozenset({".py", ".cu", ".cuh", ".json"})

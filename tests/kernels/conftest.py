@@ -87,8 +87,12 @@ class PackageCopy:
 
 @pytest.fixture
 def package_copy(tmp_path: Path) -> PackageCopy:
+    return copy_package(tmp_path)
+
+
+def copy_package(folder: Path) -> PackageCopy:
     # nvcc hands names to a shell without quotes: folders are named as people name them.
-    odd = tmp_path / "my work (1) ü" / "it's here"
+    odd = folder / "my work (1) ü" / "it's here"
     copy = PackageCopy(odd / "copy", odd / "cache")
     left_out = shutil.ignore_patterns(*map(str, registry.operations()), "__pycache__", "*.cu")
     shutil.copytree(paths.PACKAGE, copy.package, ignore=left_out)

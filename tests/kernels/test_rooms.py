@@ -15,7 +15,7 @@ from custom_kernels import paths, registry, source_hash
 from workspace.host import imported
 
 # From the ground up. A `__main__` is a command, which may use all of them.
-FLOORS = ["compile", "command", "inspect", "check", "bench", "tuning", "profile"]
+FLOORS = ["compile", "command", "inspect", "check", "bench", "tuning", "profile", "sanitize"]
 OPERATIONS = [operation.name for operation in registry.operations()]
 
 
