@@ -354,8 +354,9 @@ def parse(log: str) -> Report:
 
 def _place(record: Sequence[str]) -> tuple[str, ...]:
     """What and where in the code, without thread, address and number."""
+    what = re.sub(r"0x[0-9a-f]+", "0x…", record[0])
     code = (line for line in record[1:] if re.match(r"at |and (Read|Write) |Device Frame", line))
-    return (record[0], *(re.sub(r" \[[\d,]+ hazards?\]$", "", line) for line in code))
+    return (what, *(re.sub(r" \[[\d,]+ hazards?\]$", "", line) for line in code))
 
 
 def _sentence(record: Sequence[str]) -> str:
