@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check += ["--dtype", options.dtype]
     jobs = [Job(str(backend), tool) for backend in backends for tool in tools]
     screen = console(140)
+    screen.print(f"each kernel once without a tool, then {len(jobs)} times under one")
     runs: list[Run] = []
     for run in run_all(jobs, check, options.output or results_folder(), options.timeout):
         screen.print(f"{run.job.kernel}, {run.job.tool}: {run.verdict}, {run.seconds:.0f} s")
