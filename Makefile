@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench trace ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile sanitize wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench trace predict ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile sanitize wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,9 @@ bench: ## benchmark vLLM, stock against custom kernels (MODEL, METRIC=throughput
 
 trace: ## where a step of vLLM's engine spends its time, kernel by kernel (MODEL=Qwen/Qwen2.5-7B, OP=rms_norm, BACKEND, LAYERS, ...)
 	@$(WORKSPACE) trace
+
+predict: ## what a measured kernel will bring in vLLM's engine (TRACE=trace.json, KERNELS=kernels.json, BACKEND, BENCH=bench.json)
+	@$(WORKSPACE) predict
 
 ops: ## layers of a model that can run your kernel, and by which way (JSON=1, MODEL)
 	@$(WORKSPACE) ops

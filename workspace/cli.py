@@ -151,6 +151,13 @@ def trace(options: verbs.Trace) -> None:
     run(options)
 
 
+def predict(options: verbs.Predict) -> None:
+    set_up.package_only()
+    from workspace.trace.predict import run
+
+    run(options)
+
+
 def ops(options: verbs.Ops) -> None:
     from workspace.fork.install import install_kernels
 
@@ -323,6 +330,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "kernels": kernels,
     "bench": bench,
     "trace": trace,
+    "predict": predict,
     "ops": ops,
     "convert": convert,
     "eval": evaluate,

@@ -320,6 +320,18 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Predict:
+    trace: str | None = text("TRACE", "a record of `make trace`", example="trace.json")
+    kernels: str | None = text(
+        "KERNELS", "a record of `make bench-kernels`", example="kernels.json"
+    )
+    backend: str | None = text("BACKEND", "show every part with this one", "all of the record")
+    bench: str | None = text(
+        "BENCH", "a record of `make bench METRIC=latency`, to compare with", "none", "bench.json"
+    )
+
+
+@dataclass(frozen=True)
 class Ops(Report):
     model: str | None = text("MODEL", "as for `bench`; its weights are not read", "as for `bench`")
 
@@ -540,6 +552,7 @@ VERBS = {
         Verb("kernels", "compile the kernels that changed", Kernels),
         Verb("bench", "benchmark vLLM, stock against custom kernels", Bench),
         Verb("trace", "where a step of vLLM's engine spends its time, kernel by kernel", Trace),
+        Verb("predict", "what a measured kernel will bring in vLLM's engine", Predict),
         Verb("ops", "layers of a model that can run your kernel, and by which way", Ops),
         Verb("convert", "prune a checkpoint to a sparsity pattern and quantize it", Convert),
         Verb("eval", "perplexity of a text in vLLM, sparse against dense", Eval),
