@@ -31,34 +31,39 @@ from custom_kernels.paged_attention import empty_output
 MIN_CAPABILITY = (8, 0)
 """Its products of bfloat16 need it."""
 
-PROGRAMS = 512
-"""Wanted in flight: a few for each of a GPU's multiprocessors."""
-PARTS = 32
+PROGRAMS = 4
+"""Wanted per multiprocessor. An H200's holds 5 of them with the tiles below: were it fewer, a
+second wave would leave most of the GPU idle."""
+PARTS = 64
 """Of a sequence, at most."""
-PART = 256
+PART = 128
 """Tokens of the longest possible sequence for which another part is worth its second pass."""
 TILE = 8192
-"""Values of a tile of keys, at most."""
+"""Bytes of a tile of keys, at most."""
+WARPS = 4
+STAGES = 5
+"""The fewest with which a tile is on its way while another is multiplied: the numbers of its pages
+have to come first."""
 LOG2_E = 1.4426950408889634
 """exp(x) is exp2(x · LOG2_E)."""
-SHAPE = ("D", "COLUMNS", "PARTS")
-"""The constants of the second kernel."""
+SHAPE = ("D", "COLUMNS")
+"""The constants that both kernels have."""
 
 INTERPRETED = knobs.runtime.interpret
 """Triton's interpreter multiplies bfloat16 as integers, and truncates to it: there tiles become
 float32 before they are multiplied, and torch rounds the result."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["parts"])
 def attend(
     query, key_pages, value_pages, block_table, lengths, y, sums, maxima, totals, scale, PAGE,
     query_stride, head_stride, key_page, key_token, key_head, value_page, value_token, value_head,
-    table_stride, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
+    table_stride, parts, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One part of one sequence for the GROUP query heads of a key head. ``scale`` is that of powers
-    of two. With one part y is written, else sums [B, Hq, PARTS, D], maxima and totals
-    [B, Hq, PARTS]."""
+    of two. With one part y is written, else sums [B, Hq, parts, D], maxima and totals
+    [B, Hq, parts]."""
     sequence = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     part = tl.program_id(1)
@@ -66,9 +71,9 @@ def attend(
     head = kv_head * GROUP + row
     d = tl.arange(0, COLUMNS)
     length = tl.load(lengths + sequence)
-    share = tl.cdiv(tl.cdiv(length, BLOCK), PARTS) * BLOCK
-    first = part * share
-    last = tl.minimum(first + share, length)
+    tiles = tl.cdiv(length, BLOCK)
+    first = tiles * part // parts * BLOCK
+    last = tl.minimum(tiles * (part + 1) // parts * BLOCK, length)
 
     inside = (row < GROUP)[:, None] & (d < D)[None, :]
     places = query + sequence * query_stride + head[:, None] * head_stride + d[None, :]
@@ -103,8 +108,8 @@ def attend(
         weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
         maximum = higher
 
-    row_of = (sequence * KV_HEADS * GROUP + head) * PARTS + part
-    if PARTS == 1:
+    row_of = (sequence * KV_HEADS * GROUP + head) * parts + part
+    if parts == 1:
         result = weighted / tl.where(total > 0, total, 1.0)[:, None]
         to = y + row_of[:, None] * D + d[None, :]
         tl.store(to, result.to(y.dtype.element_ty), mask=inside)
@@ -114,39 +119,60 @@ def attend(
         tl.store(totals + row_of, total, mask=row < GROUP)
 
 
-@triton.jit
-def add_parts(sums, maxima, totals, y, D: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
-    """y of one query head of one sequence; a part without a token has the maximum -inf."""
+@triton.jit(do_not_specialize_on_alignment=["parts"])
+def add_parts(
+    sums, maxima, totals, y, parts, D: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr
+):  # fmt: skip
+    """y of one query head of one sequence; a part without a token has the maximum -inf. ROOM is for
+    the parts."""
     head = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, PARTS)
+    part = tl.arange(0, ROOM)
     d = tl.arange(0, COLUMNS)
-    maximum = tl.load(maxima + head * PARTS + part)
+    there = part < parts
+    maximum = tl.load(maxima + head * parts + part, mask=there, other=float("-inf"))
     highest = tl.max(maximum, 0)
     shrink = tl.where(maximum > float("-inf"), tl.exp2(maximum - highest), 0.0)
-    total = tl.sum(tl.load(totals + head * PARTS + part) * shrink, 0)
-    places = sums + (head * PARTS + part[:, None]) * D + d[None, :]
-    weighted = tl.load(places, mask=(d < D)[None, :], other=0.0)
+    total = tl.sum(tl.load(totals + head * parts + part, mask=there, other=0.0) * shrink, 0)
+    places = sums + (head * parts + part[:, None]) * D + d[None, :]
+    weighted = tl.load(places, mask=there[:, None] & (d < D)[None, :], other=0.0)
     result = tl.sum(weighted * shrink[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(y + head * D + d, result.to(y.dtype.element_ty), mask=d < D)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    batch: int, heads: int, kv_heads: int, head_size: int, longest: int, itemsize: int
-) -> dict[str, int]:
-    """The constants; ``longest`` is the most tokens that the block table has room for."""
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    longest: int,
+    itemsize: int,
+    multiprocessors: int,
+) -> tuple[int, dict[str, int]]:
+    """The number of parts, and the constants; ``longest`` is the most tokens that the block table
+    has room for."""
     group = heads // kv_heads
     columns = max(16, triton.next_power_of_2(head_size))
-    wanted = min(PROGRAMS // (batch * kv_heads), longest // PART, PARTS)
-    return {
+    parts = max(1, min(PROGRAMS * multiprocessors // (batch * kv_heads), longest // PART, PARTS))
+    return parts, {
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "ROWS": max(16, triton.next_power_of_2(group)),  # at least what a tensor core multiplies
         "D": head_size,
         "COLUMNS": columns,
-        "BLOCK": max(16, min(128, 2 * TILE // itemsize // columns)),
-        "PARTS": 1 << max(0, wanted.bit_length() - 1),
+        "BLOCK": max(16, min(128, TILE // itemsize // columns)),
     }
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # in the interpreter
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def second(parts: int, constants: dict[str, int]) -> dict[str, int]:
+    """The constants of the second kernel."""
+    return {name: constants[name] for name in SHAPE} | {"ROOM": triton.next_power_of_2(parts)}
 
 
 def run(
@@ -164,8 +190,9 @@ def run(
     batch, heads, size = query.shape
     page, kv_heads = key_pages.shape[1:3]
     longest = block_table.shape[1] * page
-    constants = plan(batch, heads, kv_heads, size, longest, query.itemsize)
-    parts = constants["PARTS"]
+    parts, constants = plan(
+        batch, heads, kv_heads, size, longest, query.itemsize, _multiprocessors(query.device)
+    )  # fmt: skip
     rows = batch * heads * parts if parts > 1 else 0
     sums = query.new_empty((rows, size), dtype=torch.float32)
     maxima, totals = query.new_empty((2, rows), dtype=torch.float32)
@@ -173,11 +200,11 @@ def run(
         attend[(batch * kv_heads, parts)](
             query, key_pages, value_pages, block_table, lengths, y, sums, maxima, totals,
             scale * LOG2_E, page, query.stride(0), query.stride(1), *key_pages.stride()[:3],
-            *value_pages.stride()[:3], block_table.stride(0), **constants, WIDEN=INTERPRETED,
+            *value_pages.stride()[:3], block_table.stride(0), parts, **constants, WIDEN=INTERPRETED,
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
         if parts > 1:
-            shape = {name: constants[name] for name in SHAPE}
-            add_parts[(batch * heads,)](sums, maxima, totals, y, **shape)
+            add_parts[(batch * heads,)](sums, maxima, totals, y, parts, **second(parts, constants))
     return y.to(query.dtype)
 
 
@@ -193,22 +220,31 @@ def specializations() -> list[Specialization]:
     )  # fmt: skip
     signature = {**values, **numbers, **partial, **strides}
     found = []
-    for batch, heads, kv_heads, size in [(1, 28, 4, 128), (256, 14, 2, 64), (256, 8, 8, 256)]:
-        constants = plan(batch, heads, kv_heads, size, 16384, 2)
-        label = f"{heads} heads of {size}, parts: {constants['PARTS']}"
+    for batch, heads, kv_heads, size in [(1, 28, 4, 128), (512, 14, 2, 64), (256, 8, 8, 256)]:
+        parts, constants = plan(batch, heads, kv_heads, size, 16384, 2, 132)
+        label = f"{heads} heads of {size}, parts: {parts}"
+        one = {"parts": 1} if parts == 1 else {}  # a launch makes a constant of it
+        number = {} if one else {"parts": "i32"}
         found.append(
             Specialization(
                 attend,
-                {**signature, "scale": "fp32"},
-                {**constants, "WIDEN": False},
+                {**signature, **number, "scale": "fp32"},
+                {**constants, **one, "WIDEN": False},
+                num_warps=WARPS,
+                num_stages=STAGES,
                 label=label,
                 aligned=tuple(signature),
             )
         )
-        if constants["PARTS"] > 1:
-            shape = {name: constants[name] for name in SHAPE}
+        if parts > 1:
             pointers = {**partial, "y": "*bf16"}
             found.append(
-                Specialization(add_parts, pointers, shape, label=label, aligned=tuple(pointers))
+                Specialization(
+                    add_parts,
+                    {**pointers, **number},
+                    second(parts, constants),
+                    label=label,
+                    aligned=tuple(pointers),
+                )
             )
     return found
