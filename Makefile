@@ -3,7 +3,7 @@
 WORKSPACE := python3 -E workspace/bootstrap.py
 .DEFAULT_GOAL := help
 
-.PHONY: help dev doctor fork-build kernels bench trace predict ops convert eval new-kernel watch inspect notebook bench-kernels compare report profile sanitize wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
+.PHONY: help dev doctor fork-build kernels bench trace predict ops convert eval new-kernel watch inspect notebook capture bench-kernels compare report profile sanitize wheel wheel-verify test image container shell snapshot snapshots snapshot-verify fork-status fork-diff fork-export fork-rebase upgrade inventory bundle unbundle lint lock clean
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -50,6 +50,9 @@ inspect: ## registers, spills, occupancy, instructions; needs no GPU (K=gemm.tri
 
 notebook: ## JupyterLab for notebooks/, on this machine only
 	@$(WORKSPACE) notebook
+
+capture: ## the operations and shapes that vLLM runs, and how often (MODEL, INPUT_LEN, OUTPUT_LEN, NUM_PROMPTS, ...)
+	@$(WORKSPACE) capture
 
 bench-kernels: ## benchmark kernels on the GPU against their baselines (K=gemm, MODEL, M=1,16,4096, BACKEND, ...)
 	@$(WORKSPACE) bench-kernels

@@ -184,6 +184,20 @@ def evaluate(options: verbs.Eval) -> None:
     run(options)
 
 
+def capture(options: verbs.Capture) -> None:
+    from workspace.bench.checkpoint import is_sparse
+    from workspace.fork.install import install_kernels
+
+    if options.source:
+        set_up.package_only()
+    else:
+        compiled = partial(set_up.kernels_for_device, None)
+        set_up.up_to_date(set_up.engine, compiled if is_sparse(options.model) else install_kernels)
+    from workspace.capture.run import run
+
+    run(options)
+
+
 def bench_kernels(options: verbs.BenchKernels) -> int:
     operation, backend = split_kernel(options.k or "gemm")
     set_up.up_to_date(partial(set_up.kernels_for_device, operation))
@@ -194,6 +208,8 @@ def bench_kernels(options: verbs.BenchKernels) -> int:
         backend=options.backend or backend,
         dtype=options.dtype,
         seconds=options.seconds,
+        shapes=options.shapes,
+        top=str(options.top) if options.top else None,
     )
     tune = ["--tune"] if options.tune else []
     return run_module("custom_kernels.bench", operation, *models, *chosen, *tune)
@@ -338,6 +354,7 @@ RUN: dict[str, Callable[[Any], int | None]] = {
     "watch": watch,
     "inspect": inspect,
     "notebook": notebook,
+    "capture": capture,
     "bench-kernels": bench_kernels,
     "compare": compare,
     "report": report,

@@ -106,7 +106,39 @@ class BenchKernels:
         "PATTERN", "sparsity patterns, with commas", "by operation", "2:4,6:8"
     )
     seconds: str | None = text("SECONDS", "device time per shape", "0.25")
+    shapes: str | None = text(
+        "SHAPES",
+        "a record of `make capture`: its shapes are measured, and weighted by their calls",
+        example="capture.json",
+    )
+    top: int | None = number("TOP", "with `SHAPES`: so many shapes, those that cost most", "24")
     tune: bool = flag("TUNE", "use these results to choose backends from now on")
+
+
+@dataclass(frozen=True)
+class Capture:
+    model: str | None = text("MODEL", "as for `bench`", "as for `bench`")
+    input_len: int | None = number("INPUT_LEN", "prompt tokens per request", "as for `bench`")
+    output_len: int | None = number("OUTPUT_LEN", "new tokens per request", "as for `bench`")
+    num_prompts: int | None = number("NUM_PROMPTS", "requests of the round", "as for `bench`")
+    tp: int | None = number("TP", "tensor-parallel processes", "1")
+    eager: Literal["0", "1"] | None = choice(
+        "EAGER", "`1`: no torch.compile, no CUDA graphs", "0", "1", default="CPU 1, GPU 0"
+    )
+    source: str | None = text(
+        "FROM",
+        "a folder that the workers of an engine wrote, started with `CUSTOM_KERNELS_CAPTURE=folder`"
+        "; nothing is run",
+        example="folder",
+    )
+
+    def __post_init__(self) -> None:
+        run = {"MODEL": self.model, "INPUT_LEN": self.input_len, "OUTPUT_LEN": self.output_len,
+               "NUM_PROMPTS": self.num_prompts, "TP": self.tp, "EAGER": self.eager}  # fmt: skip
+        if self.source and (given := [name for name, value in run.items() if value]):
+            raise WorkspaceError(
+                f"FROM={self.source} reads what ran already; leave out {' and '.join(given)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -560,6 +592,7 @@ VERBS = {
         Verb("watch", "on saving a kernel: compile, check, time, show what changed", Watch),
         Verb("inspect", "registers, spills, occupancy, instructions; needs no GPU", Inspect),
         Verb("notebook", "JupyterLab for notebooks/, on this machine only"),
+        Verb("capture", "the operations and shapes that vLLM runs, and how often", Capture),
         Verb("bench-kernels", "benchmark kernels on the GPU against their baselines", BenchKernels),
         Verb("compare", "compare two records: faster, slower, same or ambiguous", TwoRecords),
         Verb("report", "one page of HTML of the records, or of two side by side", TwoRecords),

@@ -30,8 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from custom_kernels import registry
 from custom_kernels.bench.plan import backend_names, choose, known
 from custom_kernels.bench.provenance import machine
-from custom_kernels.bench.record import Provenance, results_folder
-from custom_kernels.bench.report import label_text
+from custom_kernels.bench.record import Provenance, label_text, results_folder
 from custom_kernels.check.case import Case, contender_of
 from custom_kernels.command import (
     UsageError,

@@ -24,7 +24,10 @@ FLOORS = [
         "bench", "watch", "container", "bundle", "new_kernel", "kernels", "editor", "notebook",
         "upgrade",
     },
-    {"doctor", "set_up", "reference", "clean", "report", "eval", "trace", "ops", "wheel"},
+    {
+        "doctor", "set_up", "reference", "clean", "report", "eval", "trace", "capture", "ops",
+        "wheel",
+    },
     {"cli"},
     {"bootstrap", "__main__"},
 ]  # fmt: skip

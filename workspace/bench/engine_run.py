@@ -171,8 +171,13 @@ class InProcess:
             generations.append(Generation(prompt=output.prompt_token_ids, steps=steps))
         return generations
 
+    @property
+    def llm(self) -> Any:
+        """vLLM's `LLM`, once it is built."""
+        return self._engine.llm
+
     def stop(self) -> Ran:
-        llm = self._engine.llm
+        llm = self.llm
         ran = what_ran(self._job, llm.llm_engine.model_config, self._vllm_files)
         if WORKER_EXTENSION in self._job.arguments:
             ran.attention = llm.collective_rpc("attention_backends")[0]

@@ -17,7 +17,7 @@ from custom_kernels.bench import compare, plots
 from custom_kernels.bench.compare import Ratio
 from custom_kernels.bench.intervals import Verdict
 from custom_kernels.bench.record import Record as KernelRecord
-from custom_kernels.bench.report import label_text
+from custom_kernels.bench.record import label_text
 
 from workspace.bench.record import Record as EngineRecord
 from workspace.bench.record import higher_is_better

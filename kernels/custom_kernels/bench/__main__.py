@@ -72,6 +72,10 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--pattern", nargs="+", default=[], help="sparsity patterns, for example 2:4 6:8"
     )
+    found.add_argument(
+        "--shapes", type=Path, help="measure the shapes of a capture, weighted by their calls"
+    )
+    found.add_argument("--top", type=int, default=24, help="so many of them, the costliest")
     found.add_argument("--backend", help="names with commas; default: all that can run here")
     found.add_argument("--dtype", help="default: the operation's first")
     found.add_argument("--seconds", type=float, default=0.25, help="device time per shape")

@@ -21,8 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from custom_kernels.bench import intervals, record
 from custom_kernels.bench.intervals import Verdict, coloured
-from custom_kernels.bench.record import RecordError
-from custom_kernels.bench.report import label_text
+from custom_kernels.bench.record import RecordError, label_text
 from custom_kernels.command import command, console, exit_with
 
 if TYPE_CHECKING:

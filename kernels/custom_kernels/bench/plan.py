@@ -5,11 +5,14 @@ import argparse
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from custom_kernels import registry
+from custom_kernels.bench import shapes
+from custom_kernels.bench.record import Captured
 from custom_kernels.check.case import Case, Contender, contender_of
 from custom_kernels.command import UsageError
 from custom_kernels.compile.toolchain import BuildError
@@ -32,12 +35,17 @@ class Plan:
     """None: every backend that can run."""
     seconds: float
     repetitions: int
+    shapes: Path | None = None
+    """The record of a capture, whose cases are measured instead of those of models and tokens."""
+    top: int = 0
+    """So many of them."""
 
     def command(self) -> str:
         """The command that repeats the run, without the folder of the record."""
         words = ["python", "-m", "custom_kernels.bench", self.operation]
         words += [word for model in self.models for word in ("--model", model)]
-        words += ["--tokens", *map(str, self.tokens)]
+        words += ["--tokens", *map(str, self.tokens)] if self.tokens else []
+        words += ["--shapes", str(self.shapes), "--top", str(self.top)] if self.shapes else []
         words += ["--pattern", *self.patterns] if self.patterns else []
         words += ["--backend", ",".join(self.backends)] if self.backends else []
         words += ["--dtype", self.dtype, "--seconds", str(self.seconds)]
@@ -50,22 +58,32 @@ def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
     Raises:
         UsageError: a name that does not exist, or a number that is not positive.
     """
-    dtype = known("dtype", [options.dtype or definition.DTYPES[0]], definition.DTYPES)[0]
+    if options.shapes and (options.model or options.tokens):
+        raise UsageError(
+            "a capture has models and numbers of tokens; leave out --model and --tokens"
+        )
+    default: str = definition.DTYPES[0]
+    if options.shapes:
+        default = shapes.dtype_of(shapes.read(options.shapes), definition)
+    dtype = known("dtype", [options.dtype or default], definition.DTYPES)[0]
     backends = None
     if options.backend and options.backend != "all":
         wanted = [name for name in options.backend.split(",") if name]
         backends = known("backend", wanted, backend_names(options.operation))
-    if options.seconds <= 0 or options.repetitions < 1 or min(options.tokens or [1]) < 1:
-        raise UsageError("--seconds, --repetitions and --tokens must be positive")
+    if options.seconds <= 0 or min(options.repetitions, options.top, *(options.tokens or [])) < 1:
+        raise UsageError("--seconds, --repetitions, --tokens and --top must be positive")
+    models = known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS)
     return Plan(
         operation=options.operation,
         dtype=dtype,
-        models=known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS),
-        tokens=list(options.tokens or definition.TOKENS),
+        models=[] if options.shapes else models,
+        tokens=[] if options.shapes else list(options.tokens or definition.TOKENS),
         patterns=options.pattern,
         backends=backends,
         seconds=options.seconds,
         repetitions=options.repetitions,
+        shapes=options.shapes,
+        top=options.top if options.shapes else 0,
     )
 
 
@@ -103,14 +121,20 @@ def choose(cases: Iterable[Case], label: str, wanted: Iterable[str]) -> list[Cas
     return [case for case, value in zip(cases, values, strict=True) if value in wanted]
 
 
-def cases_of(plan: Plan, definition: ModuleType) -> list[Case]:
-    """The plan's cases.
+def cases_of(plan: Plan, definition: ModuleType) -> tuple[list[Case], Captured | None]:
+    """The plan's cases; and which part of a capture they are.
 
     Raises:
-        UsageError: a pattern has none.
+        UsageError: a pattern has none, or the capture has none of the operation.
     """
-    cases = definition.cases(plan.models, plan.tokens, plan.dtype)
-    return choose(cases, "pattern", plan.patterns)
+    if plan.shapes is None:
+        cases = definition.cases(plan.models, plan.tokens, plan.dtype)
+        return choose(cases, "pattern", plan.patterns), None
+    captured = shapes.cases(shapes.read(plan.shapes), definition, plan.dtype)
+    every = choose(captured, "pattern", plan.patterns)
+    chosen = every[: plan.top]
+    share = sum(map(shapes.cost, chosen)) / sum(map(shapes.cost, every))
+    return chosen, Captured(file=plan.shapes.name, shapes=len(every), share=share)
 
 
 def contenders_of(

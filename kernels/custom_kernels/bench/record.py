@@ -111,6 +111,8 @@ class Row(_Strict):
     """Whether the sets are together large enough that every call finds a cold L2."""
     clocks: ClockState
     contenders: dict[str, Timed | Failed]
+    calls: int | None = None
+    """How often a captured run called it, if the case comes from a capture."""
 
     def timed(self, name: str) -> Timed | None:
         """This contender, unless it failed or was not measured."""
@@ -138,6 +140,28 @@ class Summary(_Strict):
     lowest: float
     highest: float
     verdicts: dict[StoredVerdict, int]
+
+
+class Captured(_Strict):
+    """The capture from which the cases come: its file, and how many shapes it has of this
+    operation. Those that were measured are about this share of the cost of all calls."""
+
+    file: str
+    shapes: int
+    share: float
+
+
+class Weighted(_Strict):
+    """All calls of a captured run, at the measured shapes: time of the baseline / time of this
+    contender. The interval is that of all calls if those of all shapes hold, so at least 95 %."""
+
+    ratio: float
+    low: float
+    high: float
+    shapes: int
+    """At which both have a time."""
+    missing: list[str]
+    """Labels of measured shapes at which this contender has none."""
 
 
 class Library(_Strict):
@@ -190,6 +214,9 @@ class Record(_Strict):
     ceilings: Ceilings
     summary: dict[str, dict[str, Summary]]
     """By contender, then by model or ``all``."""
+    captured: Captured | None = None
+    weighted: dict[str, Weighted] = {}
+    """By contender, if the cases come from a capture."""
     failures: list[str]
     warnings: list[str]
     provenance: Provenance
@@ -238,6 +265,38 @@ def summary(rows: Sequence[Row], baseline: str) -> dict[str, dict[str, Summary]]
         name: {group: _summarize(members) for group, members in groups.items()}
         for name, groups in found.items()
     }
+
+
+def weighted(rows: Sequence[Row], baseline: str) -> dict[str, Weighted]:
+    """By contender, over the calls of a captured run.
+
+    Of a shape with c calls of t µs, the baseline takes c · t · ratio in all.
+    """
+    found: dict[str, Weighted] = {}
+    for name in dict.fromkeys(name for row in rows for name in row.contenders if name != baseline):
+        timed = {label_text(row.labels): (row, row.timed(name)) for row in rows}
+        sums = [
+            ((row.calls or 0) * one.us, one.comparison)
+            for row, one in timed.values()
+            if one is not None and one.comparison is not None
+        ]
+        if sums:
+            whole = sum(us for us, _ in sums)
+            ratio, low, high = (
+                sum(us * ratios[side] for us, ratios in sums) / whole for side in range(3)
+            )
+            missing = [label for label, (_, one) in timed.items() if one is None]
+            found[name] = Weighted(
+                ratio=ratio, low=low, high=high, shapes=len(sums), missing=missing
+            )
+    return found
+
+
+def label_text(labels: Labels) -> str:
+    """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
+    return " ".join(
+        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
+    )
 
 
 def _summarize(measured: Sequence[Timed]) -> Summary:

@@ -2,23 +2,16 @@
 """A record of a kernel benchmark on the screen."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from custom_kernels.bench.intervals import coloured
-from custom_kernels.bench.record import Failed, Labels, Record, Timed
+from custom_kernels.bench.record import Failed, Record, Timed
 from custom_kernels.command import console
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-
-def label_text(labels: Labels) -> str:
-    """``qwen2.5-7b qkv M=16 N=4608 K=3584``."""
-    return " ".join(
-        f"{name}={value}" if len(name) == 1 else str(value) for name, value in labels.items()
-    )
 
 
 def show(record: Record, files: Sequence[Path]) -> None:
@@ -60,15 +53,18 @@ def table(record: Record) -> "Table":
     shown = Table(header_style="bold", pad_edge=False, box=SIMPLE_HEAD)
     for name in names:
         shown.add_column(name, justify="right" if len(name) == 1 else "left")
+    if record.captured:
+        shown.add_column("calls", justify="right", no_wrap=True)
     shown.add_column("contender")
     for name in ("µs", "p20-p80", "TFLOP/s", "GB/s", "% copy", "% matmul", "% roofline", "ratio"):
         shown.add_column(name, justify="right", no_wrap=True)
     shown.add_column("verdict")
     for row in record.rows:
         labels = [str(row.labels.get(name, "")) for name in names]
+        labels += [f"{row.calls:,}"] if record.captured else []
         for name, measured in row.contenders.items():
             shown.add_row(*labels, name, *_cells(measured, name == record.baseline))
-            labels = [""] * len(names)
+            labels = [""] * len(labels)
     return shown
 
 
@@ -103,11 +99,26 @@ def _short(value: float | None) -> str:
 
 
 def summary_lines(record: Record) -> list[str]:
-    """A line per contender and model."""
-    return [
+    """A line per contender and model, and of a capture one per contender for all calls."""
+    return [*_weighted_lines(record)] + [
         f"{name}, {group}: geometric mean {one.geometric_mean:.3f} x {record.baseline}, "
         f"{one.lowest:.3f} to {one.highest:.3f}, "
         + ", ".join(f"{count} {verdict}" for verdict, count in one.verdicts.items())
         for name, groups in record.summary.items()
         for group, one in groups.items()
     ]
+
+
+def _weighted_lines(record: Record) -> Iterator[str]:
+    if record.captured is None:
+        return
+    rows, of = len(record.rows), record.captured
+    yield (
+        f"{of.file}: {rows} of {of.shapes} shapes, about {of.share:.0%} of the cost of all calls"
+    )
+    for name, one in record.weighted.items():
+        missing = f"; it has no time for {', '.join(one.missing)}" if one.missing else ""
+        yield (
+            f"{name}, all calls at {one.shapes} of them: {one.ratio:.3f} "
+            f"[{one.low:.3f}, {one.high:.3f}] x {record.baseline}, times summed over calls{missing}"
+        )

@@ -18,13 +18,12 @@ from custom_kernels.bench import device as bench_device
 from custom_kernels.bench import timing
 from custom_kernels.bench.plan import Plan, cases_of, contenders_of
 from custom_kernels.bench.provenance import provenance
-from custom_kernels.bench.record import Failed, Record, Row, summary
-from custom_kernels.bench.report import label_text
+from custom_kernels.bench.record import Failed, Record, Row, label_text, summary, weighted
 
 
 def run(plan: Plan, definition: ModuleType, device: torch.device) -> Record:
     """Measure every case of the plan on this GPU."""
-    cases = cases_of(plan, definition)
+    cases, captured = cases_of(plan, definition)
     screen = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -81,6 +80,8 @@ def run(plan: Plan, definition: ModuleType, device: torch.device) -> Record:
         skipped=skipped,
         ceilings=ceilings,
         summary=summary(rows, baseline),
+        captured=captured,
+        weighted=weighted(rows, baseline) if captured else {},
         failures=problems + failures,
         warnings=bench_device.clock_warnings([row.clocks for row in rows]),
         provenance=provenance(device, plan),

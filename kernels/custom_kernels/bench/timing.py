@@ -165,6 +165,7 @@ def measure(
         cold=len(sets) * case.bytes >= COLD_FACTOR * _l2_bytes(device),
         clocks=clocks.summary(),
         contenders=results,
+        calls=case.calls,
     )
 
 

@@ -37,6 +37,8 @@ class Case:
     """The places of those inputs, the first among them; each may be None."""
     peak: str = "bfloat16"
     """Whose dense matmul rate is the ceiling: bfloat16, float16, float8_e4m3fn or int8."""
+    calls: int | None = None
+    """How often a captured run called it; None if it comes from no capture."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,9 @@ MODELS = {
 }
 DEFAULT_MODELS = ("qwen2.5-0.5b", "qwen2.5-7b")
 
+CAPTURED = ("gemm",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """Every layer of ``models`` at every M of ``tokens``."""
@@ -65,6 +68,13 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             for m in tokens:
                 labels: dict[str, str | int] = {"model": name, "layer": layer}
                 yield case(labels, m, n, k, has_bias, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """A layer with M rows, of what `make capture` writes."""
+    yield case(labels, m, shape["N"], shape["K"], bool(shape["bias"]), dtype)
 
 
 def layer_of(labels: Mapping[str, str | int]) -> dict[str, int | bool] | None:

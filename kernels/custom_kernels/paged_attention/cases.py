@@ -6,7 +6,7 @@ value side by side, in a random order. All sequences of a case have the same len
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from custom_kernels.check.case import Case, Contender
 from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What DTYPE= may say, the first by default."""
@@ -32,6 +42,9 @@ TOLERANCES = {"bfloat16": 5e-3, "float16": 6e-4, "float32": 3e-6}
 """‖out - exact‖ / ‖exact‖: rounding y to 8 or 11 bits gives about 1.7e-3 or 2.1e-4, and rounding
 the softmax for the tensor cores as much again."""
 
+CAPTURED = ("paged_attention",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """A decode step of every one of ``models`` for M sequences of every length."""
@@ -42,6 +55,14 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
                 labels: dict[str, str | int] = {"model": name, "layer": f"{length} tokens"}
                 heads = model.heads, model.kv_heads, model.head_size
                 yield case(labels, m, *heads, dtype, length)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """A decode step of M sequences of equal length, of what `make capture` writes."""
+    heads = shape["heads"], shape["kv_heads"], shape["head_size"]
+    yield case(labels, m, *heads, dtype, shape["length"], shape["page"])
 
 
 def checks(dtype: str) -> Iterator[Case]:

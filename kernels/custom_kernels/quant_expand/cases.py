@@ -7,7 +7,7 @@ with the same K are one case.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,17 @@ from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand import expanded, reference
 from custom_kernels.quantization import quantize
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("int8", "float8_e4m3fn")
 """What DTYPE= may say, the first by default."""
@@ -43,6 +53,10 @@ class Rounded(NamedTuple):
     scale: torch.Tensor
 
 
+CAPTURED = ("gemm", "quantized_gemm")
+"""The layers of a capture that this operation computes."""
+
+
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """Every K of ``models`` in every pattern at every M of ``tokens``."""
     for name in models:
@@ -54,6 +68,14 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             for pattern in PATTERNS:
                 for m in tokens:
                     yield case({"model": name, "layer": "+".join(names)}, m, k, pattern, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """The input of a layer in every pattern, of what `make capture` writes."""
+    for pattern in PATTERNS if labels["layer"] != "lm_head" else ():
+        yield case(labels, m, shape["K"], pattern, dtype)
 
 
 def checks(dtype: str) -> Iterator[Case]:

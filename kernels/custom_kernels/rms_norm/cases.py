@@ -7,7 +7,7 @@ model has the same K and, but the first, a residual.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
 from custom_kernels.rms_norm import reference
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What DTYPE= may say, the first by default."""
@@ -32,6 +42,9 @@ rounded twice. Of many values it is a third of that."""
 
 EPSILON = 1e-6
 
+CAPTURED = ("rms_norm",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """The norm of every one of ``models`` at every M of ``tokens``."""
@@ -39,6 +52,13 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
         for m in tokens:
             labels: dict[str, str | int] = {"model": name, "layer": "norm"}
             yield case(labels, m, MODELS[name].hidden, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """A norm of M rows, of what `make capture` writes."""
+    yield case(labels, m, shape["K"], dtype, residual=bool(shape["residual"]))
 
 
 def checks(dtype: str) -> Iterator[Case]:

@@ -7,7 +7,7 @@ that of q. Every norm of a model has the same K and, but the first, a residual.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +29,13 @@ from custom_kernels.quant_expand.cases import (
 from custom_kernels.rms_norm_quant import reference
 
 __all__ = [
+    "CAPTURED",
     "DEFAULT_MODELS",
     "DTYPES",
     "MODELS",
     "TOKENS",
     "baselines",
+    "captured",
     "cases",
     "checks",
     "contender",
@@ -58,6 +60,10 @@ class Rounded(NamedTuple):
     scale: torch.Tensor
 
 
+CAPTURED = ("rms_norm",)
+"""The layers of a capture that this operation computes."""
+
+
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """The norm of every one of ``models`` for every pattern at every M of ``tokens``."""
     for name in models:
@@ -65,6 +71,14 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             for m in tokens:
                 labels: dict[str, str | int] = {"model": name, "layer": "norm"}
                 yield case(labels, m, MODELS[name].hidden, pattern, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """A norm of M rows for every pattern, of what `make capture` writes."""
+    for pattern in PATTERNS:
+        yield case(labels, m, shape["K"], pattern, dtype, residual=bool(shape["residual"]))
 
 
 def checks(dtype: str) -> Iterator[Case]:

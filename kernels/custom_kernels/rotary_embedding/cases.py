@@ -7,7 +7,7 @@ They are slices of one projection, as vLLM has them, of variance 1; the angles a
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,17 @@ from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
 from custom_kernels.rotary_embedding import reference
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What DTYPE= may say, the first by default."""
@@ -32,6 +42,9 @@ by at most 3.9e-3 or 4.9e-4. vLLM's own kernel may round the products, too."""
 
 POSITIONS = 4096
 
+CAPTURED = ("rotary_embedding",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """The rotation of every one of ``models`` at every M of ``tokens``."""
@@ -40,6 +53,14 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
         for m in tokens:
             labels: dict[str, str | int] = {"model": name, "layer": "rotary"}
             yield case(labels, m, model.heads, model.kv_heads, model.head_size, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """The rotation of M rows, of what `make capture` writes."""
+    heads = shape["heads"], shape["kv_heads"], shape["head_size"]
+    yield case(labels, m, *heads, dtype, shape["rotary"], bool(shape["is_neox"]))
 
 
 def checks(dtype: str) -> Iterator[Case]:

@@ -6,7 +6,7 @@ x is of variance 4, like what gate and up projections return.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,17 @@ from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
 from custom_kernels.silu_and_mul import reference
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What DTYPE= may say, the first by default."""
@@ -29,6 +39,9 @@ TOLERANCES = {"bfloat16": 8e-3, "float16": 1e-3, "float32": 1e-6}
 """‖out - exact‖ / ‖exact‖: rounding to 8 or 11 bits is off by at most 3.9e-3 or 4.9e-4, and y is
 rounded twice. Of many values it is a third of that."""
 
+CAPTURED = ("silu_and_mul",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """The activation of every one of ``models`` at every M of ``tokens``."""
@@ -36,6 +49,13 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
         for m in tokens:
             labels: dict[str, str | int] = {"model": name, "layer": "activation"}
             yield case(labels, m, MODELS[name].intermediate, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """An activation of M rows, of what `make capture` writes."""
+    yield case(labels, m, shape["K"], dtype)
 
 
 def checks(dtype: str) -> Iterator[Case]:

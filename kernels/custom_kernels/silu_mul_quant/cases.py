@@ -7,7 +7,7 @@ DTYPE= is that of q.
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ from custom_kernels.rms_norm_quant.cases import Rounded, too_far
 from custom_kernels.silu_mul_quant import reference
 
 __all__ = [
+    "CAPTURED",
     "DEFAULT_MODELS",
     "DTYPES",
     "MODELS",
     "TOKENS",
     "baselines",
+    "captured",
     "cases",
     "checks",
     "contender",
@@ -49,6 +51,9 @@ batch limit."""
 
 PATTERNS = ("2:4", "4:6", "6:8")
 
+CAPTURED = ("silu_and_mul",)
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """The activation of every one of ``models`` for every pattern at every M of ``tokens``."""
@@ -57,6 +62,14 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
             for m in tokens:
                 labels: dict[str, str | int] = {"model": name, "layer": "activation"}
                 yield case(labels, m, MODELS[name].intermediate, pattern, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """An activation of M rows for every pattern, of what `make capture` writes."""
+    for pattern in PATTERNS:
+        yield case(labels, m, shape["K"], pattern, dtype)
 
 
 def checks(dtype: str) -> Iterator[Case]:

@@ -6,7 +6,7 @@ layers that quantize and multiply. DTYPE= is that of the weight; bfloat16 is not
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,17 @@ from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
 from custom_kernels.quant_expand.cases import LAYERS, vllm_kernel_missing, vllm_quantize
 from custom_kernels.sparse_gemm import SparseWeight, pack, reference, sparse_linear
 
-__all__ = ["DEFAULT_MODELS", "DTYPES", "MODELS", "TOKENS", "baselines", "cases", "checks"]
+__all__ = [
+    "CAPTURED",
+    "DEFAULT_MODELS",
+    "DTYPES",
+    "MODELS",
+    "TOKENS",
+    "baselines",
+    "captured",
+    "cases",
+    "checks",
+]
 
 DTYPES = ("float8_e4m3fn", "int8", "bfloat16")
 """What DTYPE= may say, the first by default."""
@@ -33,6 +43,9 @@ TOLERANCE = 1e-2
 """‖out - exact‖ / ‖exact‖. Rounding to bfloat16 once gives 1.7e-3, twice (cuSPARSELt) 2.4e-3;
 tensor cores of Hopper keep few bits of a sum of float8 products, in vLLM's dense kernels too."""
 
+CAPTURED = ("gemm", "quantized_gemm")
+"""The layers of a capture that this operation computes."""
+
 
 def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[Case]:
     """Every layer of ``models`` in every pattern at every M of ``tokens``."""
@@ -45,6 +58,15 @@ def cases(models: Sequence[str], tokens: Sequence[int], dtype: str) -> Iterator[
                     continue
                 for m in tokens:
                     yield case({"model": name, "layer": layer}, m, n, k, pattern, has_bias, dtype)
+
+
+def captured(
+    labels: dict[str, str | int], m: int, shape: Mapping[str, int], dtype: str
+) -> Iterator[Case]:
+    """A layer in every pattern, of what `make capture` writes."""
+    for pattern in PATTERNS if labels["layer"] != "lm_head" else ():
+        if pattern != "mixed" or dtype != "bfloat16":
+            yield case(labels, m, shape["N"], shape["K"], pattern, bool(shape["bias"]), dtype)
 
 
 def checks(dtype: str) -> Iterator[Case]:

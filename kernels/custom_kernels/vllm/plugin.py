@@ -2,7 +2,7 @@
 """The plugin that vLLM loads in each of its processes (entry point group vllm.general_plugins)."""
 
 from custom_kernels import registry, shipped
-from custom_kernels.vllm import ir_ops, layers, quantization
+from custom_kernels.vllm import capture, ir_ops, layers, quantization
 
 PLUGIN = f"{__name__}:register"
 """The entry point's value."""
@@ -10,8 +10,8 @@ PLUGIN = f"{__name__}:register"
 
 def register() -> None:
     """Make every operation known to torch; every quantization method, the wanted layers and our
-    implementations of IR ops to vLLM; and tell the operations that an engine starts. Compiles
-    nothing."""
+    implementations of IR ops to vLLM; and tell the operations that an engine starts. Count the
+    shapes of its steps if that is wanted. Compiles nothing."""
     from custom_kernels.vllm import upstream, upstream_cpu, upstream_hook
 
     shipped.warn(PLUGIN, upstream.VERSION)
@@ -23,3 +23,7 @@ def register() -> None:
     quantization.register()
     layers.register()
     ir_ops.register()
+    if (folder := capture.folder()) is not None:
+        from custom_kernels.vllm import upstream_capture
+
+        upstream_capture.put_in(folder)
