@@ -41,7 +41,7 @@ ENVIRONMENT = "CUSTOM_KERNELS_CAPTURE"
 METHOD = "captured_steps"
 """Of every worker: `LLM.collective_rpc(METHOD, args=("clear",))` forgets its steps so far, and
 `"write"` writes its file."""
-SECONDS = 5.0
+SECONDS = 2.0
 """Between two versions of the file."""
 
 _numbers = itertools.count()

@@ -273,6 +273,36 @@ def test_the_geometric_mean_is_over_the_rows_that_have_a_ratio() -> None:
     assert (found["b"].shapes, found["b"].lowest, found["b"].highest) == (1, 4, 4)
 
 
+def test_a_capture_is_summed_up_by_the_times_of_all_calls(tmp_path: Path) -> None:
+    def row(m: int, calls: int, us: float, ratio: float, other: Timed | Failed | None) -> Row:
+        ours = timed(ratio).model_copy(update={"us": us, "low": ratio / 2, "high": 2 * ratio})
+        contenders = {"torch": timed(), "ours": ours} | ({"other": other} if other else {})
+        changes = {"labels": {"layer": "qkv", "M": m}, "calls": calls}
+        return a_row(**contenders).model_copy(update=changes)
+
+    # 100 calls of 1 µs that torch takes 3 µs for, and one of 50 µs that it takes 25 µs for.
+    faster = timed(2.0).model_copy(update={"low": 1.5, "high": 2.5})
+    rows = [row(4, 100, 1.0, 3.0, faster), row(64, 1, 50.0, 0.5, None)]
+    rows.append(row(1, 7, 0.0, 1.0, Failed(failure="wrong")))
+    found = record.weighted(rows, "torch")
+    ours = found["ours"]
+    assert ours.ratio == pytest.approx((100 * 3 + 25) / (100 * 1 + 50))
+    assert (ours.low, ours.high) == pytest.approx((ours.ratio / 2, 2 * ours.ratio))
+    assert (ours.shapes, ours.missing) == (3, [])
+    assert found["other"].ratio == 2.0
+    assert found["other"].missing == ["qkv M=64", "qkv M=1"]
+
+    captured = record.Captured(file="capture.json", shapes=9, share=0.93)
+    ceilings = Ceilings(bytes_per_second=1, flops_per_second={})
+    run = a_record(rows, ceilings, captured=captured, weighted=found)
+    assert record.read(record.write(run, tmp_path)) == run
+    first, second, third, *_ = report.summary_lines(run)
+    assert first == "capture.json: 3 of 9 shapes, about 93% of the cost of all calls"
+    assert second.startswith("ours, all calls at 3 of them: 2.167 [1.083, 4.333] x torch")
+    assert third.endswith("; it has no time for qkv M=64, qkv M=1")
+    assert "calls" in shown(run)
+
+
 # --- stored records -------------------------------------------------------------------------------
 
 
