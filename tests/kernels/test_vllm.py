@@ -204,6 +204,35 @@ for number, setting in enumerate(sys.argv[2:]):  # one import of vLLM for all
 """
 
 
+CAPTURED = (
+    vllm_program.ONE_RANK
+    + """
+import json
+from torch.nn import Module, ModuleList
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from custom_kernels.vllm import upstream_capture
+
+class Block(Module):
+    def __init__(self):
+        super().__init__()
+        self.q_norm, self.act_fn, self.mlp = RMSNorm(16), SiluAndMul(), Module()
+        self.norm = RMSNorm(64)
+        self.mlp.gate_up, self.mlp.act_fn = linear("gate_up", 96), SiluAndMul()
+        self.mlp.down, self.mlp.router = linear("down", k=48), linear("router", bias=True)
+        self.mlp.router.quant_method = torch.nn.Identity()
+
+with set_current_vllm_config(VllmConfig()):
+    one_rank(sys.argv[1])
+    model = Module()
+    model.embed, model.layers = VocabParallelEmbedding(500, 64), ModuleList([Block(), Block()])
+    model.lm_head = model.embed
+    print(json.dumps(upstream_capture.layers(model, 64, 16)), flush=True)
+"""
+)
+
+
 ENGINE = """
 import json, os, sys
 from torch._dynamo.utils import counters
@@ -229,6 +258,39 @@ for package in sys.argv[2:]:  # one import of vLLM for all
     if os.wait()[1]:
         sys.exit(f"failed: {package}")
 """
+
+
+def test_a_capture_describes_the_layers_of_a_model_and_names_the_others(tmp_path: Path) -> None:
+    (line,), _ = vllm_program.run(CAPTURED, str(tmp_path / "store"))
+    found, left_out = json.loads(line)
+    described = {
+        name: (layer["operation"], layer["rows"], layer["method"], layer["shape"])
+        for layer in found
+        for name in layer["names"]
+    }
+
+    def gemm(n: int, k: int) -> dict[str, object]:
+        return {"N": n, "K": k, "bias": False}
+
+    each = {
+        "mlp.gate_up": ("gemm", "tokens", None, gemm(96, 64)),
+        "mlp.down": ("gemm", "tokens", None, gemm(64, 48)),
+        "mlp.router": ("quantized_gemm", "tokens", "Identity", gemm(64, 64) | {"bias": True}),
+        "mlp.act_fn": ("silu_and_mul", "tokens", None, {"K": 48}),
+    }
+    wanted: dict[str, object] = {
+        f"layers.{i}.{name}": it for i in (0, 1) for name, it in each.items()
+    }
+    for i, residual in ((0, False), (1, True)):
+        shape = {"K": 64, "residual": residual}
+        wanted[f"layers.{i}.norm"] = ("rms_norm", "tokens", None, shape)
+    # Padded to whole groups of 64, and tied to the embedding.
+    wanted["lm_head"] = ("gemm", "outputs", None, gemm(512, 64))
+    assert described == wanted
+    assert left_out == {
+        "RMSNorm": ["layers.0.q_norm", "layers.1.q_norm"],
+        "SiluAndMul": ["layers.0.act_fn", "layers.1.act_fn"],
+    }
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
