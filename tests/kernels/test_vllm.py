@@ -211,8 +211,12 @@ import json
 from torch.nn import Module, ModuleList
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from custom_kernels.vllm import upstream_capture
+
+class Sparse(UnquantizedLinearMethod):
+    pass
 
 class Block(Module):
     def __init__(self):
@@ -221,7 +225,7 @@ class Block(Module):
         self.norm = RMSNorm(64)
         self.mlp.gate_up, self.mlp.act_fn = linear("gate_up", 96), SiluAndMul()
         self.mlp.down, self.mlp.router = linear("down", k=48), linear("router", bias=True)
-        self.mlp.router.quant_method = torch.nn.Identity()
+        self.mlp.router.quant_method = Sparse()
 
 with set_current_vllm_config(VllmConfig()):
     one_rank(sys.argv[1])
@@ -275,7 +279,7 @@ def test_a_capture_describes_the_layers_of_a_model_and_names_the_others(tmp_path
     each = {
         "mlp.gate_up": ("gemm", "tokens", None, gemm(96, 64)),
         "mlp.down": ("gemm", "tokens", None, gemm(64, 48)),
-        "mlp.router": ("quantized_gemm", "tokens", "Identity", gemm(64, 64) | {"bias": True}),
+        "mlp.router": ("quantized_gemm", "tokens", "Sparse", gemm(64, 64) | {"bias": True}),
         "mlp.act_fn": ("silu_and_mul", "tokens", None, {"K": 48}),
     }
     wanted: dict[str, object] = {

@@ -143,8 +143,9 @@ def _operation(name: str, module: torch.nn.Module) -> str | None:
 def _method(module: torch.nn.Module) -> str | None:
     """The class of a quantization method; None for a layer that is not quantized."""
     method = getattr(module, "quant_method", None)
-    plain = UnquantizedLinearMethod | UnquantizedEmbeddingMethod | upstream.AfterLoading | None
-    return None if isinstance(method, plain) else type(method).__name__
+    # Exactly these: a method may be made from one of them.
+    plain = {UnquantizedLinearMethod, UnquantizedEmbeddingMethod, upstream.AfterLoading, type(None)}
+    return None if type(method) in plain else type(method).__name__
 
 
 def _shape(
