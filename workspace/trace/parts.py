@@ -38,7 +38,9 @@ _PRODUCT = re.compile(
     r"gemm|gemv|nvjet|cutlass(?!.*attn)|xmma|wgmma|cublas|\bmultiply|\bskinny|::mm\b|addmm|linear",
     re.IGNORECASE,
 )
-_REST_OF_PRODUCT = re.compile(r"split_?k|\badd_parts\b|\bscale_rows\b", re.IGNORECASE)
+_FUSED = re.compile(r"triton_(?:poi|red|per)_fused_")
+"""Inductor's: no products, though products beside which they were fused may be in their names."""
+_REST_OF_PRODUCT = re.compile(r"split_?k_?reduce|\badd_parts\b|\bscale_rows\b", re.IGNORECASE)
 """A second kernel of the product before it."""
 
 
@@ -93,12 +95,18 @@ def _products(pieces: Sequence[Piece]) -> list[int | None]:
     for piece in pieces:
         if _REST_OF_PRODUCT.search(piece.name):
             result.append(result[-1] if result else None)
-        elif _PRODUCT.search(piece.name) and not _kind(piece.name, ("attention",)):
+        elif _is_product(piece.name):
             result.append(count)
             count += 1
         else:
             result.append(None)
     return result
+
+
+def _is_product(name: str) -> bool:
+    if _FUSED.match(name) or _kind(name, ("attention",)):
+        return False
+    return _PRODUCT.search(name) is not None
 
 
 def _kind(name: str, wanted: Sequence[str] = ()) -> str | None:

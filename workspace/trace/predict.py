@@ -7,13 +7,14 @@ For every part of a step that the record measured, at the number of tokens that 
     step, predicted = step - Σ part · (1 - 1 / ratio)
 
 where the ratio is the baseline's time over the kernel's. A step in which the device waits has a
-pace that the host sets: then what a kernel saves may become more waiting, and the prediction is a
-range from no gain to all of it.
+pace that the host sets: then what a kernel saves may become more waiting, what it loses may hide
+in it, and the prediction is a range.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,12 @@ class Prediction:
 
     @property
     def us(self) -> tuple[float, float]:
-        saved = [sum(one.us - one.then[n] for one in self.changes) for n in (1, 0)]
-        least, most = self.phase.us - saved[1], self.phase.us - saved[0]
-        if self.host_sets_pace:
-            least, most = min(least, self.phase.us), max(most, self.phase.us)
-        return least, most
+        step, gaps = self.phase.us, self.phase.gaps_us
+        least, most = (sum(one.then[n] - one.us for one in self.changes) for n in (0, 1))
+        if self.host_sets_pace:  # which may keep a gain, and hide a loss as long as the gaps
+            least = min(least, max(0.0, least - gaps))
+            most = max(most, 0.0)
+        return step + least, step + most
 
     @property
     def host_sets_pace(self) -> bool:
@@ -151,7 +153,7 @@ def is_layer(part: str, layer: str) -> bool:
     """Whether a part of a trace is what a case of a kernel calls its layer."""
     if layer in PARTS:
         return part.startswith(PARTS[layer])
-    return part == layer or part.rpartition(".")[2] == f"{layer}_proj"
+    return part == layer or re.fullmatch(rf"(\w+\.)*{re.escape(layer)}_proj", part) is not None
 
 
 def round_ratio(every: Sequence[Prediction], output_len: int) -> tuple[float, float]:
@@ -207,7 +209,7 @@ def summary(trace: Record, measured: kernels.Record, found: dict[str, list[Predi
                 span(one.ratio) if one.changes else "not measured",
             )
     if any(one.host_sets_pace for every in found.values() for one in every):
-        result.caption = "where the device waits, the host may keep the gain: a range up to 1"
+        result.caption = "where the device waits, the host may keep a gain, or hide a loss: a range"
     return result
 
 

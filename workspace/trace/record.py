@@ -22,8 +22,8 @@ class Row(Strict):
 
 
 class PhaseRecord(Strict):
-    """The mean of the steps of one phase. `us` is from a step's first kernel to that of the next
-    one, of which the device is busy `busy_us`; in the rest, the gaps, it waits."""
+    """The steps of one phase. `us`, the median, is from a step's first kernel to that of the next
+    one, of which the device is busy `busy_us`; in the rest, the gaps, it waits. Rows are means."""
 
     phase: Phase
     steps: int

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mean step of each phase: what every kernel takes of it, and the least that it could."""
+"""The usual step of each phase: what every kernel takes of it, and the least that it could."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import mean, median
 
 from workspace.trace.messages import Linear
 from workspace.trace.parts import LM_HEAD, OTHER, attribute, short
@@ -32,6 +32,10 @@ def phases(
         counted = [step for step in of_phase if step.us is not None] or of_phase
         if not counted:
             continue
+        # Of a batch that begins or ends one request at a time, the steps that are like most others.
+        sizes = Counter((step.tokens, step.requests) for step in counted)
+        usual = max(sizes, key=lambda size: (sizes[size], size))
+        counted = [step for step in counted if (step.tokens, step.requests) == usual]
         floors = _floors(counted, linear, bytes_per_second, flops_per_second)
         found.append(_phase(phase, counted, [one.name for one in linear], floors))
     return found
@@ -61,7 +65,7 @@ def _phase(
         )
         for (part, kernel), time in sorted(us.items(), key=lambda one: -one[1])
     ]
-    busy = mean(step.busy_us for step in steps)
+    busy = median(step.busy_us for step in steps)
     times = [step.us or step.busy_us for step in steps]
     other = of_part[OTHER] / len(steps)
     return PhaseRecord(
@@ -69,7 +73,7 @@ def _phase(
         steps=len(steps),
         requests=mean(step.requests for step in steps),
         tokens=mean(step.tokens for step in steps),
-        us=mean(times),
+        us=median(times),
         fastest_us=min(times),
         slowest_us=max(times),
         busy_us=busy,

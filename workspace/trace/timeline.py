@@ -109,8 +109,10 @@ def _begin(step: Step) -> float:
 def _steps(events: Sequence[dict[str, Any]]) -> Iterator[Step]:
     for event in events:
         match = STEP.match(event["name"]) if event.get("cat") == "user_annotation" else None
-        if match:
-            prompts, prompt_tokens, continued, tokens = map(int, match.groups())
+        if match is None:
+            continue
+        prompts, prompt_tokens, continued, tokens = map(int, match.groups())
+        if prompt_tokens or tokens:  # there are steps without any, behind the last request
             yield Step(prompts, prompt_tokens, continued, tokens, event["ts"], event["tid"])
 
 

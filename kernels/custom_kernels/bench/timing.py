@@ -92,11 +92,13 @@ def measure(
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         try:
-            result = action()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            require_own_clocks()
-            l2.require_unchanged()
+            try:
+                result = action()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            finally:  # the next one must find them as they were, whatever this one died of
+                require_own_clocks()
+                l2.require_unchanged()
             return result
         except Exception as error:
             failures[name] = one_line(error)

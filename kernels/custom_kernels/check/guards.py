@@ -95,6 +95,7 @@ class L2:
         if self._driver is not None and (now := self._limit()) != self._before:
             self._driver.cuCtxSetLimit(_PERSISTING_L2, ctypes.c_size_t(self._before))
             self._driver.cuCtxResetPersistingL2Cache()
+            self._before = self._limit()  # of one that cannot be set, others are not to blame
             raise WrongResultError(f"it set aside {now:,} bytes of L2 for itself")
 
     def _limit(self) -> int:

@@ -36,7 +36,7 @@ PROGRAMS = 4
 second wave would leave most of the GPU idle."""
 PARTS = 64
 """Of a sequence, at most."""
-PART = 128
+PART = 64
 """Tokens of the longest possible sequence for which another part is worth its second pass."""
 TILE = 8192
 """Bytes of a tile of keys, at most."""

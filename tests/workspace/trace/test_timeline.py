@@ -15,13 +15,14 @@ from workspace.trace import parts, summary, timeline
 from workspace.trace.messages import Linear
 
 PREFILL, DECODE = "execute_context_2(64)_generation_0(0)", "execute_context_0(0)_generation_2(2)"
+EMPTY = "execute_context_0(0)_generation_0(0)"
 NAMES = [f"model.layers.0.{one}" for one in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")]
 LINEAR = [Linear(name=name, n=4096, k=4096, bytes=2 * 4096 * 4096) for name in NAMES]
 LINEAR.append(Linear(name="lm_head", n=32768, k=4096, bytes=2 * 32768 * 4096))
 # The kernels of a layer and of the head, in their order, with their microseconds.
 KERNELS = [
     ("triton_red_fused__to_copy_embedding_mean_mul_pow_rsqrt_0", 2.0),
-    ("nvjet_sm90_tst_128x64", 40.0),
+    ("nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_TNT", 40.0),
     ("void cublasLt::splitKreduce_kernel<32, 16, int>(cublasLt::cublasSplitKParams<float>)", 4.0),
     ("triton_poi_fused_cat_mul_sub_1", 3.0),
     ("void vllm::reshape_and_cache_flash_kernel<__nv_bfloat16>(unsigned char*)", 2.0),
@@ -29,7 +30,7 @@ KERNELS = [
     ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_gemm>(Params)", 20.0),
     ("triton_red_fused_add_mean_mul_pow_rsqrt_2", 2.0),
     ("nvjet_sm90_tst_128x128", 80.0),
-    ("triton_poi_fused_mul_silu_slice_3", 5.0),
+    ("triton_poi_fused_gemm_mul_silu_slice_3", 5.0),
     ("void (anonymous namespace)::skinny<__nv_bfloat16, 4>(Arguments)", 40.0),
     ("nvjet_sm90_tst_256x64", 90.0),
     ("void at::native::reduce_kernel<512, 1, at::native::ArgMaxOps<float>>(float)", 6.0),
@@ -58,7 +59,7 @@ def gpu_steps(steps: list[str]) -> list[dict[str, Any]]:
         begin, on_device = 100.0 * number, 1000 + STEP_US * number
         events.append(event("user_annotation", name, begin, 90.0))
         events.append(event("cuda_runtime", "cudaGraphLaunch", begin + 5, 9.0, correlation=number))
-        for kernel, us in KERNELS:
+        for kernel, us in KERNELS if name != EMPTY else ():
             events.append(event("kernel", kernel, on_device, us, correlation=number))
             on_device += us
     return events
@@ -73,7 +74,7 @@ def written(folder: Path, events: list[dict[str, Any]]) -> Path:
 def test_kernels_belong_to_the_step_that_launched_them_and_the_rest_of_it_is_gaps(
     tmp_path: Path,
 ) -> None:
-    steps = timeline.read(written(tmp_path, gpu_steps([PREFILL, DECODE, DECODE, DECODE])))
+    steps = timeline.read(written(tmp_path, gpu_steps([PREFILL, *[DECODE] * 3, EMPTY])))
     assert [step.phase for step in steps] == ["prefill", "decode", "decode", "decode"]
     assert [(step.tokens, step.requests) for step in steps] == [(64, 2), (2, 2), (2, 2), (2, 2)]
     assert [len(step.pieces) for step in steps] == [len(KERNELS)] * 4
@@ -108,7 +109,7 @@ def test_what_cannot_be_told_is_not_attributed(tmp_path: Path) -> None:
 
 def test_overlapping_kernels_take_together_as_long_as_the_device_was_busy(tmp_path: Path) -> None:
     events = gpu_steps([DECODE, DECODE])
-    early = event("kernel", "triton_poi_fused_mul_silu_slice_3", 1010, 500.0, correlation=0)
+    early = event("kernel", "triton_poi_fused_gemm_mul_silu_slice_3", 1010, 500.0, correlation=0)
     (step, _) = timeline.read(written(tmp_path, [*events, early]))
     assert step.busy_us == pytest.approx(510)
 
