@@ -14,7 +14,6 @@ in it, and the prediction is a range.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,12 @@ from workspace.trace.record import PhaseRecord, Record
 from workspace.verbs import Predict
 
 PARTS = {
-    "norm": ("norm", "input_layernorm", "post_attention_layernorm", "model.norm"),
-    "activation": ("activation", "mlp.act_fn"),
-    "rotary": ("rotary embedding", "self_attn.rotary_emb", "between self_attn.qkv_proj and"),
-    "attention": ("attention", "self_attn.attn"),
+    "rms_norm": ("norm", "input_layernorm", "post_attention_layernorm", "model.norm"),
+    "silu_and_mul": ("activation", "mlp.act_fn"),
+    "rotary_embedding": ("rotary embedding", "self_attn.rotary_emb", "between self_attn.qkv_proj"),
+    "paged_attention": ("attention", "self_attn.attn"),
 }
-"""What the layer of a kernel's case is called in a trace, where it is not the layer's own name."""
+"""How the parts of a trace begin that an operation without linear layers computes."""
 NEAR = 2.0
 """A case counts for a step of so many times its tokens at most, or so many times fewer."""
 HOST_BOUND = 0.05
@@ -132,14 +131,16 @@ def changes(
     trace: Record, phase: PhaseRecord, measured: kernels.Record, backend: str
 ) -> Iterator[Change]:
     """The parts of a phase that the record has a case for."""
-    model = trace.model.name.rpartition("/")[2].lower()
-    rows = [row for row in measured.rows if row.labels.get("model") == model]
+    operation, model = measured.operation, _model(trace.model.name)
+    if operation == "paged_attention" and not (measured.captured and phase.phase == "decode"):
+        return  # how long the sequences are is known of captured shapes alone
+    rows = [row for row in measured.rows if _model(str(row.labels.get("model"))) == model]
     for part, us in phase.parts().items():
         m = phase.requests if part == LM_HEAD else phase.tokens
         cases = [
             (abs(math.log(int(row.labels["M"]) / m)), int(row.labels["M"]), one)
             for row in rows
-            if is_layer(part, str(row.labels["layer"]))
+            if computes(operation, str(row.labels["layer"]), part)
             and (one := row.timed(backend)) is not None
             and one.ratio is not None
         ]
@@ -149,11 +150,18 @@ def changes(
             yield Change(part, measured_m, us, one.ratio or 1, low, high)
 
 
-def is_layer(part: str, layer: str) -> bool:
-    """Whether a part of a trace is what a case of a kernel calls its layer."""
-    if layer in PARTS:
-        return part.startswith(PARTS[layer])
-    return part == layer or re.fullmatch(rf"(\w+\.)*{re.escape(layer)}_proj", part) is not None
+def _model(name: str) -> str:
+    """ "Qwen/Qwen2.5-7B" -> "qwen2.5-7b", as the cases of operations call it."""
+    return name.rpartition("/")[2].lower()
+
+
+def computes(operation: str, layer: str, part: str) -> bool:
+    """Whether a case of an operation is a part of a trace: "qkv" of `self_attn.qkv_proj`, as is
+    "q_proj+k_proj" of a capture of either."""
+    if operation in PARTS:
+        return part.startswith(PARTS[operation])
+    name = "" if part.startswith("between") else part.rpartition(".")[2]
+    return name in (layer, f"{layer}_proj", *layer.split("+"))
 
 
 def round_ratio(every: Sequence[Prediction], output_len: int) -> tuple[float, float]:

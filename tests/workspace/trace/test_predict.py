@@ -73,7 +73,7 @@ def test_a_step_loses_what_each_part_gains_at_its_number_of_tokens(
             row
             for row in measured.rows
             if (row.labels["model"], row.labels["M"]) == ("qwen2.5-7b", 8)
-            and predict.is_layer(change.part, str(row.labels["layer"]))
+            and predict.computes("gemm", str(row.labels["layer"]), change.part)
         ]
         timed = row.timed("cublaslt")
         assert timed is not None
@@ -85,6 +85,26 @@ def test_a_step_loses_what_each_part_gains_at_its_number_of_tokens(
     printed = capsys.readouterr().out
     assert "gemm.cublaslt, decode: µs of a step" in printed
     assert f"{one.ratio[0]:.3f} to {one.ratio[1]:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("operation", "layer", "part", "does"),
+    [
+        ("gemm", "qkv", "self_attn.qkv_proj", True),
+        ("gemm", "o", "self_attn.o_proj", True),
+        ("gemm", "o", "between self_attn.qkv_proj and self_attn.o_proj", False),
+        ("gemm", "lm_head", "lm_head", True),
+        ("gemm", "q_proj+k_proj", "self_attn.k_proj", True),  # captured
+        ("gemm", "down", "mlp.gate_up_proj", False),
+        ("rms_norm", "input_layernorm+norm", "norm", True),
+        ("rms_norm", "norm", "mlp.down_proj", False),
+        ("rotary_embedding", "rotary", "between self_attn.qkv_proj and self_attn.o_proj", True),
+    ],
+)
+def test_a_case_is_found_in_the_parts_that_its_operation_computes(
+    operation: str, layer: str, part: str, *, does: bool
+) -> None:
+    assert predict.computes(operation, layer, part) is does
 
 
 def test_where_the_device_waits_the_gain_may_become_more_waiting(tmp_path: Path) -> None:
