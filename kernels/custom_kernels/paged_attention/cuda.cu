@@ -383,11 +383,13 @@ __global__ void __launch_bounds__(kThreads) attend_by_lanes(const __grid_constan
 #pragma unroll
           for (int i = 0; i < W; ++i) score[h][u] += query[h][n][i] * numbers[i];
       }
-    for (int distance = a.lanes / 2; distance > 0; distance /= 2)
+    for (int distance = a.lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-      for (int h = 0; h < Heads; ++h)
+      for (int h = 0; h < Heads; ++h) {
 #pragma unroll
         for (int u = 0; u < Ahead; ++u) score[h][u] += __shfl_xor_sync(kAll, score[h][u], distance);
+      }
+    }
 #pragma unroll
     for (int h = 0; h < Heads; ++h) {
       float higher = maximum[h];
