@@ -124,7 +124,7 @@ def run(options: Predict) -> None:
                 console.print(details(f"{measured.operation}.{name}", one))
     console.print(summary(trace, measured, found))
     if bench:
-        show_measured(bench, found)
+        show_measured(bench, measured.operation, found)
 
 
 def changes(
@@ -225,14 +225,16 @@ def span(ratio: tuple[float, float]) -> str:
     return f"{ratio[0]:.3f} to {ratio[1]:.3f}"
 
 
-def show_measured(bench: engine.Record, found: dict[str, list[Prediction]]) -> None:
-    """Predicted and measured side by side."""
+def show_measured(bench: engine.Record, operation: str, found: dict[str, list[Prediction]]) -> None:
+    """Predicted and measured side by side, of the kernels that the engine ran."""
     measured, (low, high) = bench.comparison.ratio, bench.comparison.interval
     ran = sorted({name for variant in bench.variants for name in variant.launches})
     console.print(
         f"measured in the engine: {measured:.3f} [{low:.3f}, {high:.3f}], {', '.join(ran)}"
     )
     for name, every in found.items():
+        if f"{operation}.{name}" not in ran:
+            continue
         least, most = round_ratio(every, bench.settings.output_len)
         off = max(0.0, low - most, least - high)
         word = "as measured" if off == 0 else f"off by {off:.3f}"
