@@ -15,8 +15,7 @@ from workspace.bench.provenance import cpu_flags, cpu_name
 from workspace.bench.record import DeviceKind, Metric
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import make_command, plural
-from workspace.pins.model import load
-from workspace.pins.release import selected
+from workspace.pins.release import to_repeat
 from workspace.verbs import Bench
 
 Engine = Literal["fork", "released"]
@@ -320,7 +319,6 @@ def check_memory(plan: Plan) -> None:
 
 def repeat_command(plan: Plan) -> str:
     """The `make` command that runs the same benchmark, every default written out."""
-    default = load().vllm.default
     return make_command(
         "bench",
         MODEL=plan.model.requested_path or plan.model.name,
@@ -341,7 +339,7 @@ def repeat_command(plan: Plan) -> str:
         BASELINE=plan.baseline if plan.baseline != "stock" else None,
         ENGINE=plan.engine if plan.engine != "fork" else None,
         WAY=plan.way if plan.way != "layer" else None,
-        VLLM_VERSION=selected() if selected() != default else None,
+        VLLM_VERSION=to_repeat(),
         TRITON_INTERPRET=1 if plan.interpret else None,
     )
 

@@ -28,8 +28,7 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.files import remove_partial
 from workspace.host.paths import RESULTS
 from workspace.host.text import make_command, plural
-from workspace.pins.model import load
-from workspace.pins.release import selected
+from workspace.pins.release import to_repeat
 from workspace.verbs import Bench, Capture
 
 RECORDS = RESULTS / "capture"
@@ -205,7 +204,6 @@ def check(plan: Plan, result: Captured, workers: list[Worker]) -> list[str]:
 
 def command(plan: Plan) -> str:
     """The `make` command that captures the same, every default written out."""
-    default = load().vllm.default
     return make_command(
         "capture",
         MODEL=plan.model.requested_path or plan.model.name,
@@ -214,7 +212,7 @@ def command(plan: Plan) -> str:
         NUM_PROMPTS=plan.num_prompts,
         TP=plan.tensor_parallel,
         EAGER=int(plan.eager),
-        VLLM_VERSION=selected() if selected() != default else None,
+        VLLM_VERSION=to_repeat(),
     )
 
 

@@ -18,7 +18,6 @@ from workspace.eval.text import Text
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import make_command
 from workspace.pins import release
-from workspace.pins.model import load
 from workspace.verbs import Bench, Eval
 
 MODEL, AGAINST = "model", "against"
@@ -209,7 +208,6 @@ def _require_real(model: Model, option: str) -> None:
 
 
 def _command(options: Eval, model: Model, tokens: int, tensor_parallel: int) -> str:
-    default = load().vllm.default
     return make_command(
         "eval",
         MODEL=model.requested_path or model.name,
@@ -218,5 +216,5 @@ def _command(options: Eval, model: Model, tokens: int, tensor_parallel: int) -> 
         AGAINST=options.against,
         TOKENS=tokens,
         TP=tensor_parallel,
-        VLLM_VERSION=release.selected() if release.selected() != default else None,
+        VLLM_VERSION=release.to_repeat(),
     )

@@ -100,6 +100,13 @@ def selected() -> str:
     return settings.current().version or active() or pins()["vllm"]["default"]
 
 
+def to_repeat() -> str | None:
+    """VLLM_VERSION= of a command that repeats something: the selected release, None if it is the
+    default."""
+    version = selected()
+    return version if version != pins()["vllm"]["default"] else None
+
+
 def require_pinned(version: str) -> None:
     """Raise unless pins.toml has the release."""
     known = pins()["vllm"]["release"]

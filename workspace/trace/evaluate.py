@@ -10,7 +10,7 @@ from workspace.bench.variants import Variant, common_settings, engine_arguments
 from workspace.fork.tree_state import shown
 from workspace.host.paths import ROOT
 from workspace.host.text import make_command
-from workspace.pins.release import tree
+from workspace.pins.release import to_repeat, tree
 from workspace.trace import summary, timeline
 from workspace.trace.messages import Traced
 from workspace.trace.record import Record, SideRecord
@@ -110,4 +110,5 @@ def command(options: Trace, plan: Plan) -> str:
         NUM_PROMPTS=plan.num_prompts,
         TP=plan.tensor_parallel,
         EAGER=int(plan.eager),
+        VLLM_VERSION=to_repeat(),
     )
