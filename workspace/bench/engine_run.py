@@ -220,6 +220,16 @@ def know_dummy_weights(arguments: Sequence[str]) -> None:
         importlib.import_module("workspace.bench.dummy_weights")
 
 
+def llm_of(arguments: Sequence[str]) -> Any:
+    """The engine that `vllm serve` and `vllm bench` would start with these arguments."""
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+    return vllm.LLM(**vars(EngineArgs.from_cli_args(parser.parse_args(arguments))))
+
+
 def write_event(folder: Path, event: Event) -> None:
     """Tell the parent process that a step begins."""
     with (folder / EVENTS).open("a") as file:

@@ -54,8 +54,7 @@ def run(options: Bench) -> Record:
         variants = choose.get(plan.baseline, stock_and_custom)(plan)
         if plan.engine == "released":
             variants = pristine.released(variants)
-        for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_left(RUNS)
         limited = plan.device.kind == "cpu" and options.rounds is None
         plan, processes = measure(
             plan,
@@ -74,6 +73,12 @@ def run(options: Bench) -> Record:
         report.show(result, path, plot)
         require_valid(result.run, result.failures, path)
         return result
+
+
+def remove_left(runs: Path) -> None:
+    """Remove what a run that was killed left; whoever holds the lock calls it, so no other runs."""
+    for folder in runs.glob("*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(options: Bench) -> tuple[Plan, Mapping[Stage, float]]:

@@ -18,7 +18,7 @@ from workspace.bench.measure import SEED
 from workspace.bench.messages import Job, Stage
 from workspace.bench.plan import Plan, check_memory, detect_device
 from workspace.bench.record import write
-from workspace.bench.runner import LOCK, LOGS, RUNS, require_valid, slug, warn_if_busy
+from workspace.bench.runner import LOCK, LOGS, RUNS, remove_left, require_valid, slug, warn_if_busy
 from workspace.bench.time_left import TimeLeft
 from workspace.bench.variants import Variant, arguments, check_surroundings, environment
 from workspace.capture import report
@@ -109,8 +109,7 @@ def capture(options: Capture) -> Record:
         load_before = os.getloadavg()[0]
         warn_if_busy()
         run_id, started = named(plan.model.name)
-        for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_left(RUNS)
         folder = RUNS / run_id
         result = engine(plan, expected, folder, LOGS / run_id)
         # They know the name of a folder at best.

@@ -11,7 +11,7 @@ from workspace.bench import report as bench_report
 from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_stop_engine
 from workspace.bench.plan import check_memory, check_quantization, detect_device
 from workspace.bench.record import write
-from workspace.bench.runner import LOCK, LOGS, RUNS, require_valid, slug
+from workspace.bench.runner import LOCK, LOGS, RUNS, remove_left, require_valid, slug
 from workspace.bench.time_left import TimeLeft
 from workspace.bench.variants import check_surroundings, engine_arguments, environment
 from workspace.eval import report
@@ -44,8 +44,7 @@ def run(options: Eval) -> Record:
         report.announce(evaluation)
         started, load = datetime.now(UTC), os.getloadavg()[0]
         run_id = f"{started:%Y%m%d-%H%M%S}-{slug(evaluation.model.model.name)}-eval"
-        for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_left(RUNS)
         against, model = score(evaluation, RUNS / run_id, LOGS / run_id)
         result = evaluate(evaluation, against, model, run_id, started, load)
         path = RECORDS / f"{run_id}.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workspace.bench import loaded
-from workspace.bench.engine_run import end_with_parent, what_ran, write_event
+from workspace.bench.engine_run import end_with_parent, llm_of, what_ran, write_event
 from workspace.bench.messages import RESULT, Event
 from workspace.eval.messages import ScoreJob, Scores
 from workspace.host.files import write_file
@@ -22,14 +22,10 @@ def main() -> None:
     report = functools.partial(write_event, job.folder)
     report(Event(stage="importing vLLM"))
     import vllm
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     vllm_files = loaded.files_hash(Path(vllm.__file__).parent)
     report(Event(stage="starting the engine"))
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
-    arguments = EngineArgs.from_cli_args(parser.parse_args(job.arguments))
-    llm = vllm.LLM(**vars(arguments))
+    llm = llm_of(job.arguments)
 
     logprobs: list[list[float]] = []
     starts = range(0, len(job.windows), job.at_once)

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from workspace.bench import loaded
-from workspace.bench.engine_run import end_with_parent, know_dummy_weights, what_ran, write_event
+from workspace.bench.engine_run import (
+    end_with_parent,
+    know_dummy_weights,
+    llm_of,
+    what_ran,
+    write_event,
+)
 from workspace.bench.messages import RESULT, Event
 from workspace.host.files import write_file
 from workspace.trace.messages import Traced, TraceJob
@@ -28,16 +34,12 @@ def main() -> None:
     report = functools.partial(write_event, job.folder)
     report(Event(stage="importing vLLM"))
     import vllm
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     vllm_files = loaded.files_hash(Path(vllm.__file__).parent)
     know_dummy_weights(job.arguments)
     report(Event(stage="starting the engine"))
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
     profiler = ["--profiler-config", json.dumps(profiler_settings(job.traces))]
-    arguments = EngineArgs.from_cli_args(parser.parse_args([*job.arguments, *profiler]))
-    llm = vllm.LLM(**vars(arguments))
+    llm = llm_of([*job.arguments, *profiler])
 
     run = functools.partial(generate, llm, job)
     for number in range(WARM_UP):

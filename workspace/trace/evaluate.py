@@ -40,8 +40,7 @@ def evaluate(
     made: list[SideRecord] = []
     for variant, ran in traced:
         failures += checks.launches(plan, variant.name, ran, variant.launches)
-        if plan.engine != "released":
-            failures += checks.imports(variant.name, ran, tree(), expected)
+        failures += checks.imports(variant.name, ran, variant.python_path or tree(), expected)
         made.append(_side(plan, variant, ran, path))
         for phase in made[-1].phases:
             if phase.attributed < ATTRIBUTED:

@@ -166,10 +166,7 @@ def computes(operation: str, layer: str, part: str) -> bool:
 
 def round_ratio(every: Sequence[Prediction], output_len: int) -> tuple[float, float]:
     """Of a whole batch: its steps of prompts, and one for each new token after the first."""
-    times = [1.0 * one.phase.steps for one in every]
-    for index, one in enumerate(every):
-        if one.phase.phase == "decode":
-            times[index] = output_len - 1
+    times = [output_len - 1 if one.phase.phase == "decode" else one.phase.steps for one in every]
     now = sum(count * one.phase.us for count, one in zip(times, every, strict=True))
     least, most = (
         sum(count * one.us[n] for count, one in zip(times, every, strict=True)) for n in (0, 1)

@@ -21,7 +21,7 @@ from workspace.bench.plan import (
     make_plan,
 )
 from workspace.bench.record import DeviceKind, write
-from workspace.bench.runner import LOCK, LOGS, RUNS, require_valid, slug
+from workspace.bench.runner import LOCK, LOGS, RUNS, remove_left, require_valid, slug
 from workspace.bench.time_left import TimeLeft
 from workspace.bench.variants import (
     Variant,
@@ -58,8 +58,7 @@ def run(options: Trace) -> Record:
         report.announce(plan, variants)
         started, load = datetime.now(UTC), os.getloadavg()[0]
         run_id = f"{started:%Y%m%d-%H%M%S}-{slug(plan.model.name)}-trace"
-        for folder in RUNS.glob("*"):  # left by a run that was killed: no other holds the lock
-            shutil.rmtree(folder, ignore_errors=True)
+        remove_left(RUNS)
         traced = trace(plan, variants, RUNS / run_id, LOGS / run_id)
         remove_partial(RECORDS)
         path = RECORDS / f"{run_id}.json"
