@@ -3,17 +3,21 @@
 ENGINE=released: both variants in that release, where our plugin puts the hook in.
 
 The release's Python files come from its tag in the fork's git and are unpacked under .workspace;
-the compiled files, which git does not track, are linked in from the fork. The variants then differ
-in nothing but the patches.
+the compiled files, which git does not track, are linked in from the fork, or are the released
+wheel's where the fork has some of a local build. The variants then differ in nothing but the
+patches and what was compiled here.
 """
 
 import shutil
 import subprocess
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
 from workspace.bench.plan import Plan
 from workspace.bench.variants import Variant
+from workspace.fork import install
+from workspace.fork.built_from import read_manifest
 from workspace.fork.prepare import upstream_tag
 from workspace.host.errors import WorkspaceError
 from workspace.host.git import git
@@ -44,19 +48,25 @@ def released(variants: tuple[Variant, Variant]) -> tuple[Variant, Variant]:
 
 
 def released_tree() -> Path:
-    """The release without the patches, with the fork's binaries. Raises as `variants` does."""
+    """The release without the patches, with its own binaries. Raises as `variants` does."""
     version = release.selected()
-    tag, pinned = upstream_tag(version), load().release(version).tree
-    return make_tree(release.tree(version), TREE / tag.replace("/", "-"), tag, pinned)
+    tag, pinned, manifest = upstream_tag(version), load().release(version).tree, read_manifest()
+    place = TREE / tag.replace("/", "-")
+    tree = make_tree(release.tree(version), place, tag, pinned, without=manifest.own)
+    install.extract_replaced(manifest, tree)
+    return tree
 
 
-def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
+def make_tree(
+    source: Path, tree: Path, tag: str, pinned: str, without: Container[str] = ()
+) -> Path:
     """The release's files at `tree`, with the fork's untracked binaries linked in.
 
     Args:
         source: the fork's tree.
         tag: the release's tag.
         pinned: hash of the release's git tree; empty if none is pinned.
+        without: binaries that are left out.
 
     Raises:
         WorkspaceError: git cannot write the tree, or it is not the pinned one.
@@ -82,7 +92,7 @@ def make_tree(source: Path, tree: Path, tag: str, pinned: str) -> Path:
             "some space there and re-run"
         )
     for name in git(*IGNORED, "vllm", tree=source).split("\0"):
-        if name and not name.endswith(".pyc"):
+        if name and not name.endswith(".pyc") and name not in without:
             target = partial / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source / name)

@@ -167,6 +167,16 @@ def released_wheel(artifact: Artifact) -> Path:
     return in_bundle if in_bundle.exists() else fetch(artifact)
 
 
+def extract_replaced(manifest: Manifest, folder: Path) -> None:
+    """Put those files of the released wheel into a folder that a local build replaced in the tree."""
+    replaced = sorted(manifest.own.keys() & manifest.files.keys())
+    if replaced and manifest.device:
+        artifact = load().release().binary(manifest.device)
+        with zipfile.ZipFile(released_wheel(artifact)) as wheel:
+            for name in replaced:
+                wheel.extract(name, folder)
+
+
 def installer(prefix: Path) -> list[str]:
     """What installs into the environment at `prefix`: the workspace's uv; for ENV=system, which
     fetches nothing, the host's uv or pip."""

@@ -47,6 +47,9 @@ def test_tree_is_the_release_with_the_binaries_and_without_edits(
         assert (tree / "vllm" / "_C.abi3.so").read_bytes() == b"binary"
         assert (tree / "vllm" / "_version.py").read_text() == "0.25.1"
         assert not (tree / "vllm" / "mine.py").exists()
+    compiled_here = {"vllm/_C.abi3.so"}
+    tree = pristine.make_tree(fork, tmp_path / "trees" / "pristine", TAG, pinned, compiled_here)
+    assert not (tree / "vllm" / "_C.abi3.so").exists()
     assert [p.name for p in (tmp_path / "trees").iterdir()] == ["pristine"]
     assert (fork / "vllm" / "envs.py").read_text() == "edited\n"
 

@@ -134,6 +134,18 @@ def test_a_full_build_compiles_everything_and_then_only_what_changed(
     assert call(checkout, "_C", "second") == 22
     assert binaries_row(checkout)["status"] == "ok"
 
+    # `make bench BASELINE=pristine` compares with the wheel's.
+    code = (
+        "from pathlib import Path; from workspace.fork import built_from, install; "
+        "install.extract_replaced(built_from.read_manifest(), Path('released'))"
+    )
+    subprocess.run([checkout.python, "-c", code], cwd=checkout.root, env=checkout.env, check=True)
+    released = (checkout.root / "released" / "vllm").iterdir()
+    assert {one.name: one.read_bytes() for one in released} == {
+        "_C.abi3.so": BINARIES["vllm/_C.abi3.so"]
+    }
+    shutil.rmtree(checkout.root / "released")
+
     # An edit that is taken back is an edit, too.
     checkout.git("checkout", "-q", "csrc")
     assert "csrc/second.cpp" in binaries_row(checkout)["detail"]
