@@ -63,7 +63,7 @@ compare: ## compare two records: faster, slower, same or ambiguous (A=before.jso
 report: ## one page of HTML of the records, or of two side by side (A=before.json, B=after.json)
 	@$(WORKSPACE) report
 
-profile: ## run Nsight Compute on one call of a kernel (K=gemm, BACKEND, MODEL, LAYER, ...)
+profile: ## what bounds a kernel and where it waits, by Nsight Compute (K=gemm, BACKEND, MODEL, LAYER, ...)
 	@$(WORKSPACE) profile
 
 sanitize: ## run Compute Sanitizer over the checks of a kernel (K=gemm.triton, TOOL=memcheck,racecheck, DTYPE, FULL=1, ...)

@@ -596,7 +596,7 @@ VERBS = {
         Verb("bench-kernels", "benchmark kernels on the GPU against their baselines", BenchKernels),
         Verb("compare", "compare two records: faster, slower, same or ambiguous", TwoRecords),
         Verb("report", "one page of HTML of the records, or of two side by side", TwoRecords),
-        Verb("profile", "run Nsight Compute on one call of a kernel", Profile),
+        Verb("profile", "what bounds a kernel and where it waits, by Nsight Compute", Profile),
         Verb("sanitize", "run Compute Sanitizer over the checks of a kernel", Sanitize),
         Verb("wheel", "the kernels as a wheel for a released vLLM, compiled", Wheel),
         Verb("wheel-verify", "serve a model with a wheel in a fresh environment", WheelVerify),

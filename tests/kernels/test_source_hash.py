@@ -33,7 +33,7 @@ def append(copy: PackageCopy, path: str) -> None:
     "path",
     [
         "bench/plots.py", "inspect/table.py", "check/case.py", "compile/build.py",
-        "tuning/adopt.py", "profile.py", "sanitize.py", "toy/cases.py",
+        "tuning/adopt.py", "profile/text.py", "sanitize.py", "toy/cases.py",
     ],
 )  # fmt: skip
 def test_what_changes_no_kernel_leaves_it(toy: PackageCopy, path: str) -> None:
