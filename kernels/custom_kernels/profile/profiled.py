@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that is profiled: what runs between cudaProfilerStart and cudaProfilerStop."""
 
+import itertools
 import json
 import os
 import pickle
@@ -61,9 +62,9 @@ def run_choice(choice: Choice) -> None:
 
 def run_launches(file: str) -> None:
     """Run the launches that ``of_launches`` wrote, in their order."""
+    note_lines()
     import cupy
 
-    note_lines()
     device = torch.device("cuda", torch.cuda.current_device())
     launches: list[Launch] = pickle.loads(Path(file).read_bytes())
     kernels = [_with_lines(launch.kernel) for launch in launches]
@@ -91,16 +92,19 @@ def run_launches(file: str) -> None:
 def note_lines() -> None:
     """From here on, let every new ``cupy.RawKernel`` be compiled with line information, and its
     source be in a file, where ncu finds it. No instruction changes by that."""
+    folder = Path(os.environ[SOURCES])
+    # Other sources than ever before: in the user's cache they would stay for nothing. CuPy reads
+    # the variable when it is imported.
+    os.environ["CUPY_CACHE_DIR"] = str(folder / "compiled")
     import cupy
 
-    folder = Path(os.environ[SOURCES])
+    numbers = itertools.count()  # several kernels may have one name
 
-    class WithLines(cupy.RawKernel):  # type: ignore[misc]
+    class WithLines(cupy.RawKernel):
         def __init__(
             self, code: str, name: str, options: tuple[str, ...] = (), *rest: Any, **more: Any
         ) -> None:
-            # Several kernels may have one name.
-            file = folder / str(len(list(folder.iterdir()))) / f"{name}.cu"
+            file = folder / str(next(numbers)) / f"{name}.cu"
             file.parent.mkdir()
             file.write_text(code)
             located = f"#line 1 {json.dumps(str(file), ensure_ascii=False)}\n{code}"
