@@ -65,30 +65,34 @@ def run(
 
 def raw_page(ncu: str, report: Path) -> str:
     """All figures of all launches, as CSV. Raises UsageError if ncu cannot read the report."""
-    return _page(ncu, report, "--page=raw", "--print-units=base")
+    status, page = _page(ncu, report, "--page=raw", "--print-units=base")
+    if status != 0:
+        raise UsageError(f"ncu cannot read its own report: {_reason(page)}")
+    return page
 
 
 def source_page(ncu: str, report: Path, launch: int) -> str:
-    """The source lines of one launch, counted from 0, as CSV; see ``source.parse``."""
-    return _page(
+    """The source lines of one launch, counted from 0, as CSV, see ``source.parse``; a warning if it
+    has none."""
+    _, page = _page(
         ncu, report, "--page=source", "--print-source=cuda,sass",
         f"--launch-skip={launch}", "--launch-count=1",
     )  # fmt: skip
+    return page
 
 
-def _page(ncu: str, report: Path, *options: str) -> str:
+def _page(ncu: str, report: Path, *options: str) -> tuple[int, str]:
+    """Exit status and output."""
     done = subprocess.run(
         [ncu, "--import", str(report), "--csv", *options],
         # Where the locale has other separators of thousands, ncu writes them.
         env={**os.environ, "LC_ALL": "C.UTF-8"},
-        capture_output=True,
-        text=True,
-        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         check=False,
     )
-    if done.returncode != 0:
-        raise UsageError(f"ncu cannot read its own report: {_reason(done.stdout + done.stderr)}")
-    return done.stdout
+    # Not as text: a row has the carriage return of its line of source.
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 def in_container() -> bool:

@@ -80,7 +80,7 @@ def report(one: Profile) -> "Group":
     from rich.text import Text
 
     lines = Text("no source lines: the kernel was compiled without line information")
-    parts = [_figures(one), Text(bound(one)), _lines(one) if one.lines else lines]
+    parts = [_figures(one), Text(bound(one)), "", _lines(one) if one.lines else lines, ""]
     heading = Text(one.kernel, style="bold")
     return Group(heading, *(Padding(part, (0, 0, 0, 2)) for part in parts))
 
@@ -161,21 +161,21 @@ def against(last: Recorded | None, now: Recorded) -> "Group":
     return Group(Text(head), *(difference(before, one) for before, one in pairs))
 
 
-def _lines(one: Profile) -> "Table":
+def _lines(one: Profile) -> "Group":
+    from rich.console import Group
     from rich.text import Text
 
     places = [f"{line.file}:{line.number}" for line in one.lines]
-    shown = _table()
-    shown.add_column("stalls", justify="right", no_wrap=True, min_width=6)
-    shown.add_column(
-        "waits for", no_wrap=True, min_width=max(len(line.reason) for line in one.lines)
+    width = max(map(len, places))
+    reasons = max(len(line.reason) for line in one.lines)
+    rows = [
+        f"{line.share:5.1f} %  {line.reason:{reasons}}  {place:{width}}  {line.text}"
+        for line, place in zip(one.lines, places, strict=True)
+    ]
+    # Not a table: what does not fit is to be cut from the code, never from the place.
+    return Group(
+        "stalls by source line", *(Text(row, "", overflow="ellipsis", no_wrap=True) for row in rows)
     )
-    # Whole, so that an editor's terminal opens it; what does not fit is cut from the code.
-    shown.add_column("line", no_wrap=True, min_width=max(map(len, places)))
-    shown.add_column("", overflow="ellipsis", no_wrap=True)
-    for line, place in zip(one.lines, places, strict=True):
-        shown.add_row(f"{line.share:.1f} %", line.reason, Text(place), Text(line.text))
-    return shown
 
 
 def _table() -> "Table":
