@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source lines at which warps waited, as ncu sampled them.
 
-A few thousand times per millisecond ncu notes for a warp which instruction comes next and why it
+Again and again while the kernel runs, ncu notes which instruction of a warp comes next and why it
 has not been issued. Compilers note the source line of each instruction: nvcc and NVRTC with
 ``-lineinfo``, Triton by itself.
 """
