@@ -285,6 +285,21 @@ def test_it_is_said_whether_the_sources_changed_since_the_last_profile() -> None
     assert "1 kernels then, 2 now: not compared" in shown(text.against(one, two))
 
 
+def test_a_run_prints_itself_in_a_notebook_as_on_the_command_line() -> None:
+    kernels = (some(), some(kernel="add[2]", lines=source.parse(SOURCE)))
+    printed = shown(profile.Run(kernels, recorded(), recorded(source_hash="b"), Path("a.ncu-rep")))
+    order = [
+        "warps wait for",
+        "latency-bound",
+        "no source lines",
+        "add[2]\n",
+        "stalls by",
+        "changed",
+    ]
+    places = [printed.index(part) for part in order]
+    assert places == sorted(places)
+
+
 # --- which call -----------------------------------------------------------------------------------
 
 

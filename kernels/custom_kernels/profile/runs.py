@@ -7,7 +7,7 @@ import pickle
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from custom_kernels.profile.profiled import SOURCES, Launch
 from custom_kernels.profile.records import Recorded
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Run:
     report: Path
     """ncu's, for ``ncu-ui``."""
 
-    def __rich_console__(self, *_: object) -> Iterator["RenderableType"]:
-        yield text.table(self.profiles)
-        yield from map(text.report, self.profiles)
-        yield ""
-        yield text.against(self.last, self.now)
+    def __rich__(self) -> "Group":
+        from rich.console import Group
+
+        reports = map(text.report, self.profiles)
+        return Group(text.table(self.profiles), *reports, "", text.against(self.last, self.now))
 
 
 def of_backend(
