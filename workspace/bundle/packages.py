@@ -39,6 +39,7 @@ LEFT_OUT = {
         "compiled at its first use; vLLM takes its own sampler "
         "(VLLM_USE_FLASHINFER_SAMPLER=0 is set in the environment)"
     ),
+    "ray": "for EXECUTOR=ray, 79 MB",
     "nvidia-cutlass-dsl": CUTE,
     "quack-kernels": CUTE,
     "tokenspeed-mla": "for models with multi-head latent attention",
@@ -49,7 +50,7 @@ LEFT_OUT = {
     "torchcodec": "for video and audio input",
     "pynvvideocodec": "for video input",
 }
-"""What vLLM requires, but does not need to run dense language models."""
+"""What vLLM or the workspace requires, but does not need to run dense language models."""
 
 TORCH = ("torch", "torchvision", "torchaudio", "triton")
 """They belong together: compiled against torch, or made for one version of it."""
