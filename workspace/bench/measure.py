@@ -33,14 +33,14 @@ class ProcessRun:
 
 def measure(
     plan: Plan,
-    variants: tuple[Variant, Variant],
+    variants: tuple[Variant, ...],
     expected: Mapping[Stage, float],
     *,
     folder: Path,
     logs: Path,
     limit: float | None,
 ) -> tuple[Plan, list[ProcessRun]]:
-    """Run the processes of both variants.
+    """Run the processes of the variants.
 
     Args:
         expected: estimated seconds of each stage of a process; may be empty.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,11 +20,13 @@ import pytest
 from tests.language_model import LanguageModel
 from tests.workspace.bench import sparse_folder
 from tests.workspace.conftest import still_running
-from workspace.bench import pristine, record, runner, workload
+from workspace.bench import measure, pristine, record, runner, variants, workload
 from workspace.bench.guards import only_bench
+from workspace.bench.plan import Plan
 from workspace.environment import progress
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
+from workspace.pins import release
 from workspace.verbs import Bench
 
 BENCH = """
@@ -63,6 +66,13 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
     monkeypatch.setattr(progress, "LOG_SECONDS", 1.0)
     # By every way, in the release without the fork's patches; the fork runs in the tests below.
     monkeypatch.setattr(pristine, "TREE", here / "pristine")
+    kept: list[tuple[Plan, list[measure.ProcessRun]]] = []
+
+    def measure_and_keep(*arguments: Any, **options: Any) -> tuple[Plan, list[measure.ProcessRun]]:
+        kept.append(measure.measure(*arguments, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(runner, "measure", measure_and_keep)
     ops = "gemm,rms_norm,silu_and_mul.reference,rotary_embedding,paged_attention"
     sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1}
     runner.run(Bench(op=ops, engine="released", **sizes))
@@ -108,6 +118,17 @@ def test_stock_and_custom_run_and_the_record_proves_itself(
                   "3 rounds of 5 because time is short", " ROUNDS=3 "):  # fmt: skip
         assert words in printed
     assert not list((here / "runs").iterdir())
+
+    # The fork, with the same switches: the same kernels, tokens and log-probabilities, bit by bit.
+    ((plan, (_, released)),) = kept
+    folders = {"folder": here / "fork", "logs": here / "logs"}
+    _, (fork,) = measure.measure(plan, (variants.custom(plan),), {}, **folders, limit=None)
+    assert Path(fork.result.vllm_folder).is_relative_to(release.tree().resolve())
+    (ran,) = fork.result.layers.values()
+    assert {name: set(kernels) for name, kernels in ran.items()} == {
+        name: set(kernels) for name, kernels in counted.items()
+    }
+    assert fork.result.generations == released.result.generations
 
 
 @pytest.mark.engine
