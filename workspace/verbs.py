@@ -212,6 +212,14 @@ class Bench:
         "the best for the device, and for each shape that was measured",
     )
     tp: int | None = number("TP", "tensor-parallel processes", "1")
+    pp: int | None = number("PP", "pipeline stages, of `TP` processes each", "1")
+    executor: Literal["mp", "ray"] | None = choice(
+        "EXECUTOR",
+        "what starts vLLM's workers: `mp`, this machine; `ray`, Ray, on "
+        "[more than one machine](measuring.md#more-than-one-machine), too",
+        "mp", "ray",
+        default="`mp`",
+    )  # fmt: skip
     repeats: int | None = number("REPEATS", "pairs of engine starts", "2", most=100)
     rounds: int | None = number(
         "ROUNDS",

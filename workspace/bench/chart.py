@@ -55,7 +55,7 @@ def draw(record: Record, path: Path) -> None:
     stored = f"{record.model.quantized} · " if record.model.quantized else ""
     lines = [
         f"{record.model.weights} weights{seed} · {stored}{record.model.dtype} · {record.device}"
-        f" · TP {settings.tensor_parallel} · {'eager' if settings.eager else 'compiled'}",
+        f" · {settings.parallel} · {'eager' if settings.eager else 'compiled'}",
         f"requests: {settings.num_prompts}{arrival(settings)} of {settings.input_len} in, "
         f"{settings.output_len} out · "
         f"pairs of processes: {settings.repeats}, rounds each: {settings.rounds} · "

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from workspace.bench import loaded, vllm_bench
 from workspace.bench.messages import (
     EVENTS,
+    EXECUTOR,
     RESULT,
     WARM_ROUNDS,
     WORKER_EXTENSION,
@@ -181,6 +182,11 @@ class InProcess:
         ran = what_ran(self._job, llm.llm_engine.model_config, self._vllm_files)
         if WORKER_EXTENSION in self._job.arguments:
             ran.attention = llm.collective_rpc("attention_backends")[0]
+        if EXECUTOR in self._job.arguments:  # the logs of other hosts are in their own files
+            counted = dict(enumerate(llm.collective_rpc("launched")))
+            ran.launches = {rank: of for rank, (of, _, _) in counted.items() if of}
+            ran.layers = {rank: of for rank, (_, of, _) in counted.items() if of}
+            ran.tokens = {rank: of for rank, (_, _, of) in counted.items() if of}
         return ran
 
 

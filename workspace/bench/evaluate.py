@@ -74,7 +74,7 @@ def evaluate(
         command=repeat_command(plan),
         settings=Settings.model_validate(plan, from_attributes=True),
         model=plan.model.record(first.dtype),
-        device=plan.device.name if on_cpu else f"{plan.tensor_parallel} x {gpu}",
+        device=plan.device.name if on_cpu else f"{plan.workers} x {gpu}",
         device_kind=plan.device.kind,
         note="; ".join(_notes(plan)),
         unit=unit,

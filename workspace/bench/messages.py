@@ -32,6 +32,8 @@ WARM_ROUNDS = (2, 8)
 """Fewest and most warm-up rounds of a process."""
 WORKER_EXTENSION = "--worker-extension-cls"
 """vLLM's argument for a class that its workers get as another base: workspace.bench.worker."""
+EXECUTOR = "--distributed-executor-backend"
+"""vLLM's argument for what starts its workers; with it they may be on other hosts."""
 JOB, EVENTS, RESULT, SERVER = "job.json", "events.jsonl", "result.json", "server.json"
 """Files in a job's folder."""
 

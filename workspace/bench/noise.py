@@ -34,7 +34,7 @@ def runs(results: Path, like: Record) -> Iterator[Record]:
 def _setting(record: Record) -> tuple[object, ...]:
     settings = record.settings
     rate = settings.request_rate
-    engine = (settings.metric, rate, settings.tensor_parallel, settings.eager)
+    engine = (settings.metric, rate, settings.parallel, settings.eager)
     return record.device, record.model.name, *engine
 
 

@@ -4,6 +4,7 @@
 import os
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import psutil
@@ -12,7 +13,7 @@ from workspace.bench import operations, serving
 from workspace.bench.checkpoint import METHOD
 from workspace.bench.models import Model
 from workspace.bench.provenance import cpu_flags, cpu_name
-from workspace.bench.record import DeviceKind, Metric
+from workspace.bench.record import DeviceKind, Executor, Metric
 from workspace.host.errors import WorkspaceError
 from workspace.host.text import make_command, plural
 from workspace.pins.release import to_repeat
@@ -21,6 +22,10 @@ from workspace.verbs import Bench
 Engine = Literal["fork", "released"]
 Way = Literal["layer", "ir"]
 Baseline = Literal["stock", "bf16", "fp8", "int8", "pristine", "self"]
+
+
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Ray's own variable: the cluster to run on."""
 
 
 class Sizes(NamedTuple):
@@ -73,6 +78,8 @@ class Plan:
     tensor_parallel: int
     eager: bool
     baseline: Baseline
+    pipeline_parallel: int = 1
+    executor: Executor = "mp"
     engine: Engine = "fork"
     way: Way = "layer"
     request_rate: float | None = None
@@ -85,6 +92,11 @@ class Plan:
     def operations(self) -> dict[str, str | None]:
         """The operations of the custom variant with their backends; without those of a method."""
         return operations.chosen(self.op, self.backend)
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of the engine: those of tensor parallelism, in each pipeline stage."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def counts_layers(self) -> bool:
@@ -180,23 +192,42 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
     """Fill in the defaults, or these `sizes`, and check what depends on device and model.
 
     Raises:
-        WorkspaceError: more tensor-parallel workers than devices, or a number that does not
-            divide the attention heads; more tokens than the model's maximum length; or a BASELINE
-            that the model does not have.
+        WorkspaceError: more workers than devices, or a number that does not divide the attention
+            heads; more stages than layers; more tokens than the model's maximum length; what only
+            some engines can; or a BASELINE that the model does not have.
     """
     metric: Metric = options.metric or "throughput"
     sizes = sizes or DEFAULTS[device.kind, metric]
     longest = model.config.max_position_embeddings
     input_len = options.input_len or min(sizes.input_len, max(1, longest // 2))
     output_len = options.output_len or min(sizes.output_len, max(1, longest // 4))
-    tp = options.tp or 1
-    if tp > device.count:
-        devices = plural(device.count, "CPU core" if device.kind == "cpu" else "GPU")
-        raise WorkspaceError(f"TP={tp}: this machine has {devices}; lower TP")
-    heads = model.config.num_attention_heads
+    tp, pp, executor = options.tp or 1, options.pp or 1, options.executor or "mp"
+    _check_workers(tp, pp, executor, device)
+    elsewhere = {"METRIC=serve": metric == "serve", "ENGINE=released": options.engine == "released",
+                 "BASELINE=pristine": options.baseline == "pristine"}  # fmt: skip
+    if executor == "ray" and ray_cluster() and any(elsewhere.values()):
+        given = " and ".join(name for name, one in elsewhere.items() if one)
+        raise WorkspaceError(
+            f"{RAY_ADDRESS}={ray_cluster()}: {given} cannot be proven on other hosts; leave it "
+            f"out, or unset {RAY_ADDRESS} for a Ray on this machine"
+        )
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    if pp > 1 and executor == "ray" and device.kind == "cpu":
+        raise WorkspaceError(
+            f"PP={pp} EXECUTOR=ray: on a CPU vLLM runs pipeline stages with EXECUTOR=mp alone; "
+            "leave out one of the two"
+        )
+    if pp > layers:
+        raise WorkspaceError(f"PP={pp}: {model.name} has {layers} layers; lower PP")
     if heads % tp:
         raise WorkspaceError(
             f"TP={tp}: {model.name} has {heads} attention heads; TP must divide it"
+        )
+    # vLLM's CPU engine makes what a stage receives into when it compiles, and not otherwise.
+    needs_compiling = device.kind == "cpu" and pp > 1
+    if needs_compiling and options.eager == "1":
+        raise WorkspaceError(
+            f"EAGER=1: vLLM's CPU engine runs PP={pp} with compiled models alone; leave out EAGER"
         )
     if input_len + output_len > longest:
         raise WorkspaceError(
@@ -217,7 +248,13 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
         repeats=options.repeats or REPEATS,
         rounds=options.rounds or sizes.rounds,
         tensor_parallel=tp,
-        eager=device.kind == "cpu" if options.eager is None else options.eager == "1",
+        pipeline_parallel=pp,
+        executor=executor,
+        eager=(
+            device.kind == "cpu" and not needs_compiling
+            if options.eager is None
+            else options.eager == "1"
+        ),
         baseline=_baseline(options, model),
         engine=options.engine or "fork",
         way=options.way or "layer",
@@ -229,6 +266,31 @@ def make_plan(options: Bench, device: Device, model: Model, sizes: Sizes | None 
             and operations.interpreted(operations.chosen(options.op, options.backend))
         ),
     )
+
+
+def _check_workers(tp: int, pp: int, executor: Executor, device: Device) -> None:
+    """Raise if so many workers cannot be started. Ray, asked for devices that a cluster does not
+    have, waits for more of them for half an hour.
+
+    Raises:
+        WorkspaceError: Ray is not installed, or there are more workers than devices.
+    """
+    if executor == "ray" and find_spec("ray") is None:
+        raise WorkspaceError(
+            "EXECUTOR=ray: Ray is not installed in this environment; install it with pip, or "
+            "leave out EXECUTOR"
+        )
+    if tp * pp <= device.count or (executor == "ray" and ray_cluster()):
+        return
+    asked = f"TP={tp}" + (f" PP={pp}" if pp > 1 else "")
+    names = "TP or PP" if pp > 1 else "TP"
+    devices = plural(device.count, "CPU core" if device.kind == "cpu" else "GPU")
+    raise WorkspaceError(f"{asked}: this machine has {devices}; lower {names}")
+
+
+def ray_cluster() -> str | None:
+    """The address of the user's Ray cluster; without one Ray runs on this machine alone."""
+    return os.environ.get(RAY_ADDRESS) or None
 
 
 def _baseline(options: Bench, model: Model) -> Baseline:
@@ -335,6 +397,8 @@ def repeat_command(plan: Plan) -> str:
         REPEATS=plan.repeats,
         ROUNDS=plan.rounds,
         TP=plan.tensor_parallel,
+        PP=plan.pipeline_parallel if plan.pipeline_parallel > 1 else None,
+        EXECUTOR=plan.executor if plan.executor != "mp" else None,
         EAGER=int(plan.eager),
         BASELINE=plan.baseline if plan.baseline != "stock" else None,
         ENGINE=plan.engine if plan.engine != "fork" else None,

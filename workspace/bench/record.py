@@ -13,6 +13,7 @@ Metric = Literal["throughput", "latency", "serve"]
 Unit = Literal["tokens/s", "s", "requests/s", "ms"]
 Weights = Literal["real", "dummy", "random"]
 DeviceKind = Literal["cpu", "cuda"]
+Executor = Literal["mp", "ray"]
 
 CPU_NOTE = "CPU run: only the ratio is meaningful"
 EXCLUDES_1 = "95 % CI excludes 1"
@@ -96,7 +97,8 @@ class ProcessRecord(Strict):
     figures: list[float]
     launches: dict[int, dict[str, int]]
     layers: dict[int, dict[str, dict[str, int]]] = {}
-    """Launches by worker process and layer; not in records from before LAYERS existed."""
+    """Launches by worker process (its rank with EXECUTOR=ray, else its process id) and layer; not
+    in records from before LAYERS existed."""
     tokens: dict[int, dict[str, dict[int, int]]] = {}
     """Launches by worker process, kernel and number of tokens: 64 counts those of 57 to 64, as in
     `custom_kernels.buckets`. Not in the first records."""
@@ -142,9 +144,17 @@ class Settings(Strict):
     repeats: int
     rounds: int
     tensor_parallel: int
+    pipeline_parallel: int = 1
+    executor: Executor = "mp"
     eager: bool
     input_tokens_per_round: int
     output_tokens_per_round: int
+
+    @property
+    def parallel(self) -> str:
+        """ "TP 2", "TP 2, PP 2, Ray": how the engine is spread over devices."""
+        stages = f", PP {self.pipeline_parallel}" if self.pipeline_parallel > 1 else ""
+        return f"TP {self.tensor_parallel}{stages}{', Ray' if self.executor == 'ray' else ''}"
 
 
 class Noise(Strict):

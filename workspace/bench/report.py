@@ -157,7 +157,7 @@ def table(record: Record) -> Table:
     stored = f"{model.quantized}, " if model.quantized else ""
     title = (
         f"{model.name}, [bold]{model.weights} weights{seed}[/bold], {stored}{model.dtype}, "
-        f"{escape(record.device)}, TP {settings.tensor_parallel}, "
+        f"{escape(record.device)}, {settings.parallel}, "
         f"{'eager' if settings.eager else 'compiled'}"
     )
     caption = (

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from workspace.bench import operations
-from workspace.bench.messages import WORKER_EXTENSION
+from workspace.bench.messages import EXECUTOR, WORKER_EXTENSION
 from workspace.bench.models import DUMMY_FORMAT, Model
 from workspace.bench.noise import AGAIN
-from workspace.bench.plan import Plan
+from workspace.bench.plan import RAY_ADDRESS, Plan, ray_cluster
 from workspace.bench.releases import random_lengths
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
@@ -32,6 +32,11 @@ LOCAL = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Environment of every process of vLLM: it asks nobody, and listens to this machine only."""
+RAY_ALONE = {
+    RAY_ADDRESS: "local",  # else Ray also joins a cluster that somebody started on this machine
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what makes Ray listen to this machine only
+}
+"""Environment of a Ray that begins and ends with its engine."""
 KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 """Of the user's own servers; with one, our clients would be turned away or hand it on."""
 
@@ -101,13 +106,15 @@ def common_settings(plan: Plan) -> dict[str, str]:
         settings["no_proxy"] = HOST  # vLLM's client would go through the user's proxy
     if plan.device.kind == "cpu":
         tokens = min(plan.num_prompts, 64) * (plan.input_len + plan.output_len)
-        size = tokens * plan.model.kv_bytes_per_token / plan.tensor_parallel
+        size = tokens * plan.model.kv_bytes_per_token / plan.workers
         settings["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(4, math.ceil(size / GIB))))
-        if plan.tensor_parallel == 1 and plan.metric != "serve":
+        if plan.executor == "mp" and plan.workers > 1:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.workers)
+        elif plan.executor == "mp" and plan.metric != "serve":
             # One process instead of three: half the start-up time on a small machine.
             settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        elif plan.tensor_parallel > 1:
-            settings["VLLM_CPU_OMP_THREADS_BIND"] = bind_threads(plan.tensor_parallel)
+    if plan.executor == "ray":
+        settings |= {RAY_ADDRESS: cluster} if (cluster := ray_cluster()) else RAY_ALONE
     return settings
 
 
@@ -204,6 +211,11 @@ def engine_arguments(plan: Plan, variant: Variant) -> list[str]:
     result = _model(plan, variant)
     result += ["--max-model-len", str(max_model_len(plan))]
     result += ["--tensor-parallel-size", str(plan.tensor_parallel)]
+    if plan.pipeline_parallel > 1:
+        result += ["--pipeline-parallel-size", str(plan.pipeline_parallel)]
+    if plan.executor == "ray":
+        backend = "workspace.bench.ray_cpu.Executor" if plan.device.kind == "cpu" else "ray"
+        result += [EXECUTOR, backend]
     if plan.device.kind == "cpu":
         sequences, batched = batch_limits(plan)
         result += ["--max-num-seqs", str(sequences), "--max-num-batched-tokens", str(batched)]
@@ -215,7 +227,7 @@ def engine_arguments(plan: Plan, variant: Variant) -> list[str]:
         result += [WORKER_EXTENSION, "workspace.bench.dummy_weights.WorkerExtension"]
         if plan.model.pattern:  # which the configuration of its dense peer does not name
             result += ["--model-loader-extra-config", json.dumps({"pattern": plan.model.pattern})]
-    elif operations.ATTENTION in plan.operations:
+    elif plan.executor == "ray" or operations.ATTENTION in plan.operations:
         result += [WORKER_EXTENSION, "workspace.bench.worker.WorkerExtension"]
     return [*result, *variant.arguments]
 

@@ -2,6 +2,7 @@
 """What a worker of vLLM tells about itself: named as `--worker-extension-cls`, vLLM makes it a base
 of its workers. It is imported in engine processes only."""
 
+import os
 from typing import Any
 
 LAYER = "layer: "
@@ -23,6 +24,14 @@ class WorkerExtension:
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         asked = (getattr(layer, "get_attn_backend", None) for layer in layers)
         return sorted({ask().get_name() for ask in asked if ask is not None})
+
+    def launched(self) -> tuple[dict[str, int], dict[str, dict[str, int]], dict[str, Any]]:
+        """What this process launched, by kernel, by layer, and by kernel and number of tokens."""
+        from custom_kernels import launches
+
+        log, pid = os.environ[launches.ENVIRONMENT], os.getpid()
+        counts, layers = launches.read(log).get(pid, {}), launches.read_layers(log).get(pid, {})
+        return counts, layers, launches.read_tokens(log).get(pid, {})
 
     def name_layers_in_traces(self, *, eager: bool) -> None:
         """Let the modules of the model, and the sampler, put a range with their name around what

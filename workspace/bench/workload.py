@@ -126,7 +126,7 @@ def estimate(plan: Plan, speed: Speed) -> dict[Stage, float]:
     # Averaged: only half of the processes run it.
     step = partial(step_seconds, plan.model, speed, 0.5 if plan.method else 0.0)
     sequences, batched = batch_limits(plan)
-    start = STARTS_PER_IMPORT * speed.import_s * (2 if plan.tensor_parallel > 1 else 1)
+    start = STARTS_PER_IMPORT * speed.import_s * (2 if plan.workers > 1 else 1)
     build = step(batched, sequences) + (0 if plan.eager else COMPILE_SECONDS)
     if plan.model.weights == "dummy":
         build += (layers + head) * speed.draw_s

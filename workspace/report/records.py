@@ -54,7 +54,7 @@ class Engine:
         """What is equal in runs whose figures vary alike."""
         names = (
             *("metric", "input_len", "output_len", "num_prompts", "request_rate", "eager"),
-            "tensor_parallel",
+            "parallel",
         )
         settings = (getattr(self.record.settings, name) for name in names)
         return (self.record.model.name, self.record.device, *settings)

@@ -31,11 +31,12 @@ DIFFERENT_FROM = 0.02
 """Twice that of a single run: what is constant within a run (addresses, the chip) differs between
 two."""
 SAME_WITHIN = 0.03
-SETTINGS = (
+SETTINGS = (  # of an engine run: what should be equal in both
     *("backend", "layers", "quantization", "input_len", "output_len", "num_prompts"),
     *("request_rate", "eager", "tensor_parallel"),
 )
-"""Of an engine run: what should be equal in both."""
+LATER_SETTINGS = {"pipeline_parallel": 1, "executor": "mp"}
+"""With what they were in the records that do not have them."""
 
 Key = tuple[str, str]
 """The labels of a case, and the contender."""
@@ -240,7 +241,8 @@ def _engine(run: EngineRecord) -> Side:
         ratio = Ratio(1 / found.ratio, 1 / high, 1 / low)
     facts = {"device": run.device, "baseline": stock.name}
     facts |= {name: str(run.model[name]) for name in ("dtype", "weights")}
-    facts |= {name: str(run.settings.get(name)) for name in SETTINGS}
+    settings = {**dict.fromkeys(SETTINGS), **LATER_SETTINGS, **run.settings}
+    facts |= {name: str(settings[name]) for name in (*SETTINGS, *LATER_SETTINGS)}
     labels = f"{run.settings['metric']} {run.model['name']}"
     ambiguous = found.verdict == "ambiguous"
     warnings = [f"{found.verdict}: {found.because}"] if ambiguous else []

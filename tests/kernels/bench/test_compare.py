@@ -186,6 +186,17 @@ def test_throughput_points_the_other_way() -> None:
     assert ratio.value == json.loads(path.read_text())["comparison"]["ratio"]
 
 
+def test_settings_that_an_older_record_does_not_have_are_what_they_were(tmp_path: Path) -> None:
+    path = ENGINE / "tiny-qwen2-throughput-cpu.json"
+    record = json.loads(path.read_text())
+    differs = "pipeline_parallel differs: 1 in A, 2 in B"
+    for stages, says in ((1, ""), (2, differs)):
+        record["settings"] |= {"pipeline_parallel": stages, "executor": "mp"}
+        (tmp_path / "b.json").write_text(json.dumps(record))
+        notes = compare.compare(compare.read(path), compare.read(tmp_path / "b.json")).notes
+        assert "".join(note for note in notes if "parallel" in note or "executor" in note) == says
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 

@@ -94,7 +94,9 @@ def test_default_rounds_are_enough_for_an_interval() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (Bench(tp=3), "TP=3: this machine has 2 CPU cores"),
+        (Bench(tp=3), "TP=3: this machine has 2 CPU cores; lower TP$"),
+        (Bench(tp=2, pp=2), "TP=2 PP=2: this machine has 2 CPU cores; lower TP or PP$"),
+        (Bench(tp=3, executor="ray"), "TP=3: this machine has 2 CPU cores"),
         (Bench(input_len=4000, output_len=97), "4096 tokens that tiny-qwen2 supports"),
     ],
 )
@@ -103,9 +105,34 @@ def test_more_than_there_is_is_one_line(options: Bench, says: str) -> None:
         make_plan(options, CPU, MODEL)
 
 
-def test_workers_must_divide_the_heads() -> None:
+def test_workers_must_divide_the_heads_and_have_layers() -> None:
     with pytest.raises(WorkspaceError, match="4 attention heads"):
         make_plan(Bench(tp=3), replace(CPU, count=8), MODEL)
+    with pytest.raises(WorkspaceError, match="PP=3: tiny-qwen2 has 2 layers"):
+        make_plan(Bench(pp=3), replace(CPU, count=8), MODEL)
+
+
+def test_pipeline_stages_on_a_cpu_are_compiled() -> None:
+    assert make_plan(Bench(tp=2), CPU, MODEL).eager
+    made = make_plan(Bench(pp=2), CPU, MODEL)
+    assert (made.eager, made.workers) == (False, 2)
+    assert " TP=1 PP=2 EAGER=0" in repeat_command(made)
+    with pytest.raises(WorkspaceError, match=r"EAGER=1: .* PP=2 .*; leave out EAGER"):
+        make_plan(Bench(pp=2, eager="1"), CPU, MODEL)
+    with pytest.raises(WorkspaceError, match=r"PP=2 EXECUTOR=ray: on a CPU .* EXECUTOR=mp alone"):
+        make_plan(Bench(pp=2, executor="ray"), CPU, MODEL)
+    assert make_plan(Bench(pp=2, eager="1"), replace(GPU, count=2), MODEL).eager
+
+
+def test_a_cluster_may_have_more_devices_and_proves_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    made = make_plan(Bench(tp=4, executor="ray"), CPU, MODEL)
+    assert made.workers == 4
+    assert " TP=4 EXECUTOR=ray " in repeat_command(made)
+    with pytest.raises(WorkspaceError, match="TP=4: this machine has 2 CPU cores"):
+        make_plan(Bench(tp=4), CPU, MODEL)
+    with pytest.raises(WorkspaceError, match="METRIC=serve and ENGINE=released cannot be proven"):
+        make_plan(Bench(executor="ray", metric="serve", engine="released"), CPU, MODEL)
 
 
 def test_defaults_fit_a_model_that_takes_few_tokens() -> None:

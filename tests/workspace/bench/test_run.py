@@ -20,7 +20,7 @@ import pytest
 from tests.language_model import LanguageModel
 from tests.workspace.bench import sparse_folder
 from tests.workspace.conftest import still_running
-from workspace.bench import measure, pristine, record, runner, variants, workload
+from workspace.bench import checks, measure, pristine, record, runner, variants, workload
 from workspace.bench.guards import only_bench
 from workspace.bench.plan import Plan
 from workspace.environment import progress
@@ -156,15 +156,68 @@ def test_a_sparse_model_agrees_with_its_own_weights_as_dense_ones(
     assert made.command.endswith(" BASELINE=fp8")
 
 
+@pytest.mark.engine
+@pytest.mark.slow
+def test_rays_workers_get_the_switches_and_give_their_counts(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two CPU cores")
+    seen: set[psutil.Process] = set()
+    sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1, "rounds": 3}
+    with listening(seen) as addresses:
+        made = runner.run(Bench(op="gemm,rms_norm", tp=2, executor="ray", **sizes))
+    assert len(seen) > 8  # two engines, with Ray's own processes and its workers
+    assert still_running(list(seen)) == []
+    # But for vLLM's own store, by which Ray's workers find each other.
+    assert addresses - {"::"} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert made.valid
+    stock, custom = made.variants
+    assert stock.launches == {}
+    (process,) = custom.processes
+    assert process.launches.keys() == process.layers.keys() == process.tokens.keys() == {0, 1}
+    for counted in process.layers.values():  # by rank; each layer ran a custom kernel
+        assert {"lm_head", "model.norm", "model.layers.1.mlp.down_proj"} <= counted.keys()
+        assert all(counted.values())
+    assert made.agreement.tokens > 0
+    printed = capfd.readouterr().out
+    for words in (", TP 2, Ray, eager", " TP=2 EXECUTOR=ray EAGER=1", "in 2 processes"):
+        assert words in " ".join(printed.split())
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_custom_kernels_run_in_every_layer_of_every_pipeline_stage(here: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two workers need two CPU cores")
+    sizes = {"input_len": 16, "output_len": 8, "num_prompts": 4, "repeats": 1, "rounds": 1}
+    plan, expected = runner.prepare(Bench(op="gemm,rms_norm", pp=2, **sizes))
+    custom = (variants.custom(plan),)
+    folders = {"folder": here / "run", "logs": here / "logs"}
+    _, (run,) = measure.measure(plan, custom, expected, **folders, limit=None)
+    assert checks.launches(plan, "custom", run.result, expected=True) == []
+    assert checks.layers("*", "custom", run.result) == []
+    assert checks.tokens(plan, "custom", run.result) == []
+    stages = [counted.keys() for counted in run.result.layers.values()]
+    first, last = stages if "lm_head" in stages[1] else stages[::-1]
+    assert not first & last
+    assert "model.layers.0.mlp.down_proj" in first
+    assert {"model.layers.1.mlp.down_proj", "model.norm", "lm_head"} <= last
+
+
 @contextmanager
-def listening() -> Iterator[set[str]]:
-    """The addresses on which processes that this one starts meanwhile wait for connections."""
+def listening(seen: set[psutil.Process] | None = None) -> Iterator[set[str]]:
+    """The addresses on which processes that this one starts meanwhile wait for connections; the
+    processes are added to those in `seen`."""
     found: set[str] = set()
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.5):
             for process in psutil.Process().children(recursive=True):
+                if seen is not None:
+                    seen.add(process)
                 with suppress(psutil.Error):
                     found.update(
                         connection.laddr.ip

@@ -273,3 +273,24 @@ def test_the_recorded_command_names_no_folder_of_this_machine() -> None:
     line = variants.command_line(plan(model=model), variants.Variant("stock"))
     assert "--model .workspace/models/x --tokenizer tokens" in line
     assert str(ROOT) not in line
+
+
+def test_ray_is_vllms_own_executor_and_is_alone_unless_a_cluster_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    gpus = Device("cuda", 4, "NVIDIA H200")
+    made = plan(device=gpus, executor="ray", tensor_parallel=2, pipeline_parallel=2)
+    given = variants.arguments(made, variants.custom(made))
+    for option, value in (
+        ("--tensor-parallel-size", "2"),
+        ("--pipeline-parallel-size", "2"),
+        ("--distributed-executor-backend", "ray"),
+        ("--worker-extension-cls", "workspace.bench.worker.WorkerExtension"),  # it counts
+    ):
+        assert given[given.index(option) + 1] == value
+    assert variants.common_settings(made).items() >= variants.RAY_ALONE.items()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    settings = variants.common_settings(made)
+    assert settings["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert settings.keys() & variants.RAY_ALONE.keys() == {"RAY_ADDRESS"}
