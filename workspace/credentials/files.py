@@ -61,6 +61,7 @@ SCRUBBED = [
         "Jupyter's runtime file",
         r"jupyter/runtime/(?:jupyter_cookie_secret|[^/]+\.(?:json|html))|jupyter/notebook_secret",
     ),
+    ("Ray's token", r"\.ray/auth_token"),
 ]
 """As KNOWN, but recreated by their tools, so they may be removed without asking."""
 SETTINGS = re.compile(

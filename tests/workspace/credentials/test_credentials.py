@@ -538,7 +538,7 @@ HISTORIES = [
     *(".bash_history", ".zsh_history", ".python_history", ".sqlite_history", ".viminfo"),
     *(".node_repl_history", ".ipython/profile_default/history.sqlite"),
     *(".local/share/fish/fish_history", ".local/share/jupyter/runtime/jupyter_cookie_secret"),
-    ".local/share/jupyter/runtime/jpserver-12.json",
+    *(".local/share/jupyter/runtime/jpserver-12.json", ".ray/auth_token"),
 ]
 
 
