@@ -6,15 +6,17 @@ and its executor then refuses to start. vLLM gets this class as `--distributed-e
 is imported in engine processes, and by Ray in the workers.
 """
 
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from vllm.platforms import current_platform
 from vllm.v1.executor import ray_executor_v2
 
 from workspace.bench.plan import ray_cluster
 
-STARTS = 6
+STARTS = 5
 """Ray gives parts of itself 15 seconds to start, which are too few on a busy machine."""
 
 
@@ -37,12 +39,17 @@ class Executor(ray_executor_v2.RayExecutorV2):
 
 
 def start_ray() -> None:
-    """Start a Ray on this machine; what a failed start leaves ends with this process."""
+    """Start a Ray on this machine."""
+    others = psutil.Process().children(recursive=True)
     for left in reversed(range(STARTS)):
         try:
             ray.init(include_dashboard=False)
             return
         except Exception:
             ray.shutdown()
+            for process in psutil.Process().children(recursive=True):
+                if process not in others:  # of a Ray that started in part
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
             if not left:
                 raise
