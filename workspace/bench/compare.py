@@ -2,17 +2,34 @@
 """The ratio custom / stock, and the verdict on it.
 
 Round k of pair i runs the same prompts in both variants, one process after the other, so the
-ratio is taken pair by pair: r[i][k] = custom[i][k] / stock[i][k]. The result is their median with
-a distribution-free interval from order statistics.
+ratio is taken pair by pair: r[i][k] = custom[i][k] / stock[i][k]. The result is the geometric mean
+of the medians of the pairs.
+
+Rounds of one process are alike, processes differ: the sample is one figure per process. With x[v][i]
+the median logarithm of process i of variant v, n pairs and s² the variance within the variants,
+
+    log ratio ± t · s · sqrt(2 / n),    s² = Σ (x[v][i] - mean(x[v]))² / (2 (n - 1)),
+
+t being Student's of 2 (n - 1) degrees of freedom. Runs of BASELINE=self of the same setting add
+their sums and degrees of freedom to s². Source: T. Kalibera and R. Jones, Rigorous benchmarking in
+reasonable time, ISMM 2013: what is repeated at the highest level decides the interval.
 """
 
 import math
 from collections.abc import Sequence
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 
-from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval
+from custom_kernels.bench.intervals import CONFIDENCE, Verdict, median_interval, student
 
-from workspace.bench.record import EXCLUDES_1, INCLUDES_1, WITHIN, Comparison, Noise
+from workspace.bench.record import (
+    EXCLUDES_1,
+    INCLUDES_1,
+    WITHIN,
+    Comparison,
+    Noise,
+    Record,
+    higher_is_better,
+)
 
 SAME_WITHIN = 0.02
 """A ratio whose whole interval lies within 2 % of 1 counts as "same"."""
@@ -30,10 +47,23 @@ def scatter(values: Sequence[float]) -> float:
     return upper - lower
 
 
+def spread(variants: Sequence[Sequence[Sequence[float]]]) -> tuple[float, int]:
+    """How far processes of one variant are apart: the sum of squares of their median logarithms
+    around the mean of their variant, and its degrees of freedom.
+
+    Args:
+        variants: [variants][processes][rounds] of positive figures.
+    """
+    medians = [[median(map(math.log, rounds)) for rounds in side] for side in variants]
+    squares = sum((one - fmean(side)) ** 2 for side in medians for one in side)
+    return squares, sum(len(side) - 1 for side in medians)
+
+
 def compare(
     baseline: Sequence[Sequence[float]],
     candidate: Sequence[Sequence[float]],
     higher_is_better: bool,
+    noise: Noise | None = None,
 ) -> Comparison:
     """Compare pair by pair and round by round.
 
@@ -41,6 +71,8 @@ def compare(
         baseline: [pairs][rounds] of positive figures.
         candidate: the same shape, in the same order.
         higher_is_better: True for tokens per second, False for seconds.
+        noise: of this machine, from BASELINE=self. A verdict whose interval is not wholly outside
+            of its band becomes ambiguous.
 
     Raises:
         ValueError: the shapes differ, are empty, or a figure is not positive and finite.
@@ -55,38 +87,44 @@ def compare(
         [new / old for new, old in zip(new_rounds, old_rounds, strict=True)]
         for new_rounds, old_rounds in zip(candidate, baseline, strict=True)
     ]
-    flat = [ratio for rounds in ratios for ratio in rounds]
-    low, high, coverage = median_interval(flat)
     pairs = [median(rounds) for rounds in ratios]
-    noise = max(
+    ratio = math.exp(fmean(map(math.log, pairs)))
+    squares, freedom = spread((baseline, candidate))
+    if noise:
+        squares, freedom = squares + noise.squares, freedom + noise.freedom
+    if freedom:
+        half = student(freedom) * math.sqrt(squares / freedom * 2 / len(pairs))
+        low, high, coverage = ratio * math.exp(-half), ratio * math.exp(half), CONFIDENCE
+    else:
+        low, high, coverage = median_interval(ratios[0])
+    scattered = max(
         scatter([value for rounds in side for value in rounds]) for side in (baseline, candidate)
     )
-    verdict, because = _verdict(low, high, coverage, pairs, noise, higher_is_better)
+    verdict, because = _verdict(low, high, pairs, scattered, higher_is_better)
+    nearest = min(abs(math.log(bound)) for bound in (low, high))
+    if noise and verdict in ("faster", "slower") and nearest <= math.log1p(noise.band):
+        verdict, because = "ambiguous", f"stock differs from itself by up to {noise.band:.1%} here"
     return Comparison(
-        ratio=median(flat),
+        ratio=ratio,
         interval=(low, high),
         coverage=coverage,
         pairs=pairs,
-        scatter=noise,
+        scatter=scattered,
         verdict=verdict,
         because=because,
+        noise=noise,
     )
 
 
-def outside(comparison: Comparison, noise: Noise | None) -> Comparison:
-    """The comparison with the noise of this machine: a verdict whose interval is not wholly outside
-    of the band becomes ambiguous."""
-    nearest = min(abs(math.log(bound)) for bound in comparison.interval)
-    because, verdict = comparison.because, comparison.verdict
-    if noise and verdict in ("faster", "slower") and nearest <= math.log1p(noise.band):
-        verdict, because = "ambiguous", f"stock differs from itself by up to {noise.band:.1%} here"
-    return comparison.model_copy(update={"noise": noise, "verdict": verdict, "because": because})
+def of_record(record: Record, noise: Noise | None = None) -> Comparison:
+    """The comparison of a recorded run, from the figures of its processes."""
+    old, new = ([run.figures for run in one.processes] for one in record.variants)
+    return compare(old, new, higher_is_better(record.unit), noise)
 
 
 def _verdict(
     low: float,
     high: float,
-    coverage: float,
     pairs: Sequence[float],
     noise: float,
     higher_is_better: bool,
@@ -94,8 +132,6 @@ def _verdict(
     if len(pairs) < 2:
         because = "one pair does not show how much processes differ; use REPEATS=2 or more"
         return "ambiguous", because
-    if coverage < CONFIDENCE:
-        return "ambiguous", "too few rounds for a 95 % interval"
     if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN:
         return "same", f"{WITHIN} {SAME_WITHIN:.0%} of 1"
     if low <= 1 <= high:

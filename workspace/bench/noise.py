@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far stock vLLM is from itself on this machine: what BASELINE=self measures, and the band that
-a later verdict has to leave."""
+"""How far stock vLLM is from itself on this machine: what BASELINE=self measures, the band that a
+later verdict has to leave, and how far processes are apart, which narrows a later interval."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from workspace.bench.compare import spread
 from workspace.bench.record import Noise, Record, read
 
 AGAIN = "again"
@@ -38,7 +39,18 @@ def _setting(record: Record) -> tuple[object, ...]:
     return record.device, record.model.name, *engine
 
 
-def band(found: Iterable[Record]) -> Noise | None:
-    """The largest of their ratios, up or down; None without any."""
-    ratios = [abs(math.log(one.comparison.ratio)) for one in islice(found, KEPT)]
-    return Noise(runs=len(ratios), band=math.expm1(max(ratios))) if ratios else None
+def of_runs(found: Iterable[Record]) -> Noise | None:
+    """The largest of their ratios, up or down, and the spread of their processes; None without any."""
+    newest = list(islice(found, KEPT))
+    if not newest:
+        return None
+    ratios = [abs(math.log(one.comparison.ratio)) for one in newest]
+    spreads = [
+        spread([[run.figures for run in side.processes] for side in one.variants]) for one in newest
+    ]
+    return Noise(
+        runs=len(ratios),
+        band=math.expm1(max(ratios)),
+        squares=sum(squares for squares, _ in spreads),
+        freedom=sum(freedom for _, freedom in spreads),
+    )

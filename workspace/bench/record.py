@@ -159,18 +159,25 @@ class Settings(Strict):
 
 class Noise(Strict):
     """How far stock was from itself on this machine: in none of `runs` runs of BASELINE=self was
-    the ratio further from 1 than `band`, a share, up or down."""
+    the ratio further from 1 than `band`, a share, up or down.
+
+    `squares`, with `freedom` degrees of freedom, says how far processes were apart: see
+    `compare.spread`. Not in records from before intervals were those of processes.
+    """
 
     runs: int
     band: float
+    squares: float = 0.0
+    freedom: int = 0
 
 
 class Comparison(Strict):
     """The ratio candidate / baseline of the measured figure.
 
-    `interval` contains the true median with probability `coverage`; `pairs` are the medians of the
-    single pairs of processes; `scatter` is that of the noisier variant; `verdict` is about speed,
-    whether a higher figure is better or worse.
+    `interval` contains the true ratio with probability `coverage`; of one pair without runs of
+    BASELINE=self, that of these two processes only. `pairs` are the medians of the single pairs of
+    processes; `scatter` is that of the noisier variant; `verdict` is about speed, whether a higher
+    figure is better or worse.
     """
 
     ratio: float

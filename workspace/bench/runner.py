@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from workspace.bench import chart, models, noise, operations, pristine, record, report, workload
-from workspace.bench.compare import outside
+from workspace.bench.compare import of_record
 from workspace.bench.evaluate import evaluate
 from workspace.bench.guards import disk_errors_in_one_line, only_bench, signals_stop_engine
 from workspace.bench.measure import measure
@@ -66,8 +66,8 @@ def run(options: Bench) -> Record:
         )
         result = evaluate(plan, variants, processes, run_id, started, load)
         if plan.baseline != "self":
-            measured = noise.band(noise.runs(RESULTS, result))
-            result.comparison = outside(result.comparison, measured)
+            measured = noise.of_runs(noise.runs(RESULTS, result))
+            result.comparison = of_record(result, measured)
         path, plot = save(result)
         shutil.rmtree(RUNS / run_id, ignore_errors=True)
         report.show(result, path, plot)

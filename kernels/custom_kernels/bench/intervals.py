@@ -57,6 +57,21 @@ def coverage(n: int, rank: int) -> float:
     return 1 - 2 * sum(math.comb(n, i) for i in range(rank)) / 2**n if n > 1 else 0.0
 
 
+# Student's t, 97.5 %, of 1 to 30 degrees of freedom. Source: NIST/SEMATECH e-Handbook of
+# Statistical Methods, table 1.3.6.7.2.
+_STUDENT = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def student(freedom: int) -> float:
+    """How many standard errors around a mean of normal values contain it with ``CONFIDENCE``, if
+    the error was estimated with ``freedom`` degrees of freedom."""
+    return _STUDENT[min(freedom, len(_STUDENT)) - 1]
+
+
 def verdict(low: float, high: float, different: float, same: float) -> Verdict:
     """What the interval of a speed ratio says, above 1 for faster.
 

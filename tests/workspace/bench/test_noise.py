@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.workspace.bench.samples import plan, result
 from tests.workspace.bench.test_record import make
 from workspace.bench import noise, record, report
-from workspace.bench.compare import outside
+from workspace.bench.compare import of_record
 from workspace.bench.evaluate import evaluate
 from workspace.bench.measure import ProcessRun
 from workspace.bench.plan import repeat_command
@@ -45,7 +45,7 @@ def test_neither_side_launches_and_the_record_says_what_it_is() -> None:
 
 def test_the_band_is_the_largest_ratio_of_runs_like_this_one(tmp_path: Path) -> None:
     like = make()
-    assert noise.band(noise.runs(tmp_path, like)) is None
+    assert noise.of_runs(noise.runs(tmp_path, like)) is None
     for number, factor in enumerate((1.01, 1 / 1.03, 1.02)):
         made = against_itself(factor, f"{number}")
         record.write(made, tmp_path / f"{number}.json")
@@ -53,20 +53,24 @@ def test_the_band_is_the_largest_ratio_of_runs_like_this_one(tmp_path: Path) -> 
     record.write(other, tmp_path / "other.json")
     record.write(like, tmp_path / "like.json")
     (tmp_path / "old.json").write_text('{"name": "again"}')
-    found = noise.band(noise.runs(tmp_path, like))
+    found = noise.of_runs(noise.runs(tmp_path, like))
     assert found
     assert (found.runs, found.band) == (3, pytest.approx(0.03))
+    assert found.freedom == 3 * 2
 
 
 def test_a_verdict_has_to_leave_the_band(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make()
     assert (made.comparison.verdict, made.comparison.interval[0] > 1.2) == ("faster", True)
-    clear = outside(made.comparison, Noise(runs=5, band=0.15))
+    clear = of_record(made, Noise(runs=5, band=0.15))
     assert (clear.verdict, clear.because) == ("faster", made.comparison.because)
-    hidden = outside(made.comparison, Noise(runs=5, band=0.3))
+    hidden = of_record(made, Noise(runs=5, band=0.3))
     assert hidden.verdict == "ambiguous"
     assert hidden.because == "stock differs from itself by up to 30.0% here"
-    assert outside(made.comparison, None) == made.comparison
+    assert of_record(made) == made.comparison
+    # Processes that are further apart than the two pairs of this run showed make it wider.
+    wide = of_record(made, Noise(runs=5, band=0.15, squares=10 * 0.3**2, freedom=10))
+    assert wide.interval[0] < 1 < made.comparison.interval[0]
     made.comparison = hidden
     monkeypatch.setattr(report, "console", console := Console(width=120, record=True))
     report.show(made, Path("r.json"), Path("r.png"))
