@@ -10,8 +10,8 @@ from pathlib import Path
 from workspace import verbs
 from workspace.fork.tree_state import shown, state
 from workspace.host.errors import WorkspaceError
-from workspace.host.files import PARTIAL, generated
-from workspace.host.paths import CLANGD, COMPILE_COMMANDS, FORK, MACHINE, ROOT, STATE
+from workspace.host.files import PARTIAL, generated, remove_partial
+from workspace.host.paths import CLANGD, COMPILE_COMMANDS, FORK, HOME, MACHINE, ROOT, STATE
 from workspace.pins import release
 
 CACHES = (".pytest_cache", ".ruff_cache", ".hypothesis", ".cache/clangd")
@@ -22,7 +22,10 @@ def _remove(path: Path) -> None:
         return
     print(f"· removing {shown(path)}", file=sys.stderr)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # By another name first: what a kill leaves must not be taken for an environment or a tree.
+        removed = path.with_name(f"{PARTIAL}{path.name}")
+        path.rename(removed)
+        shutil.rmtree(removed)
     else:
         path.unlink()
 
@@ -41,6 +44,8 @@ def run(options: verbs.Clean) -> int:
     The lock file stays, because this process holds it; recorded results stay, because they cannot
     be regenerated.
     """
+    for folder in (ROOT, HOME, STATE, MACHINE, FORK, FORK / "releases"):
+        remove_partial(folder)
     # By release: other folders with similar names are the user's.
     versions = {*release.pins()["vllm"]["release"], *(tree.name for tree in release.trees())}
     modes = ("uv", "conda")
@@ -50,8 +55,6 @@ def run(options: verbs.Clean) -> int:
         COMPILE_COMMANDS,
         *([CLANGD] if generated(CLANGD) else []),
         *sorted({*STATE.glob("*"), *MACHINE.glob("*")} - {STATE / "lock"}),
-        *FORK.glob(f"{PARTIAL}*"),
-        *FORK.glob(f"releases/{PARTIAL}*"),
     ):
         _remove(path)
     for path in (*release.trees(), release.link()):
