@@ -217,14 +217,31 @@ def collect() -> dict[str, Any]:
     }
 
 
+def write(path: str, text: str) -> None:
+    """Write a file beside its place and rename it: the old one or the new one, never half of it."""
+    partial = os.path.join(os.path.dirname(path), ".partial-" + os.path.basename(path))
+    try:
+        with open(partial, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.remove(partial)
+        sys.exit(
+            f"error: cannot write {path}: {error.strerror}; free some space or make it writable, "
+            "then re-run"
+        )
+
+
 def main(arguments: list[str]) -> None:
     """Write the inventory to the given file, else to standard output."""
     text = json.dumps(collect(), indent=1) + "\n"
     if not arguments:
         sys.stdout.write(text)
         return
-    with open(arguments[0], "w") as file:
-        file.write(text)
+    write(arguments[0], text)
     name = shlex.quote(os.path.basename(arguments[0]).replace("$", "$$"))  # a $ is make's, too
     sys.stderr.write(
         f"wrote {os.path.abspath(arguments[0])} for {sys.executable}; copy it to a machine with a "
