@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import tempfile
 from pathlib import Path
 
 from custom_kernels import paths, registry
@@ -17,7 +18,7 @@ from custom_kernels.operation import NOT_BACKENDS
 
 from workspace import verbs
 from workspace.host.errors import WorkspaceError
-from workspace.host.files import write_file
+from workspace.host.files import PARTIAL, write_file
 from workspace.host.paths import ROOT
 from workspace.host.text import say
 
@@ -53,9 +54,12 @@ def run(options: verbs.NewKernel) -> None:
             f"{_shown(existing)} exists; use another name: "
             f"make new-kernel OP={op} BACKEND={backend} NAME=my_{name}"
         )
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if len(files) == 1:
+        ((path, text),) = files.items()
         write_file(path, text.encode())
+    else:
+        _write_operation(paths.PACKAGE / op, files)
+    for path in files:
         say(f"wrote {_shown(path)}")
     kernel = f"{op}.{name}"
     print(
@@ -64,6 +68,17 @@ def run(options: verbs.NewKernel) -> None:
         f"  make inspect K={kernel}          registers, spills, instructions\n"
         f"  make bench-kernels K={op} BACKEND={name}   is it fast? (GPU)"
     )
+
+
+def _write_operation(folder: Path, files: dict[Path, str]) -> None:
+    """An operation is there with all its files or not at all; it is made outside of the package,
+    which would take half of it for one."""
+    with tempfile.TemporaryDirectory(dir=paths.PACKAGE.parent, prefix=PARTIAL) as work:
+        made = Path(work) / folder.name
+        made.mkdir()
+        for path, text in files.items():
+            (made / path.name).write_text(text)
+        made.rename(folder)
 
 
 def _files(op: str, backend: str, name: str) -> dict[Path, str]:
