@@ -188,6 +188,7 @@ def _replace(fresh: Path, path: Path) -> None:
     """Rename a folder to `path`, and remove what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.with_name(f"{PARTIAL}{path.name}")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
     if path.exists():
         path.rename(old)
     fresh.rename(path)
