@@ -45,6 +45,8 @@ NO_HOME = {
     "GIT_ATTR_NOSYSTEM": "1",
     "GIT_NO_REPLACE_OBJECTS": "1",
     "GIT_GRAFT_FILE": f"{os.devnull}/none",  # git warns of an existing file, even an empty one
+    # `git status` would lock the index to refresh it: after a kill, the user could not commit.
+    "GIT_OPTIONAL_LOCKS": "0",
     "GIT_TERMINAL_PROMPT": "0",
     "LC_ALL": "C",
 }
