@@ -23,6 +23,7 @@ from custom_kernels.compile import build
 from workspace import kernels, verbs
 from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
+from workspace.host.files import PARTIAL
 from workspace.host.git import git
 from workspace.host.paths import DIST, KERNELS, ROOT, STATE
 from workspace.host.text import last_line, plural, say
@@ -53,7 +54,7 @@ def run(options: verbs.Wheel) -> Path:
     for operation in chosen if options.ops else (None,):  # all of them at a time
         kernels.compile_all(architectures, operation)
     STATE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=STATE, prefix="wheel-") as folder:
+    with tempfile.TemporaryDirectory(dir=STATE, prefix=f"{PARTIAL}wheel-") as folder:
         stage = Path(folder) / "stage"
         libraries = lay_out(stage, name, chosen, architectures)
         wheel = _build(stage, Path(folder))
