@@ -23,6 +23,9 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# On a full disk Python before 3.12.8 leaves half a .pyc file, with which no later run starts.
+FULL = shutil.disk_usage(ROOT).free < 64 << 20
+sys.dont_write_bytecode = FULL
 
 from workspace import verbs  # noqa: E402
 from workspace.host import git, plain_path, settings, setup_lock  # noqa: E402
@@ -43,6 +46,8 @@ def main(arguments: list[str]) -> int:
     git.clear_repository_variables()
     for name in HARMFUL_VARIABLES:
         os.environ.pop(name, None)
+    if FULL:
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     plain_path.require_usable(ROOT)
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs on the system's Python
         # tomllib and the workspace need 3.11: continue in an interpreter that has it.
