@@ -254,7 +254,12 @@ def doctors_rows() -> list[doctor.Check]:
 def _small_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if selected() != load().vllm.default:
         pytest.skip("the small checkout has the default release's packages, this environment not")
-    root = tmp_path_factory.mktemp("template") / ODD / "checkout"
+    return make_template(tmp_path_factory.mktemp("template"))
+
+
+def make_template(folder: Path) -> Path:
+    """What small checkouts are copies of; their cache lies beside it."""
+    root = folder / ODD / "checkout"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "workspace", root / "workspace", ignore=ignore)
     # One small kernel is enough to compile; the small lock lacks what the others link with.
@@ -392,16 +397,21 @@ def small_checkout(_small_template: Path, tmp_path: Path) -> Checkout:
 
 @pytest.fixture(scope="session")
 def _ready(_small_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    folder = tmp_path_factory.mktemp("ready")
-    checkout = copy_checkout(_small_template, folder)
+    checkout = make_ready(_small_template, tmp_path_factory.mktemp("ready"))
+    saved = checkout.root.parent / "saved"
+    shutil.copytree(checkout.root / "vllm-fork", saved / "vllm-fork", symlinks=True)
+    shutil.copy(checkout.root / "pins.toml", saved)
+    return checkout
+
+
+def make_ready(template: Path, folder: Path) -> Checkout:
+    """A small checkout with a second release in its pins, in which `make dev` has run."""
+    checkout = copy_checkout(template, folder)
     pin_another_release(checkout.root, Path(checkout.env["WORKSPACE_CACHE"]))
     (folder / "gitconfig").write_text("[user]\nname = U\nemail = u@example.invalid\n")
     checkout.env["GIT_CONFIG_GLOBAL"] = str(folder / "gitconfig")
     result = checkout.make("dev")
     assert result.returncode == 0, result.stdout
-    saved = checkout.root.parent / "saved"
-    shutil.copytree(checkout.root / "vllm-fork", saved / "vllm-fork", symlinks=True)
-    shutil.copy(checkout.root / "pins.toml", saved)
     return checkout
 
 

@@ -159,11 +159,11 @@ def _abort(rebase: Rebase | None, force: bool) -> None:
     if release.tree(rebase.origin).exists():
         release.activate(rebase.origin)
     tree = rebase.tree
+    removed = tree.with_name(f"{PARTIAL}aborted")
+    shutil.rmtree(removed, ignore_errors=True)  # of an abort that was killed
     if tree.exists() and rebase.made:
         if not force:
             _refuse_to_lose_branches(tree)
-        removed = tree.with_name(f"{PARTIAL}aborted")
-        shutil.rmtree(removed, ignore_errors=True)
         tree.rename(removed)
         shutil.rmtree(removed)
     elif tree.exists() and rebase.onto:
