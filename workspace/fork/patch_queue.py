@@ -22,6 +22,7 @@ from pathlib import Path
 
 from workspace.fork.tree_state import shown
 from workspace.host.errors import WorkspaceError
+from workspace.host.files import require_writable
 from workspace.host.git import git
 from workspace.host.git import run as run_git
 from workspace.host.paths import PATCHES
@@ -193,6 +194,7 @@ def commit_all(tree: Path, base: str, patches: Sequence[tuple[str, Patch]]) -> s
                 try:
                     _apply(tree, patch.diff, index, Path(work))
                 except WorkspaceError as error:
+                    require_writable(tree / ".git")  # else the patch is not to blame
                     detail = str(error).rsplit(": error: ", 1)[-1].removeprefix("error: ")
                     raise WorkspaceError(
                         f"{name} does not apply: {detail}; {shown(tree)} is unchanged. How to "

@@ -72,6 +72,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def require_writable(folder: Path) -> None:
+    """Raise if nothing can be written there, for programs that do not say so.
+
+    Raises:
+        WorkspaceError: the folder is read-only or the disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as error:
+        raise WorkspaceError(_cannot_write(folder, error)) from error
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what a killed run left in `folder`, into which no other run may be writing."""
     for left in folder.glob(f"{PARTIAL}*") if folder.is_dir() else ():
