@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.kills.scene import commit
-from tests.workspace.conftest import BINARIES, NEW, Checkout
-from workspace.host.paths import ROOT
+from tests.workspace.conftest import BINARIES, NEW, OLD, Checkout
+from workspace.host.paths import ROOT, lock_path
 
 LEFT_OUT = {
     **dict.fromkeys(
@@ -46,7 +46,7 @@ class Case:
         again: what ends it after the fault, if not the same command.
         done: what it may say instead of success where the fault came after the end.
         stops: what it says in its regular end, if that is an error.
-        varies: files whose content depends on the disk.
+        varies: files whose content depends on the disk, or on earlier runs.
         edits: whether it is started with uncommitted edits in the fork's tree.
         slow: takes minutes; run on demand.
         quick: run by the tests, too.
@@ -135,19 +135,20 @@ with reported_in_one_line():
         found = record.read(Path({RECORD!r}))
         runner.save(found.model_copy(update={{"run": name}}))
 """
+TUNED = "kernels/custom_kernels/gemm/tuning/small.json"
 TUNE = f"""\
 import sys
 from custom_kernels.command import exit_with
 from custom_kernels.tuning.__main__ import main
 record = {str(ROOT / "tests/kernels/data/gemm_h200_a.json")!r}
-sys.argv[1:] = [record, "--output", "kernels/custom_kernels/gemm/tuning/small.json"]
+sys.argv[1:] = [record, "--output", {TUNED!r}]
 exit_with(main)
 """
-LOCK = """\
+LOCK = f"""\
+from pathlib import Path
 from workspace.environment import lock
 from workspace.host.errors import reported_in_one_line
-from workspace.host.paths import lock_path
-lock.resolve = lambda pins, lines, start: lock_path(pins.vllm.default).read_text() + "# resolved\\n"
+lock.resolve = lambda pins, lines, start: Path({str(lock_path(OLD))!r}).read_text()
 with reported_in_one_line():
     lock.run()
 """
@@ -214,7 +215,13 @@ CASES = (
     Case("clean", "clean", ("clean",), quick=True),
     Case("clean", "clean, then dev", ("clean",), again=("dev",), slow=True),
     Case("bench", "records of bench", (SAVE,)),
-    Case("bench-kernels", "a tuning file of bench-kernels", (TUNE,)),
+    Case(
+        # What it says of where its entries come from grows with every run.
+        "bench-kernels",
+        "a tuning file of bench-kernels",
+        (TUNE,),
+        varies=(TUNED,),
+    ),
     Case("lock", "lock, resolved already", (LOCK,)),
     Case("fork-build", "fork-build", ("fork-build", "TARGET=_C"), slow=True),
 )

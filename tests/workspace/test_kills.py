@@ -37,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 @pytest.mark.parametrize("kind", runner.KINDS)
 def test_nothing_is_lost_and_the_same_command_ends_well(small: Runner, kind: Kind) -> None:
     try:
-        for _ in runner.spread(small, QUICK, [kind], 4 * KILLS, SEED):
+        for _ in runner.spread(small, QUICK, [kind], KILLS, SEED):
             pass
     except faults.Missing as missing:
         pytest.skip(f"needs the right to mount a file system: {missing}")
