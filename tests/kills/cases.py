@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.kills.scene import commit
 from tests.workspace.conftest import BINARIES, NEW, OLD, Checkout
+from workspace.environment import inventory
 from workspace.host.paths import ROOT, lock_path
 
 LEFT_OUT = {
@@ -28,7 +31,7 @@ LEFT_OUT = {
     **dict.fromkeys(("test", "lint"), "runs programs of others, which write what they write"),
     "upgrade": "its steps are other verbs, and each is remembered when it has ended",
     "wheel-verify": "makes an environment of its own and serves from it",
-    "bundle": "killed in tests/workspace/bundle: it needs a host's inventory",
+    "fork-build": "killed in tests/workspace/fork: it needs sources that git fetches",
     "unbundle": "killed in tests/workspace/bundle",
 }
 """Verb → why it is not killed here."""
@@ -46,7 +49,7 @@ class Case:
         again: what ends it after the fault, if not the same command.
         done: what it may say instead of success where the fault came after the end.
         stops: what it says in its regular end, if that is an error.
-        varies: files whose content depends on the disk, or on earlier runs.
+        varies: begins of names of files whose content differs from run to run.
         edits: whether it is started with uncommitted edits in the fork's tree.
         slow: takes minutes; run on demand.
         quick: run by the tests, too.
@@ -121,6 +124,12 @@ def resolved(checkout: Checkout) -> None:
 def model_there(checkout: Checkout) -> None:
     result = checkout.make("convert", "OUT=models/sparse", "PATTERN=6:8")
     assert result.returncode == 0, result.stdout
+
+
+def host_inventory(checkout: Checkout) -> None:
+    """A host that lacks nothing but what is ours: no package has to be fetched."""
+    command = [sys.executable, inventory.__file__, "host.json"]
+    subprocess.run(command, cwd=checkout.root, capture_output=True, check=True)
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -211,6 +220,14 @@ CASES = (
         "convert", "convert over a model", ("convert", "OUT=models/sparse", "FORCE=1"), model_there
     ),
     Case("report", "report", ("report",)),
+    Case(
+        "bundle",
+        "bundle",
+        ("bundle", "TARGET=host.json", "PARTS=100K"),
+        host_inventory,
+        varies=("bundle/",),
+        slow=True,
+    ),
     Case("wheel", "wheel", ("wheel", "OPS=gemm")),
     Case("clean", "clean", ("clean",), quick=True),
     Case("clean", "clean, then dev", ("clean",), again=("dev",), slow=True),
@@ -223,7 +240,6 @@ CASES = (
         varies=(TUNED,),
     ),
     Case("lock", "lock, resolved already", (LOCK,)),
-    Case("fork-build", "fork-build", ("fork-build", "TARGET=_C"), slow=True),
 )
 
 

@@ -87,7 +87,6 @@ class Runner:
             seen.append((first.seconds, scene.results(self.checkout.root)))
         (_, one), (seconds, two) = seen
         varying = {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
-        varying |= set(case.varies)
         made = Start(saved, work, before, two, varying, seconds)
         self._starts[case.name] = made
         return made
@@ -166,7 +165,9 @@ class Runner:
         root = self.checkout.root
         after = scene.results(root)
         for name in sorted(after.keys() | start.after.keys()):
-            if name not in start.varying and after.get(name) != start.after.get(name):
+            if name in start.varying or name.startswith(case.varies):
+                continue
+            if after.get(name) != start.after.get(name):
                 how = "missing" if name not in after else "another"
                 if name not in start.after:
                     if scene.unfinished(root, name) and not name.startswith("vllm-fork/"):

@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import sysconfig
 import tomllib
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 from safetensors import SafetensorError, safe_open
 
@@ -31,6 +31,8 @@ from tests.workspace.conftest import (
     make_template,
     pin_another_release,
 )
+from workspace.bundle import unbundle
+from workspace.bundle.unbundle import UnbundleError
 from workspace.environment import lock
 from workspace.fork import patch_queue
 from workspace.host.errors import WorkspaceError
@@ -219,7 +221,7 @@ def half(path: Path) -> bool:
             case ".toml":
                 tomllib.loads(content.decode())
             case ".whl" | ".zip":
-                return zipfile.ZipFile(path).testzip() is not None
+                return ZipFile(path).testzip() is not None
             case ".safetensors":
                 safe_open(path, framework="pt")
             case ".patch":
@@ -231,10 +233,12 @@ def half(path: Path) -> bool:
             case ".so":
                 read = subprocess.run(["nm", "-D", path], capture_output=True, check=False)
                 return read.returncode != 0
+            case "" if path.name.startswith("part-"):
+                unbundle.check_parts(path.parent, unbundle.read_manifest(path.parent))
             case ".txt" if path.parent.name == "locks":
                 lock.parse(content.decode())
             case _:
                 return True
-    except (ValueError, zipfile.BadZipFile, SafetensorError, WorkspaceError):
+    except (ValueError, BadZipFile, SafetensorError, WorkspaceError, UnbundleError):
         return True
     return False
