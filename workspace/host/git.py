@@ -21,6 +21,7 @@ import subprocess
 from pathlib import Path
 
 from workspace.host.errors import WorkspaceError
+from workspace.host.files import require_writable
 from workspace.host.text import last_line
 
 SETTINGS = (
@@ -117,6 +118,8 @@ def run(
     if check and result.returncode:
         command = next(word for word in arguments if word[0] != "-" and "=" not in word)
         reason = last_line(result.stderr.decode(errors="replace"))
+        if re.search("could(n't| not)|cannot|unable to", reason):
+            require_writable(tree)  # git does not always say that the disk is full
         raise WorkspaceError(f"git {command} failed in {tree}: {reason}")
     return result
 
