@@ -8,7 +8,6 @@ the fork's tree with their uncommitted edits, write the parts and the manifest.
 from __future__ import annotations
 
 import platform
-import shutil
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +105,8 @@ def run(options: verbs.Bundle) -> None:
         folder = BUNDLES / manifest["name"]
         with new_folder(folder) as unfinished:
             archive.write(work, unfinished, manifest, limit)
-            shutil.rmtree(folder, ignore_errors=True)  # an earlier one, of the same name
+            if folder.exists():  # an earlier one, of the same name
+                folder.rename(work / "replaced")
     _report(folder, manifest, choice)
     if unfit:
         say(_torch_share(wheels))
