@@ -12,6 +12,8 @@ with qmax 127 for int8 and 448 for float8_e4m3fn. Where the product x[k] * inv i
 that whatever is computed with it is visibly NaN.
 """
 
+import math
+
 import torch
 
 QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -21,14 +23,20 @@ QMAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """q [M, K] of ``dtype`` and scale [M] float32, not expanded."""
     values = x.float()
-    amax = values.abs().amax(-1)
+    # As integers, positive floats have the same order, and a NaN is above all.
+    bits = x.view(torch.int16) if x.dtype.itemsize == 2 else values.view(torch.int32)
+    amax = (bits & torch.iinfo(bits.dtype).max).amax(-1)
+    amax = amax.view(x.dtype if x.dtype.itemsize == 2 else torch.float32).float()
     finite = amax.isfinite()
     # A tensor and not a number: torch divides a number by a tensor, and on GPUs a tensor by a
     # number, by way of a rounded reciprocal.
     qmax = torch.full_like(amax, QMAX[dtype])
     inv = (qmax / amax).where(finite, torch.nan)
     product = values * inv.unsqueeze(-1)
-    product.clamp_(-QMAX[dtype], QMAX[dtype]).nan_to_num_(0.0)
+    # Otherwise rounding alone takes it beyond ±qmax, and rounding into the dtype takes it back. (To
+    # ask a GPU would mean to wait for it.)
+    if product.is_cuda or not math.isfinite(inv.sum()):
+        product.clamp_(-QMAX[dtype], QMAX[dtype]).nan_to_num_(0.0)
     if dtype == torch.int8:
         product.round_()
     return product.to(dtype), (amax / qmax).where(finite, torch.nan)

@@ -14,7 +14,7 @@ from custom_kernels import launches, registry, sparsity
 from custom_kernels.buckets import buckets
 from custom_kernels.check.check import check
 from custom_kernels.quant_expand import custom_quant_expand
-from custom_kernels.quantization import quantize
+from custom_kernels.quantization import QMAX, quantize
 from custom_kernels.sparse_gemm import (
     DTYPES,
     OPERATION,
@@ -272,6 +272,21 @@ def test_quantizing_a_weight_keeps_its_zeros_and_is_the_activations_quantization
     assert torch.equal(q.view(torch.uint8), right.view(torch.uint8))
     assert torch.equal(scale, right_scale)
     pack(q, "6:8", scale, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_a_row_is_quantized_the_same_whatever_rows_are_beside_it(dtype: torch.dtype) -> None:
+    most = QMAX[dtype]
+    ordinary = torch.randn(3, 4)
+    odd = torch.tensor([[0.0, -0.0, 0, 0], [1e-44, -1e-44, 0, -0.0], [1, torch.inf, -2, torch.nan]])
+    alone, scale = quantize(ordinary, dtype)
+    both, scales = quantize(torch.cat([ordinary, odd]), dtype)
+    assert torch.equal(both[:3].view(torch.uint8), alone.view(torch.uint8))
+    assert torch.equal(scales[:3], scale)
+    expected = torch.tensor([[0.0] * 4, [most, -most, 0, 0], [0.0] * 4]).to(dtype)
+    assert torch.equal(both[3:].view(torch.uint8), expected.view(torch.uint8))
+    assert scales[3] == 0
+    assert scales[5].isnan()
 
 
 # --- every backend --------------------------------------------------------------------------------

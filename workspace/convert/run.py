@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +14,28 @@ import torch
 from custom_kernels import sparsity
 from pydantic import ValidationError
 from rich.progress import TaskID
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from workspace import verbs
 from workspace.convert import checkpoint, layers, norms, place, report
 from workspace.convert.checkpoint import Shard
 from workspace.convert.description import Dtype, JsonObject, quantization_config
-from workspace.convert.layer import Converter, Error, threads
+from workspace.convert.layer import Converter, Error, threads, total
+from workspace.convert.writer import Stored, new_file
 from workspace.environment.progress import LoggedProgress, bytes_progress
 from workspace.host.errors import WorkspaceError
-from workspace.host.files import PARTIAL, remove_partial, write_file
+from workspace.host.files import remove_partial, write_file
 from workspace.host.git import git
 from workspace.host.paths import ROOT
 from workspace.host.text import duration, plural, say
 
 NORMS = Path("calibration", "norms.safetensors")
 """In a folder of its own: of the model's folder engines load every safetensors file."""
+
+STORED: dict[Dtype, str] = {"fp8": "F8_E4M3", "int8": "I8"}
+"""What safetensors calls the dtypes."""
+COPIED = 1 << 24
+"""Bytes of a tensor that is not converted which one thread copies at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ def run(options: verbs.Convert, source: Source) -> None:
         record = _begin(folder, inputs)
         place.check_space(folder, _needed(shards, record, found, dtype))
         weighted = _norms(folder, source, options, found)
-        with threads() as pool:
-            _convert(shards, folder, record, found, weighted, str(pattern), dtype, pool)
+        _convert(shards, folder, record, found, weighted, Converter(str(pattern), dtype))
         _describe(folder, source, shards, record, found)
         place.put(folder, out)
     if record.layers:
@@ -169,13 +171,10 @@ def _convert(
     record: report.Record,
     found: layers.Layers,
     weighted: dict[str, torch.Tensor],
-    pattern: str,
-    dtype: Dtype,
-    pool: ThreadPoolExecutor,
+    converter: Converter,
 ) -> None:
     """Write every file that is not finished; the record says after each which are."""
     todo = [shard for shard in shards if shard.path.name not in record.shards]
-    converter = Converter(pattern, dtype, pool)
     with bytes_progress() as progress:
         task = progress.add_task("converting", total=sum(sum(one.sizes.values()) for one in todo))
         for shard in todo:
@@ -195,44 +194,63 @@ def _convert_shard(
 ) -> dict[str, Error]:
     """Write the converted file; returns its layers' errors.
 
-    What is not converted is written from the mapped source file, so that only the quantized tensors
-    of one file are in memory.
+    The source is mapped, and each thread writes a block as soon as it has converted it: no tensor
+    is in memory as a whole.
     """
     tensors: dict[str, torch.Tensor] = {}
-    errors: dict[str, Error] = {}
+    stored: dict[str, Stored] = {}
+    blocks: list[tuple[str, slice]] = []
+    layer_of: dict[str, str] = {}
     with safe_open(shard.path, framework="pt") as file:
-        for name, size in shard.sizes.items():
+        for name in shard.sizes:
             tensor: torch.Tensor = file.get_tensor(name)
             layer, _, kind = name.rpartition(".")
             if kind == "weight" and layer in found.linear:
-                if tuple(tensor.shape) != found.linear[layer]:
+                n, k = found.linear[layer]
+                if tensor.shape != (n, k):
                     raise WorkspaceError(
                         f"{layer} has a weight {list(tensor.shape)} in {shard.path}, and by "
-                        f"config.json {list(found.linear[layer])}; one of the two is wrong"
+                        f"config.json {[n, k]}; one of the two is wrong"
                     )
-                converted = converter(layer, tensor, weighted.get(layer))
-                tensors[name], tensors[f"{layer}.weight_scale"], errors[layer] = converted
-            else:
+                layer_of[name] = layer
+                stored[name] = Stored(STORED[converter.dtype], [n, k], n * k)
+                stored[f"{layer}.weight_scale"] = Stored("F32", [n, 1], 4 * n)
                 tensors[name] = tensor
-            progress.update(task, advance=size)
-        _save(tensors, folder / shard.path.name)
-    return errors
+                blocks += [(name, rows) for rows in converter.blocks(tensor)]
+            else:
+                dtype = file.get_slice(name).get_dtype()
+                stored[name] = Stored(dtype, list(tensor.shape), tensor.nbytes)
+                tensors[name] = tensor.reshape(-1).view(torch.uint8)
+                starts = range(0, tensor.nbytes, COPIED)
+                blocks += [(name, slice(start, start + COPIED)) for start in starts]
+
+    def convert(block: tuple[str, slice]) -> Error | None:
+        name, part = block
+        values, layer = tensors[name][part], layer_of.get(name)
+        if layer is None:
+            write(name, part.start, values)
+            return None
+        quantized, scale, error = converter(layer, values, weighted.get(layer))
+        write(name, part.start * values.shape[1], quantized)
+        write(f"{layer}.weight_scale", part.start * 4, scale)
+        return error
+
+    errors: dict[str, list[Error]] = {}
+    # The threads have ended when the file is closed, whatever goes wrong.
+    with new_file(folder / shard.path.name, stored) as write, threads() as pool:
+        for (name, part), error in zip(blocks, pool.map(convert, blocks), strict=True):
+            if error is not None:
+                errors.setdefault(layer_of[name], []).append(error)
+            progress.update(task, advance=tensors[name][part].nbytes)
+    return {layer: total(parts) for layer, parts in errors.items()}
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file, written beside its place and renamed when it is on the disk."""
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    try:
-        save_file(tensors, partial, metadata={"format": "pt"})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise WorkspaceError(
-            f"cannot write {path}: {error}; free some space or make it writable, then re-run"
-        ) from error
-    partial.chmod(0o644)  # safetensors leaves it readable for its owner only
-    partial.replace(path)
+    """float32 tensors as a safetensors file."""
+    stored = {name: Stored("F32", list(one.shape), one.nbytes) for name, one in tensors.items()}
+    with new_file(path, stored) as write:
+        for name, tensor in tensors.items():
+            write(name, 0, tensor)
 
 
 def _describe(

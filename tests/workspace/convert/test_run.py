@@ -208,16 +208,16 @@ def stopping_at(monkeypatch: pytest.MonkeyPatch, save: int) -> Iterator[None]:
     """End the conversion at the n-th file that is saved."""
     saved = 0
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any) -> Any:
         nonlocal saved
         saved += 1
         if saved == save:
             raise Stopped
-        original(*arguments)
+        return original(*arguments)
 
-    original = pipeline._save
+    original = pipeline._convert_shard
     with monkeypatch.context() as patch, pytest.raises(Stopped):  # noqa: PT012
-        patch.setattr(pipeline, "_save", stop)
+        patch.setattr(pipeline, "_convert_shard", stop)
         yield
 
 
@@ -228,21 +228,20 @@ from workspace import verbs
 from workspace.convert import run as pipeline
 
 folder, out, count, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-save, saved = pipeline._save, 0
+replace, written = Path.replace, 0
 
-def dies(tensors, path):
-    global saved
-    saved += 1
-    if saved == count:
-        if moment == "writing":
-            partial = path.with_name(f".partial-{path.name}")
-            partial.write_bytes(b"half of a file")
+def dies(partial, path):
+    global written
+    written += path.suffix == ".safetensors"
+    if written == count:
+        if moment == "written":
+            replace(partial, path)
         else:
-            save(tensors, path)
+            os.truncate(partial, partial.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-    save(tensors, path)
+    return replace(partial, path)
 
-pipeline._save = dies
+Path.replace = dies
 pipeline.run(verbs.Convert(out=out), pipeline.Source(folder.name, folder, folder, True))
 """
 
