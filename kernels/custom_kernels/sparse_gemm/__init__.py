@@ -70,6 +70,7 @@ def pack(
 
     The nonzeros are distributed over the windows of the expansion, so that each window is 2:4, and
     compressed. Nothing is rounded: ``expand(x) · pack(weight)ᵀ`` is ``x · weightᵀ``, term by term.
+    For ``reference`` the result may share the weight's memory.
 
     Args:
         weight: [N, K], int8, float8_e4m3fn or bfloat16, already quantized (see

@@ -61,25 +61,22 @@ each, which on a CPU should stay in its caches."""
 def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """weight [N, K], any integer or floating dtype, into the expanded weight [N, K'].
 
-    At most two of every four consecutive values of the result are nonzero, and for every x
-    ``expand(x) · result[n] == x · weight[n]``, term by term.
+    At most two of every four consecutive values of the result are nonzero, none is −0.0, and for
+    every x ``expand(x) · result[n] == x · weight[n]``, term by term. It is ``weight`` itself where
+    nothing has to be changed: 2:4, K = K', and no −0.0.
 
     Raises ValueError with the first row and group that violate the pattern.
     """
     rows, k = weight.shape
     bits = weight.view(BITS[weight.dtype.itemsize])
+    if pattern.n == 2 and bits.dtype.itemsize in _WORDS:  # the only window of a group is the group
+        return _checked(weight, pattern)
     out = bits.new_empty((rows, pattern.expanded(k)))
     count = pattern.groups(k)
     even, odd, start = count * pattern.even, count * pattern.odd, pattern.odd_start(k)
 
-    def plain(part: slice) -> None:  # 2:4: the only window of a group is the group
-        nonzero = _nonzero(pad(bits[part], (0, -k % 4)), weight.dtype)
-        _check_pattern(_counts(nonzero).flatten(), pattern, part.start, k)
-        torch.mul(bits[part], nonzero[:, :k], out=out[part, :k])
-        out[part, k:] = 0
-
     def work(part: slice) -> None:
-        groups = pad(bits[part], (0, count * pattern.group - k)).view(-1, pattern.group)
+        groups = _padded(bits[part], pattern.group).view(-1, pattern.group)
         values = groups.new_empty(pattern.group, len(groups))  # a row for each place in a group
         for place, column in zip(values, groups.unbind(1), strict=True):
             place.copy_(column)
@@ -102,8 +99,32 @@ def decompose(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
             second[0] -= taken[0]
             second[1] -= taken[1]
 
-    short = pattern.n == 2 and bits.dtype.itemsize in _WORDS
-    _in_parts(plain if short else work, bits.device, rows, out.shape[1])
+    _in_parts(work, bits.device, rows, out.shape[1])
+    return out.view(weight.dtype)
+
+
+def _checked(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """``decompose`` for 2:4, 8 or 16 bits."""
+    rows, k = weight.shape
+    bits = weight.view(BITS[weight.dtype.itemsize])
+    signed = weight.view(torch.int8 if weight.dtype.itemsize == 1 else torch.int16)
+    negative_zero = torch.iinfo(signed.dtype).min
+    lowest: list[int] = []
+
+    def check(part: slice) -> None:
+        nonzero = _nonzero(_padded(bits[part], 4), weight.dtype)
+        _check_pattern(_counts(nonzero).flatten(), pattern, part.start, k)
+        if weight.dtype.is_floating_point and signed[part].numel():
+            lowest.append(int(signed[part].min()))
+
+    def copy(part: slice) -> None:
+        torch.mul(bits[part], _nonzero(bits[part], weight.dtype), out=out[part, :k])
+
+    _in_parts(check, bits.device, rows, k)
+    if k == pattern.expanded(k) and negative_zero not in lowest:
+        return weight
+    out = bits.new_zeros((rows, pattern.expanded(k)))
+    _in_parts(copy, bits.device, rows, k)
     return out.view(weight.dtype)
 
 
@@ -118,12 +139,11 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
     n, k = weight.shape
     full = torch.zeros(-(-n // MIXED_ROWS) * MIXED_ROWS, dtype=torch.bool, device=weight.device)
 
-    def too_full(part: slice) -> torch.Tensor:
-        nonzero = _nonzero(pad(weight[part].view(torch.uint8), (0, -k % 4)), weight.dtype)
-        return _counts(nonzero) > 2
+    def counts(part: slice) -> torch.Tensor:
+        return _counts(_nonzero(_padded(weight[part].view(torch.uint8), 4), weight.dtype))
 
     def work(part: slice) -> None:
-        full[part] = too_full(part).any(1)
+        full[part] = counts(part).amax(1) > 2
 
     _in_parts(work, weight.device, n, k)
     dense = full.view(-1, MIXED_ROWS // MIXED_GROUP, MIXED_GROUP).any(-1)
@@ -134,7 +154,7 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
         group = int(dense[block].nonzero()[most])
         first = block * MIXED_ROWS + group * MIXED_GROUP
         row = first + int(full[first : first + MIXED_GROUP].nonzero()[0])
-        column = 4 * int(too_full(slice(row, row + 1))[0].nonzero()[0])
+        column = 4 * int((counts(slice(row, row + 1))[0] > 2).nonzero()[0])
         raise ValueError(
             f"sparse_gemm: the weight is not mixed: of rows {block * MIXED_ROWS} to "
             f"{min((block + 1) * MIXED_ROWS, n) - 1}, {int(dense[block].sum())} groups of "
@@ -145,8 +165,12 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pad_bits(weight: torch.Tensor, columns: int) -> torch.Tensor:
-    """weight [N, K] of any dtype with ``columns`` more columns of zeros."""
-    return pad(weight.view(BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
+    """weight [N, K] of any dtype with ``columns`` more columns of zeros, or itself."""
+    return (
+        weight
+        if not columns
+        else pad(weight.view(BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
+    )
 
 
 def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,21 +205,15 @@ def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.view(expanded.dtype), metadata
 
 
-def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``compress``: [N, K'] from values [N, K'/2] and metadata [N, K'/8]."""
-    rows, half = values.shape
-    nibbles = torch.stack([metadata & 15, metadata >> 4], -1).flatten(1)
-    places = torch.stack([nibbles & 3, nibbles >> 2], -1).long()  # [rows, K'/4, 2]
-    bits = values.view(BITS[values.dtype.itemsize])
-    out = bits.new_zeros((rows, half // 2, 4))
-    out.scatter_(2, places, bits.unflatten(1, (half // 2, 2)))
-    return out.flatten(1).view(values.dtype)
-
-
 def _kept(code: int) -> tuple[int, int]:
     """The two positions kept of four; bit i of ``code`` says that value i is not zero."""
     first, second = sorted(sorted(range(4), key=lambda i: not code >> i & 1)[:2])
     return first, second
+
+
+def _padded(bits: torch.Tensor, group: int) -> torch.Tensor:
+    """bits [N, K] with columns of zeros up to whole groups, or itself."""
+    return pad(bits, (0, -bits.shape[1] % group)) if bits.shape[1] % group else bits
 
 
 def _nonzero(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -207,10 +225,9 @@ def _nonzero(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _counts(nonzero: torch.Tensor) -> torch.Tensor:
     """[N, K/4] integers: the sums of every four of nonzero [N, K], 0 or 1 in 8 or 16 bits."""
-    size = nonzero.dtype.itemsize
-    quads = nonzero.view(_WORDS[size][1])
-    quads = quads + (quads >> 16 * size)
-    return quads + (quads >> 8 * size) & 7
+    bits = 8 * nonzero.dtype.itemsize
+    ones = sum(1 << bits * i for i in range(4))  # by which times a quad the top one is the sum
+    return (nonzero.view(_WORDS[nonzero.dtype.itemsize][1]) * ones).__irshift__(3 * bits)
 
 
 def _check_pattern(counts: torch.Tensor, pattern: Pattern, row_offset: int, k: int) -> None:

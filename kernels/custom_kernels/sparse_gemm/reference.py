@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """y = (A · Wᵀ) · a_scale · w_scale + b in plain torch, in float64: what is right.
 
-The weight is unpacked to the dense expanded one first. Sums of products of 8-bit values are exact
+The weight is kept expanded, and not compressed. Sums of products of 8-bit values are exact
 in float64; the result is rounded once. It is far too slow to serve a model.
 """
 
@@ -12,24 +12,20 @@ from custom_kernels.sparse_gemm import _packing
 
 
 def storage(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and metadata of the expanded weight [N, K'], as ``_packing.compress`` lays them
-    out."""
-    return _packing.compress(expanded)
+    """The expanded weight [N, K'] with its zeros, as it is; no metadata."""
+    return expanded, expanded.new_empty(0, dtype=torch.uint8)
 
 
 def mixed_storage(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A mixed weight [N, K'], as it is; no metadata."""
     _packing.halves(weight)
-    return weight, weight.new_empty(0, dtype=torch.uint8)
+    return storage(weight)
 
 
 def run(*arguments: *_packing.Arguments) -> torch.Tensor:
-    """a [M, K'], values [N, K'/2], metadata [N, K'/8]; returns [M, N] bfloat16. Of a mixed weight
-    values [N, K']."""
-    a, a_scale, values, metadata, w_scale, bias, _ = arguments
-    mixed = values.shape[1] == a.shape[1]
-    weight = values if mixed else _packing.decompress(values, metadata)
-    return dense(a, a_scale, weight, w_scale, bias).bfloat16()
+    """a [M, K'], values [N, K']; returns [M, N] bfloat16."""
+    a, a_scale, values, _, w_scale, bias, _ = arguments
+    return dense(a, a_scale, values, w_scale, bias).bfloat16()
 
 
 def exact(

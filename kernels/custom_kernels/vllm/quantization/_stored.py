@@ -14,7 +14,7 @@ Tensors of a layer [N, K] in a checkpoint:
 With tensor parallelism vLLM's parameters hold this rank's part of each.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from custom_kernels.vllm.quantization._sparse import Sparse, SparseLinear
 SLID_MULTIPLE = 32
 """Values: SlideSparse pads its rows to this."""
 UNSET = 0x7F
-"""Every byte of a weight until it is loaded: a value that is no zero in any of the dtypes."""
+"""Every byte of the first and the last row of each part of a layer until it is loaded."""
 
 Loader = Callable[..., None]
 
@@ -80,7 +80,7 @@ class StoredLinear(SparseLinear):
         weight = self._as_stored(loader, dtype, input_size)
         if storage.bitmask:
             layer.compressed = upstream.ModelWeightParameter(
-                data=unset(rows, k // 2, dtype), weight_loader=weight, **both
+                data=unset(output_partition_sizes, k // 2, dtype), weight_loader=weight, **both
             )
             layer.bitmask = upstream.ModelWeightParameter(
                 data=torch.zeros(rows, -(-k // 8), dtype=torch.uint8), weight_loader=loader, **both
@@ -90,7 +90,7 @@ class StoredLinear(SparseLinear):
             )
         else:
             layer.weight = upstream.ModelWeightParameter(
-                data=unset(rows, k, dtype), weight_loader=weight, **both
+                data=unset(output_partition_sizes, k, dtype), weight_loader=weight, **both
             )
         if storage.dtype is not None and storage.per_tensor:
             layer.weight_scale = per_part(output_partition_sizes, loader)
@@ -109,6 +109,9 @@ class StoredLinear(SparseLinear):
             weight = self._from_bitmask(stored["compressed"], stored["bitmask"])
         else:
             weight = stored["weight"]
+        for name, part in self._parts(stored["compressed" if self.storage.bitmask else "weight"]):
+            if is_unset(part):
+                raise ValueError(f"{name} has no weight, or not all of it, in the checkpoint")
         if self.storage.dtype is None:
             values, scale = sparse_gemm.quantize_weight(weight, self.dtype_on(weight.device))
         else:
@@ -156,12 +159,7 @@ class StoredLinear(SparseLinear):
 
     def _violation(self, values: torch.Tensor) -> ValueError | None:
         """What is wrong with a weight that cannot be packed, in the first part where it is."""
-        starts = [sum(self.widths[:index]) for index in range(len(self.widths))]
-        for index, (start, width) in enumerate(zip(starts, self.widths, strict=True)):
-            part = values[start : start + width]
-            name = f"{self._name()} ({self.parts[index]})" if self.parts else self._name()
-            if width and (part[0].view(torch.uint8) == UNSET).all():
-                return ValueError(f"{name} has no weight, or not all of it, in the checkpoint")
+        for name, part in self._parts(values):
             try:
                 sparse_gemm.pack(part, self.config.pattern, torch.ones_like(part[:, 0].float()))
             except ValueError as error:
@@ -171,13 +169,31 @@ class StoredLinear(SparseLinear):
                 )
         return None
 
+    def _parts(self, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """The rows of each part, and what to call it."""
+        names = [f"{self._name()} ({part})" for part in self.parts]
+        if len(names) != len(self.widths):  # it is merged in the checkpoint, too
+            names = [self._name()] * len(self.widths)
+        return zip(names, weight.split(self.widths), strict=True)
+
     def _name(self) -> str:
         return f"{self.config.get_name()}: {self.layer}"
 
 
-def unset(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, columns] that violates every pattern."""
-    return torch.full((rows, columns * dtype.itemsize), UNSET, dtype=torch.uint8).view(dtype)
+def unset(widths: list[int], columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, columns] of parts with ``widths`` rows, of which the edges are marked: to fill all of
+    it would take as long as to load it."""
+    weight = torch.empty((sum(widths), columns), dtype=dtype)
+    for part in weight.split(widths):
+        part[:1].view(torch.uint8).fill_(UNSET)
+        part[-1:].view(torch.uint8).fill_(UNSET)
+    return weight
+
+
+def is_unset(part: torch.Tensor) -> bool:
+    return bool(part.numel()) and any(
+        bool((row.view(torch.uint8) == UNSET).all()) for row in (part[0], part[-1])
+    )
 
 
 def per_part(widths: list[int], loader: Loader) -> torch.nn.Parameter:
