@@ -5,8 +5,8 @@ Round k of pair i runs the same prompts in both variants, one process after the 
 ratio is taken pair by pair: r[i][k] = custom[i][k] / stock[i][k]. The result is the geometric mean
 of the medians of the pairs.
 
-Rounds of one process are alike, processes differ: the sample is one figure per process. With x[v][i]
-the median logarithm of process i of variant v, n pairs and s² the variance within the variants,
+Rounds of one process are alike, processes differ: the sample is one figure per process. With
+x[v][i] the median logarithm of process i of variant v, n pairs and s² the variance in a variant,
 
     log ratio ± t · s · sqrt(2 / n),    s² = Σ (x[v][i] - mean(x[v]))² / (2 (n - 1)),
 
@@ -100,10 +100,7 @@ def compare(
     scattered = max(
         scatter([value for rounds in side for value in rounds]) for side in (baseline, candidate)
     )
-    verdict, because = _verdict(low, high, pairs, scattered, higher_is_better)
-    nearest = min(abs(math.log(bound)) for bound in (low, high))
-    if noise and verdict in ("faster", "slower") and nearest <= math.log1p(noise.band):
-        verdict, because = "ambiguous", f"stock differs from itself by up to {noise.band:.1%} here"
+    verdict, because = _verdict(low, high, pairs, scattered, noise, higher_is_better)
     return Comparison(
         ratio=ratio,
         interval=(low, high),
@@ -126,7 +123,8 @@ def _verdict(
     low: float,
     high: float,
     pairs: Sequence[float],
-    noise: float,
+    scattered: float,
+    noise: Noise | None,
     higher_is_better: bool,
 ) -> tuple[Verdict, str]:
     if len(pairs) < 2:
@@ -136,8 +134,13 @@ def _verdict(
         return "same", f"{WITHIN} {SAME_WITHIN:.0%} of 1"
     if low <= 1 <= high:
         return "ambiguous", INCLUDES_1
-    if min(abs(math.log(low)), abs(math.log(high))) < noise:
-        return "ambiguous", f"rounds of one variant scatter by {noise:.0%}; is the machine busy?"
+    nearest = min(abs(math.log(low)), abs(math.log(high)))
+    if noise and nearest <= math.log1p(noise.band):
+        return "ambiguous", f"stock differs from itself by up to {noise.band:.1%} here"
+    # Two pairs may be alike by chance: the rounds have to say the same.
+    if not noise and nearest < scattered:
+        because = f"rounds of one variant scatter by {scattered:.0%}; is the machine busy?"
+        return "ambiguous", because
     above = low > 1
     if any((pair > 1) != above for pair in pairs):
         return "ambiguous", "the pairs point in different directions"

@@ -40,7 +40,7 @@ def _setting(record: Record) -> tuple[object, ...]:
 
 
 def of_runs(found: Iterable[Record]) -> Noise | None:
-    """The largest of their ratios, up or down, and the spread of their processes; None without any."""
+    """The largest of their ratios, up or down, and how far their processes were; None if none."""
     newest = list(islice(found, KEPT))
     if not newest:
         return None

@@ -168,7 +168,7 @@ def released_wheel(artifact: Artifact) -> Path:
 
 
 def extract_replaced(manifest: Manifest, folder: Path) -> None:
-    """Put those files of the released wheel into a folder that a local build replaced in the tree."""
+    """Put those files of the released wheel into `folder` that a local build replaced."""
     replaced = sorted(manifest.own.keys() & manifest.files.keys())
     if replaced and manifest.device:
         artifact = load().release().binary(manifest.device)

@@ -149,8 +149,8 @@ def render(page: Path) -> str:
 
 
 def draw() -> None:
-    """Draw the pictures beside the records again."""
-    for picture in sorted(BENCHMARKS.glob("[!r]*/*.png")):
+    """Draw the pictures beside the records of both benches again."""
+    for picture in sorted([*BENCHMARKS.glob("engine/*.png"), *BENCHMARKS.glob("kernels/*.png")]):
         stem = picture.stem.removesuffix("-ratio").removesuffix("-roofline")
         one = records.read(picture.with_name(f"{stem}.json"))
         if isinstance(one, Engine):

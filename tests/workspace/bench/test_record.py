@@ -252,7 +252,8 @@ def test_words_of_the_picture_name_weights_device_and_ratio(
     made = make()
     chart.draw(made, tmp_path / "r.png")
     words = "\n".join(drawn)
-    for expected in ("random weights, seed 20251", made.device, "1.25", "faster", made.note):
+    ratio = f"{made.comparison.ratio:.3f}"
+    for expected in ("random weights, seed 20251", made.device, ratio, "faster", made.note):
         assert expected in words
 
 

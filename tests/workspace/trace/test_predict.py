@@ -125,7 +125,7 @@ def test_predicted_and_measured_stand_side_by_side(
     path = written(tmp_path, phase("prefill", 1024, gaps=0, steps=1), phase("decode", 8, gaps=0))
     predict.run(Predict(str(path), str(KERNELS), bench=str(BENCH)))
     printed = capsys.readouterr().out
-    assert "measured in the engine: 0.964 [0.959, 0.969], gemm.cublaslt" in printed
+    assert "measured in the engine: 0.962 [0.940, 0.984], gemm.cublaslt" in printed
     assert "predicted with cublaslt: 0." in printed
     assert "predicted with skinny: " not in printed  # which that engine did not run
     # 1024 tokens are not in the record, but the output head has 8 in this phase as well.
