@@ -32,9 +32,21 @@ TOLERANCES = {
     "float16": Tolerance(largest=0.25, mean=0.03),
     "bfloat16": Tolerance(largest=0.5, mean=0.06),
 }
+EIGHT_BITS = Tolerance(largest=1.75, mean=0.4)
+"""Of two right kernels for the same weights that round activations to 8 bits, each its own way. For
+a last bit of bfloat16 before that rounding, transformers of 2 to 48 layers with random weights
+differ by 0.12 to 0.32 on average and by 1.4 at most (simulated); a 7B on an H200 by 0.21 and 0.95.
+With other weights they differ by 0.6 and 2.9."""
 FLAT = 4.0
 """The likeliest token must exceed a uniform guess by FLAT times the largest tolerated difference;
 otherwise a kernel that returns zeros would pass."""
+
+
+def tolerance(plan: Plan, dtype: str) -> Tolerance:
+    """What is allowed between two variants with this dtype. On a CPU both round to 8 bits alike."""
+    if plan.same_weights and plan.device.kind == "cuda":
+        return EIGHT_BITS
+    return TOLERANCES.get(dtype, TOLERANCES["bfloat16"])
 
 
 def agreement(

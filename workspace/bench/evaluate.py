@@ -114,7 +114,7 @@ def _agreements(
 ) -> tuple[Agreement, Agreement | None, Agreement | None]:
     """The worst of candidate against baseline; the baseline against itself, and the candidate
     against itself where it computes something else, if they ran twice."""
-    tolerance = checks.TOLERANCES.get(baseline[0].dtype, checks.TOLERANCES["bfloat16"])
+    tolerance = checks.tolerance(plan, baseline[0].dtype)
     vocab_size, reference = plan.model.config.vocab_size, baseline[0].generations
 
     def itself(results: Sequence[Result]) -> Agreement | None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.workspace.bench.samples import generation, plan, result
+from tests.workspace.bench.samples import generation, plan, result, sparse_model
 from workspace.bench import checks, loaded, provenance
 from workspace.bench.messages import Generation, Result, Step
+from workspace.bench.plan import Device
 from workspace.pins.release import tree
 
 TOLERANCE = checks.Tolerance(largest=0.5, mean=0.06)
@@ -66,6 +67,19 @@ def test_agreement_is_symmetric_in_its_differences(
     assert left.largest == pytest.approx(right.largest)
     assert left.mean == pytest.approx(right.mean)
     assert left.matched == right.matched
+
+
+def test_only_on_a_gpu_may_the_same_8_bit_weights_be_rounded_to_otherwise() -> None:
+    gpu = plan(model=sparse_model("fp8"), baseline="fp8", device=Device("cuda", 1, "a GPU"))
+    assert checks.tolerance(gpu, "bfloat16") == checks.EIGHT_BITS
+    for other in (replace(gpu, baseline="bf16"), replace(gpu, device=plan().device)):
+        assert checks.tolerance(other, "bfloat16") == checks.TOLERANCES["bfloat16"]
+    for by, right in ((0.2, True), (0.6, False)):
+        moved = generation()
+        for step in moved.steps:
+            step.logprobs = {token: value - by for token, value in step.logprobs.items()}
+        found = checks.agreement([generation()], [moved], checks.EIGHT_BITS, 151936)
+        assert (found.failures == []) == right
 
 
 @settings(deadline=None)  # a shared machine stalls at times
