@@ -72,7 +72,7 @@ def plan_of(options: argparse.Namespace, definition: ModuleType) -> Plan:
         backends = known("backend", wanted, backend_names(options.operation))
     if options.seconds <= 0 or min(options.repetitions, options.top, *(options.tokens or [])) < 1:
         raise UsageError("--seconds, --repetitions, --tokens and --top must be positive")
-    models = known("model", options.model or definition.DEFAULT_MODELS, definition.MODELS)
+    models = known_models(options.model or definition.DEFAULT_MODELS, definition.MODELS)
     return Plan(
         operation=options.operation,
         dtype=dtype,
@@ -105,6 +105,11 @@ def known(what: str, wanted: Iterable[str], existing: Iterable[str]) -> list[str
             f"no {what} {', '.join(unknown) or 'is named'}; known: {', '.join(existing)}"
         )
     return wanted
+
+
+def known_models(wanted: Iterable[str], existing: Iterable[str]) -> list[str]:
+    """`known` of models, which may have their names on the hub: Qwen/Qwen2.5-7B is qwen2.5-7b."""
+    return known("model", (name.rpartition("/")[2].lower() for name in wanted), existing)
 
 
 def choose(cases: Iterable[Case], label: str, wanted: Iterable[str]) -> list[Case]:

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from custom_kernels import registry
-from custom_kernels.bench.plan import choose, known
+from custom_kernels.bench.plan import choose, known, known_models
 from custom_kernels.check.case import Case
 
 
@@ -33,7 +33,7 @@ class Choice:
             UsageError: there is none; names the values that exist.
         """
         cases = registry.operation(self.operation).cases
-        models = known("model", [self.model or cases.DEFAULT_MODELS[-1]], cases.MODELS)
+        models = known_models([self.model or cases.DEFAULT_MODELS[-1]], cases.MODELS)
         found = cases.cases(models, [self.tokens], self.dtype_name())
         for label in ("layer", "pattern"):
             found = choose(found, label, filter(None, [getattr(self, label)]))

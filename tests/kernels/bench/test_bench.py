@@ -94,6 +94,11 @@ def test_a_plan_has_every_default_filled_in() -> None:
     assert plans.plan_of(options("--backend", "all"), gemm_cases).backends is None
 
 
+def test_a_model_may_have_its_name_on_the_hub() -> None:
+    plan = plans.plan_of(options("--model", "Qwen/Qwen2.5-7B", "--model", "qwen2.5-7b"), gemm_cases)
+    assert plan.models == ["qwen2.5-7b"]
+
+
 def test_the_command_of_a_plan_gives_the_same_plan() -> None:
     given = options(
         "--model", "qwen2.5-7b", "--tokens", "1", "64", "--backend", "cublaslt,reference",
