@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+from workspace.host.text import plural
+
 STEP = re.compile(r"^\[(\d+)/(\d+)\] (.+)$")
 """ninja's line for a step, with `STATUS`; the last word is the file that it makes."""
 STATUS = {"NINJA_STATUS": "[%f/%t] "}
@@ -42,9 +44,15 @@ def durations(folder: Path) -> dict[str, float]:
 
 
 def left(remaining: set[str], known: dict[str, float], jobs: int) -> str:
-    """Time for the remaining files, in words; empty if none remain or nothing is known yet."""
+    """Time for the remaining files, in words; empty if none remain or nothing is known yet.
+
+    Of the last ones, which all compile at once, those that are new may take any time: upstream's
+    slowest products took four minutes after every other file was done.
+    """
     if not remaining or not known:
         return ""
+    if len(remaining) <= jobs and remaining - known.keys():
+        return f"{plural(len(remaining), 'step')} still running"
     of_target = defaultdict(list)
     for output, seconds in known.items():
         of_target[_target(output)].append(seconds)

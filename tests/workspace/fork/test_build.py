@@ -460,7 +460,10 @@ def test_the_time_left_is_a_lower_bound_until_each_target_was_seen() -> None:
     assert time_left.left(fetched, known, 1) == "about 5 min left"
     assert time_left.left(fetched | {"_C.dir/csrc/a.o"}, known, 2) == "about 3 min left"
     assert time_left.left({"_C.dir/csrc/b.o", "_C.so"}, known, 1) == "about 2 min left"
-    assert time_left.left({"_C_AVX2.dir/csrc/b.o"}, known, 1) == "at least 1 min left"
+    others = {"_C_AVX2.dir/csrc/b.o", "_C_AVX2.dir/csrc/c.o"}
+    assert time_left.left(others, known, 1) == "at least 1 min left"
+    assert time_left.left(others, known, 2) == "2 steps still running"
+    assert time_left.left({"_C.dir/csrc/a.o"}, known, 2) == "about 1 min left"
 
 
 def test_the_files_of_a_build_and_how_long_they_took_are_ninjas(tmp_path: Path) -> None:
