@@ -22,7 +22,7 @@ from workspace.bench.plan import (
     make_plan,
     repeat_command,
 )
-from workspace.bench.record import Metric
+from workspace.bench.record import Metric, Settings
 from workspace.host.errors import WorkspaceError
 from workspace.host.options import read
 from workspace.pins import release
@@ -129,6 +129,7 @@ def test_a_cluster_may_have_more_devices_and_proves_less(monkeypatch: pytest.Mon
     made = make_plan(Bench(tp=4, executor="ray"), CPU, MODEL)
     assert made.workers == 4
     assert " TP=4 EXECUTOR=ray " in repeat_command(made)
+    assert Settings.model_validate(made, from_attributes=True).parallel == "TP 4, Ray"
     with pytest.raises(WorkspaceError, match="TP=4: this machine has 2 CPU cores"):
         make_plan(Bench(tp=4), CPU, MODEL)
     with pytest.raises(WorkspaceError, match="METRIC=serve and ENGINE=released cannot be proven"):
