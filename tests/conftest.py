@@ -62,7 +62,7 @@ def pytest_configure() -> None:
         "GIT_CONFIG_KEY_2": "safe.directory",  # a CI may check out as somebody else
         "GIT_CONFIG_VALUE_2": "*",
     }
-    for name in TERMINAL:
+    for name in (*TERMINAL, "PYTEST_ADDOPTS"):  # the latter would change what pytests of ours print
         os.environ.pop(name, None)
     # Messages of compilers and other programs in English; characters stay as the user has them.
     if os.environ.get("LC_ALL", "").partition(".")[0] not in ("", "C", "POSIX"):
