@@ -115,7 +115,7 @@ def compare(
 
 def of_record(record: Record, noise: Noise | None = None) -> Comparison:
     """The comparison of a recorded run, from the figures of its processes."""
-    old, new = ([run.figures for run in one.processes] for one in record.variants)
+    old, new = record.by_process
     return compare(old, new, higher_is_better(record.unit), noise)
 
 

@@ -45,9 +45,7 @@ def of_runs(found: Iterable[Record]) -> Noise | None:
     if not newest:
         return None
     ratios = [abs(math.log(one.comparison.ratio)) for one in newest]
-    spreads = [
-        spread([[run.figures for run in side.processes] for side in one.variants]) for one in newest
-    ]
+    spreads = [spread(one.by_process) for one in newest]
     return Noise(
         runs=len(ratios),
         band=math.expm1(max(ratios)),

@@ -305,6 +305,11 @@ class Record(Strict):
         """What the figures are: "throughput, tokens/s"."""
         return f"{self.figure or self.settings.metric}, {self.unit}"
 
+    @property
+    def by_process(self) -> list[list[list[float]]]:
+        """[variants][processes][rounds] of figures."""
+        return [[run.figures for run in side.processes] for side in self.variants]
+
 
 def higher_is_better(unit: Unit) -> bool:
     """Whether a figure is a rate, not a time."""

