@@ -42,7 +42,7 @@ eval: ## perplexity of a text in vLLM, sparse against dense (MODEL=models/q05-24
 new-kernel: ## scaffold a working kernel (OP=gemm, BACKEND=triton|cuda|cupy, NAME=mine)
 	@$(WORKSPACE) new-kernel
 
-watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.triton, ARCH=9.0a, TIMEOUT)
+watch: ## on saving a kernel: compile, check, time, show what changed (K=gemm.triton, ARCH=9.0a, SHAPES=capture.json, TOP, ...)
 	@$(WORKSPACE) watch
 
 inspect: ## registers, spills, occupancy, instructions; needs no GPU (K=gemm.triton, ARCH=9.0a, JSON=1)

@@ -77,13 +77,27 @@ class NewKernel:
     name: str | None = text("NAME", "its file name", "`BACKEND`", "mine")
 
 
+def _check_top(top: int | None, shapes: str | None) -> None:
+    if top and not shapes:
+        raise WorkspaceError("TOP= counts shapes of a capture; name its record with SHAPES=")
+
+
 @dataclass(frozen=True)
 class Watch:
     k: str | None = text("K", f"{KERNEL}, several with commas", example="gemm.triton")
     arch: str | None = text(
         "ARCH", "compile for this GPU architecture", "the GPU's, else 9.0a", "9.0a"
     )
+    shapes: str | None = text(
+        "SHAPES",
+        "a record of `make capture`: on a GPU its shapes are timed, not the usual two",
+        example="capture.json",
+    )
+    top: int | None = number("TOP", "with `SHAPES`: so many shapes, those that cost most", "10")
     timeout: int | None = number("TIMEOUT", "seconds after which a hanging kernel is killed", "30")
+
+    def __post_init__(self) -> None:
+        _check_top(self.top, self.shapes)
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,9 @@ class BenchKernels:
     )
     top: int | None = number("TOP", "with `SHAPES`: so many shapes, those that cost most", "24")
     tune: bool = flag("TUNE", "use these results to choose backends from now on")
+
+    def __post_init__(self) -> None:
+        _check_top(self.top, self.shapes)
 
 
 @dataclass(frozen=True)

@@ -175,19 +175,38 @@ def check(question: messages.Check) -> messages.Checked | messages.NotChecked | 
             torch.cuda.synchronize(device)
         except RuntimeError:  # after the first error, every case reports the same one
             return messages.Failed(wrong[0])
-    times = _times(backend, device) if question.on_gpu and not wrong else {}
-    return messages.Checked(len(checked), wrong, times)
+    if wrong or not question.on_gpu:
+        return messages.Checked(len(checked), wrong)
+    times, summary = measure(backend, device, question.shapes)
+    return messages.Checked(len(checked), wrong, times, summary)
 
 
-def _times(backend: Backend, device: torch.device) -> dict[str, messages.Timing]:
-    """One call with few tokens and one with many, and the ratio to the baseline."""
-    from custom_kernels.bench import timing
-    from custom_kernels.bench.record import Timed
+def measure(
+    backend: Backend, device: torch.device, shapes: messages.Shapes | None
+) -> tuple[dict[str, messages.Timing], tuple[str, ...]]:
+    """The time of each case and its ratio to the baseline; of captured shapes also what the calls
+    of the captured run sum up to."""
+    from custom_kernels.bench import report, timing
+    from custom_kernels.bench.record import Timed, label_text, weighted
+    from custom_kernels.bench.shapes import cases as cases_of
+    from custom_kernels.bench.shapes import costliest, dtype_of, read
     from custom_kernels.check.case import contender_of
     from custom_kernels.check.check import dtypes
 
     definition, exact = backend.operation.cases, backend.operation.reference.exact
-    dtype = dtypes(backend, device)[0]
+    supported, captured = dtypes(backend, device), None
+    dtype = supported[0]
+    if shapes is None:
+        cases = [
+            next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
+            for tokens in TIMED_TOKENS
+        ]
+    else:
+        path = Path(shapes.file)
+        capture = read(path)
+        if (given := dtype_of(capture, definition)) in supported:
+            dtype = given
+        cases, captured = costliest(cases_of(capture, definition, dtype), shapes.top, path)
     contender = contender_of(backend, device, dtype)
     baseline = next(
         (one for one in definition.baselines(dtype) if one.unavailable_reason(device) is None), None
@@ -195,18 +214,21 @@ def _times(backend: Backend, device: torch.device) -> dict[str, messages.Timing]
     contenders = [contender]
     if baseline is not None and baseline.name != contender.name:
         contenders.insert(0, baseline)
+    rows = [timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1) for case in cases]
     times = {}
-    for tokens in TIMED_TOKENS:
-        case = next(iter(definition.cases(definition.DEFAULT_MODELS[-1:], (tokens,), dtype)))
-        row = timing.measure(case, contenders, exact, device, TIMED_SECONDS, 1)
+    for row in rows:
         own, timed = row.contenders[contender.name], row.timed(contender.name)
-        times[" ".join(f"{name}={value}" for name, value in case.labels.items())] = messages.Timing(
+        times[label_text(row.labels)] = messages.Timing(
             microseconds=timed.us if timed else None,
             ratio=timed.ratio if timed else None,
             baseline=contenders[0].name if len(contenders) > 1 else None,
             failure=None if isinstance(own, Timed) else own.failure,
+            calls=row.calls,
         )
-    return times
+    if captured is None:
+        return times, ()
+    found = weighted(rows, contenders[0].name)
+    return times, tuple(report.weighted_lines(captured, rows, found, contenders[0].name))
 
 
 if __name__ == "__main__":

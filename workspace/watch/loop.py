@@ -28,13 +28,15 @@ from workspace.host.errors import WorkspaceError
 from workspace.host.settings import device
 from workspace.host.text import say
 from workspace.watch.fork_client import ForkServer
-from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect
+from workspace.watch.messages import Answer, Check, FindDevice, FoundDevice, Inspect, Shapes
 from workspace.watch.screen import Lines, LiveScreen
 from workspace.watch.verdict import Verdict, judge
 
 DEFAULT_ARCHITECTURE = "9.0a"
 TIMEOUT = 30
 """Seconds after which a check counts as hanging."""
+TOP = 10
+"""Captured shapes that are timed: a second or two."""
 COMPILE_TIMEOUT = 900
 """nvcc does not hang, but a kernel with many templates takes minutes."""
 LOOK_SECONDS = 0.3
@@ -45,16 +47,19 @@ def run(options: verbs.Watch) -> None:
     """Watch until Ctrl-C.
 
     Raises:
-        WorkspaceError: K= or ARCH= is invalid.
+        WorkspaceError: K=, ARCH= or SHAPES= is invalid.
     """
     backends, arch = chosen(options.k), options.arch
     if arch and not re.fullmatch(r"\d+\.\d[a-z]?", arch):
         raise WorkspaceError(f"ARCH={arch} is not an architecture; use e.g. ARCH=9.0a")
+    shapes = captured(options.shapes, options.top or TOP, backends) if options.shapes else None
     console = Console(highlight=False)
-    with contextlib.suppress(KeyboardInterrupt), Watch(arch, options.timeout or TIMEOUT) as watch:
+    watching = Watch(arch, options.timeout or TIMEOUT, shapes)
+    with contextlib.suppress(KeyboardInterrupt), watching as watch:
         watch.start()
         names = ", ".join(map(str, backends))
-        gpu = f"on {watch.gpu}" if watch.gpu else "no GPU"
+        none = "no GPU" + (", so that no shape of the capture is timed" if shapes else "")
+        gpu = f"on {watch.gpu}" if watch.gpu else none
         title = f"watching {names} for {watch.architecture}, {gpu}"
         screen = LiveScreen(title, console) if console.is_terminal else Lines(title)
         with screen:
@@ -79,14 +84,34 @@ def chosen(k: str | None) -> list[Backend]:
     return selected
 
 
+def captured(file: str, top: int, backends: Sequence[Backend]) -> Shapes:
+    """The shapes that SHAPES= and TOP= name.
+
+    Raises:
+        WorkspaceError: the file is not the record of a capture, or an operation is not in it.
+    """
+    from custom_kernels.bench import shapes
+    from custom_kernels.command import UsageError
+
+    path = Path(file).expanduser().resolve()
+    try:
+        capture = shapes.read(path)
+        for cases in {backend.operation.cases for backend in backends}:
+            shapes.cases(capture, cases, shapes.dtype_of(capture, cases))
+    except UsageError as error:
+        raise WorkspaceError(f"SHAPES: {error}") from None
+    return Shapes(str(path), top)
+
+
 class Watch:
     """The two fork servers, and the verdicts on each backend."""
 
-    def __init__(self, arch: str | None, timeout: int) -> None:
+    def __init__(self, arch: str | None, timeout: int, shapes: Shapes | None) -> None:
         self.gpu: str | None = None
         self.architecture = arch or DEFAULT_ARCHITECTURE
         self._arch = arch
         self._timeout = timeout
+        self._shapes = shapes
         self._numbers: dict[Backend, int] = {}
         self._servers: list[ForkServer] = []
         self._threads = ThreadPoolExecutor(2)
@@ -155,7 +180,7 @@ class Watch:
         asked = [self._threads.submit(self._servers[0].ask, inspect)]
         kind = backend.kind if fingerprint(backend) else "torch"
         if self.gpu is not None or kind in ("triton", "torch"):
-            check = Check(*names, self.gpu is not None, self._timeout)
+            check = Check(*names, self.gpu is not None, self._timeout, self._shapes)
             asked.append(self._threads.submit(self._servers[1].ask, check))
         if self._outdated(asked, backend, version):
             return None

@@ -33,6 +33,15 @@ class Inspect:
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """The shapes of a capture that are timed."""
+
+    file: str
+    top: int
+    """So many, those that cost most."""
+
+
+@dataclass(frozen=True)
 class Check:
     """Check a backend against its reference; on a GPU, if it is right, time it."""
 
@@ -40,6 +49,8 @@ class Check:
     backend: str
     on_gpu: bool
     timeout: float
+    shapes: Shapes | None = None
+    """None: one case with few tokens and one with many."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class Timing:
     ratio: float | None
     baseline: str | None
     failure: str | None
+    calls: int | None = None
+    """In the run that was captured."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,8 @@ class Checked:
     cases: int
     wrong: tuple[str, ...]
     times: dict[str, Timing] = field(default_factory=dict)
+    summary: tuple[str, ...] = ()
+    """Of the times at captured shapes."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from workspace.watch.messages import Timing
 from workspace.watch.verdict import Verdict
 
 HISTORY = 8
@@ -47,7 +48,8 @@ def figures(verdict: Verdict, previous: Verdict | None) -> list[str]:
         old_time = old_timing.microseconds if old_timing else None
         versus = f" ({timing.microseconds / old_time - 1:+.1%})" if old_time else ""
         ratio = f", {timing.ratio:.2f} x {timing.baseline}" if timing.ratio else ""
-        lines.append(f"{case}: {timing.microseconds:.2f} µs{versus}{ratio}")
+        calls = f", {timing.calls:,} calls" if timing.calls else ""
+        lines.append(f"{case}: {timing.microseconds:.2f} µs{versus}{ratio}{calls}")
     return lines
 
 
@@ -146,12 +148,11 @@ class LiveScreen(Screen):
             table.add_column(name, justify="right", no_wrap=True)
         for one in versions[-HISTORY:]:
             style = COLOURS.get(one.state, "red")
-            times = [timing.microseconds for timing in one.times.values() if timing.microseconds]
             table.add_row(
                 str(one.number),
                 f"[{style}]{one.state}[/]",
                 *(_most(one.reports, name) for name in ("registers", "spills", "shared", "sass")),
-                ", ".join(f"{value:.1f} µs" for value in times) or "-",
+                _time(list(one.times.values())),
                 f"{one.seconds:.2f} s",
             )
         return table
@@ -159,6 +160,16 @@ class LiveScreen(Screen):
 
 def _most(reports: Sequence[Report], name: str) -> str:
     return str(max(getattr(report, name) for report in reports)) if reports else "-"
+
+
+def _time(timings: Sequence[Timing]) -> str:
+    """Of each case; of captured shapes that of all calls."""
+    timed = [(one.microseconds, one.calls or 0) for one in timings if one.microseconds is not None]
+    if not timed:
+        return "-"
+    if calls := sum(us * count for us, count in timed):
+        return f"{calls / 1000:.3g} ms" + (" in part" if len(timed) < len(timings) else "")
+    return ", ".join(f"{us:.1f} µs" for us, _ in timed)
 
 
 def _marked(line: str) -> str:

@@ -73,6 +73,7 @@ def judge(
             times = checked.times
             if not checked.wrong:
                 remarks.insert(0, f"{checked.cases} cases right")
+            remarks += checked.summary
         case NotChecked():
             remarks.append(f"not run: {checked.reason}")
         case None if state == "compiled":

@@ -137,9 +137,7 @@ def cases_of(plan: Plan, definition: ModuleType) -> tuple[list[Case], Captured |
         return choose(cases, "pattern", plan.patterns), None
     captured = shapes.cases(shapes.read(plan.shapes), definition, plan.dtype)
     every = choose(captured, "pattern", plan.patterns)
-    chosen = every[: plan.top]
-    share = sum(map(shapes.cost, chosen)) / sum(map(shapes.cost, every))
-    return chosen, Captured(file=plan.shapes.name, shapes=len(every), share=share)
+    return shapes.costliest(every, plan.top, plan.shapes)
 
 
 def contenders_of(

@@ -2,12 +2,12 @@
 """A record of a kernel benchmark on the screen."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from custom_kernels.bench.intervals import coloured
-from custom_kernels.bench.record import Failed, Record, Timed
+from custom_kernels.bench.record import Captured, Failed, Record, Row, Timed, Weighted
 from custom_kernels.command import console
 
 if TYPE_CHECKING:
@@ -100,7 +100,10 @@ def _short(value: float | None) -> str:
 
 def summary_lines(record: Record) -> list[str]:
     """A line per contender and model, and of a capture one per contender for all calls."""
-    return [*_weighted_lines(record)] + [
+    lines: list[str] = []
+    if record.captured:
+        lines += weighted_lines(record.captured, record.rows, record.weighted, record.baseline)
+    return lines + [
         f"{name}, {group}: geometric mean {one.geometric_mean:.3f} x {record.baseline}, "
         f"{one.lowest:.3f} to {one.highest:.3f}, "
         + ", ".join(f"{count} {verdict}" for verdict, count in one.verdicts.items())
@@ -109,16 +112,17 @@ def summary_lines(record: Record) -> list[str]:
     ]
 
 
-def _weighted_lines(record: Record) -> Iterator[str]:
-    if record.captured is None:
-        return
-    rows, of = len(record.rows), record.captured
+def weighted_lines(
+    of: Captured, rows: Sequence[Row], found: Mapping[str, Weighted], baseline: str
+) -> Iterator[str]:
+    """What part of a capture was measured, and a line per contender for all its calls."""
     yield (
-        f"{of.file}: {rows} of {of.shapes} shapes, about {of.share:.0%} of the cost of all calls"
+        f"{of.file}: {len(rows)} of {of.shapes} shapes, about {of.share:.0%} of the cost of all "
+        "calls"
     )
-    for name, one in record.weighted.items():
+    for name, one in found.items():
         missing = f"; it has no time for {', '.join(one.missing)}" if one.missing else ""
         yield (
             f"{name}, all calls at {one.shapes} of them: {one.ratio:.3f} "
-            f"[{one.low:.3f}, {one.high:.3f}] x {record.baseline}, times summed over calls{missing}"
+            f"[{one.low:.3f}, {one.high:.3f}] x {baseline}, times summed over calls{missing}"
         )

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from custom_kernels.bench import record
-from custom_kernels.bench.record import Labels
+from custom_kernels.bench.record import Captured, Labels
 from custom_kernels.check.case import Case
 from custom_kernels.command import UsageError
 
@@ -135,6 +135,13 @@ def cases(
     if not found:
         raise UsageError(f"the capture has no layer that {operation} computes")
     return sorted(found.values(), key=cost, reverse=True)
+
+
+def costliest(found: list[Case], top: int, path: Path) -> tuple[list[Case], Captured]:
+    """The first `top` of `cases`, and which part of the capture in `path` they are."""
+    chosen = found[:top]
+    share = sum(map(cost, chosen)) / sum(map(cost, found))
+    return chosen, Captured(file=path.name, shapes=len(found), share=share)
 
 
 def cost(case: Case) -> float:

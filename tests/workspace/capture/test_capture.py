@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+import torch
 from custom_kernels import registry
 from custom_kernels.bench import __main__ as kernel_bench
 from custom_kernels.bench import plan as kernel_plan
 from custom_kernels.bench.shapes import Layer, Worker
 from custom_kernels.command import UsageError
+from rich.console import Console
 
 from tests.workspace.bench import samples
 from workspace.bench.record import Round
@@ -19,7 +22,11 @@ from workspace.capture.engine import Captured
 from workspace.capture.record import Record
 from workspace.host.errors import WorkspaceError
 from workspace.host.options import read
-from workspace.verbs import Capture
+from workspace.verbs import Capture, Watch
+from workspace.watch import fork_server, loop
+from workspace.watch.messages import Checked, Inspected
+from workspace.watch.screen import LiveScreen, figures
+from workspace.watch.verdict import judge
 
 LAYERS = 2
 """Of the bundled model."""
@@ -178,6 +185,42 @@ def test_kernels_are_measured_at_the_shapes_of_a_capture_the_costliest_first(her
     path.write_text("{}")
     with pytest.raises(UsageError, match="is not the record of a capture"):
         planned("gemm", path)
+
+
+def test_the_watch_times_the_costliest_shapes_of_a_capture(here: Path) -> None:
+    capture.run(read(Capture, {"FROM": str(left(here / "shapes", worker()))}))
+    (path,) = (here / "records").glob("*.json")
+    gemm = registry.operation("gemm").backend("reference")
+    shapes = loop.captured(str(path), 2, [gemm])
+    times, summary = fork_server.measure(gemm, torch.device("cpu"), shapes)
+    assert {name: one.calls for name, one in times.items()} == {
+        "toy lm_head M=4 N=512 K=128": 8, "toy qkv_proj M=4 N=256 K=128": 14
+    }  # fmt: skip
+    assert all(one.microseconds for one in times.values())
+    assert summary[0].startswith(f"{path.name}: 2 of 3 shapes, about ")
+    assert summary[1].startswith("reference, all calls at 2 of them: ")
+    verdict = judge(1, "gemm.reference", Inspected((), ()), Checked(3, (), times, summary), 1.0)
+    assert verdict.remarks == ("3 cases right", *summary)
+    in_all = sum((one.microseconds or 0) * (one.calls or 0) for one in times.values()) / 1000
+    lines = figures(verdict, verdict)
+    assert all(line.endswith((" 8 calls", " 14 calls")) for line in lines)
+    drawn = io.StringIO()
+    with LiveScreen("watching", Console(width=160, file=drawn)) as screen:
+        screen.show(verdict)
+    assert f" {in_all:.3g} ms " in drawn.getvalue()
+
+
+def test_shapes_that_the_watch_cannot_use_are_refused_at_its_start(here: Path) -> None:
+    capture.run(read(Capture, {"FROM": str(left(here / "shapes", worker()))}))
+    (path,) = (here / "records").glob("*.json")
+    backends = loop.chosen("gemm.triton,silu_and_mul.triton")
+    with pytest.raises(WorkspaceError, match="SHAPES: the capture has no layer that silu_and_mul"):
+        loop.run(Watch(k="gemm.triton,silu_and_mul.triton", shapes=str(path)))
+    path.write_text("{}")
+    with pytest.raises(WorkspaceError, match=r"SHAPES: .* is not the record of a capture"):
+        loop.captured(str(path), 2, backends)
+    with pytest.raises(WorkspaceError, match="name its record with SHAPES="):
+        Watch(k="gemm.triton", top=3)
 
 
 def test_a_layer_is_named_by_what_its_places_have_in_common() -> None:
