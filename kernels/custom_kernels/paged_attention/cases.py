@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 
 __all__ = [
     "CAPTURED",

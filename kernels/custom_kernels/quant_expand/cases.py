@@ -6,15 +6,24 @@ with the same K are one case.
 """
 
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from custom_kernels import registry
+from custom_kernels.check.baselines import compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
+from custom_kernels.check.quantized import (
+    PLAIN,
+    Rounded,
+    contender,
+    make_edges,
+    make_outliers,
+    too_far,
+    vllm_quantize,
+    wrong_bytes,
+)
 from custom_kernels.quant_expand import expanded, reference
 from custom_kernels.quantization import quantize
 
@@ -28,6 +37,7 @@ __all__ = [
     "captured",
     "cases",
     "checks",
+    "contender",
 ]
 
 DTYPES = ("int8", "float8_e4m3fn")
@@ -38,19 +48,8 @@ TOKENS = (1, 16, 128, 1024, 4096, 16384)
 batch limit."""
 
 PATTERNS = (None, "2:4", "4:6", "6:8", "8:10")
-PLAIN = "none"
-"""The label of a case that only quantizes."""
-
 LAYERS = ("qkv", "o", "gate_up", "down")
 """The output head is not quantized."""
-
-
-class Rounded(NamedTuple):
-    """The result of a baseline that divides or rounds otherwise than the definition: q may be one
-    step off, and the scale in its last digits. It need not be padded or expanded."""
-
-    q: torch.Tensor
-    scale: torch.Tensor
 
 
 CAPTURED = ("gemm", "quantized_gemm")
@@ -108,11 +107,6 @@ def baselines(dtype: str) -> list[Contender]:
     ]
 
 
-def contender(backend: registry.Backend, device: torch.device, dtype: str) -> Contender:
-    """A backend of this package, which takes x in bfloat16 whatever the dtype of q."""
-    return Contender(backend.name, backend.runner(device, torch.bfloat16))
-
-
 def case(
     labels: dict[str, str | int],
     m: int,
@@ -145,61 +139,17 @@ def case(
     )
 
 
-def make_outliers(least: float, most: float, *tensors: torch.Tensor) -> None:
-    """Make one column in a hundred so many times as large, the same in all ``tensors`` [M, K]."""
-    k, device = tensors[0].shape[1], tensors[0].device
-    columns = torch.randint(k, (max(1, k // 100),), device=device)
-    large = torch.empty(len(columns), device=device).uniform_(least, most)
-    for tensor in tensors:
-        tensor[:, columns] *= large.to(tensor.dtype)
-
-
-def make_edges(x: torch.Tensor) -> None:
-    """Rows of x [M, K] after the first: of zeros, with infinities, with NaN, of subnormals."""
-    half = x.shape[1] // 2
-    for row, value in zip(x[1:], (0.0, torch.inf, torch.nan, 1e-39), strict=False):
-        row[half:] = value
-        row[:half] *= 0 if value == 0 else 1e-38
-
-
 def error(inputs: Sequence[Any], outputs: Any) -> float:
     """The share of bytes that differ from the definition's; of a Rounded result, the share of
-    values that are more than a step off."""
+    values that are more than a step off, and of scales that are in more than their last digits."""
     x, pattern, dtype = inputs
     if isinstance(outputs, Rounded):
-        q, scale = outputs
-        if q.shape[-1] == x.shape[1]:
+        if outputs.q.shape[-1] == x.shape[1]:
             right, right_scale = quantize(x, dtype)
         else:
             right, right_scale = reference.run(x, pattern, dtype)
-        off = (steps(q) - steps(right)).abs() > 1
-        scale = scale.view(-1)
-        off_scale = (scale - right_scale).abs() > 1e-5 * right_scale
-        return float(torch.cat([off.flatten(), off_scale]).float().mean())
+        return too_far(outputs, right, right_scale, 1, 1e-5)
     return wrong_bytes(outputs, reference.run(x, pattern, dtype))
-
-
-def wrong_bytes(outputs: Sequence[torch.Tensor], rights: Sequence[torch.Tensor]) -> float:
-    """The share of bytes that differ; one NaN of float32 is as good as another."""
-    different, count = 0, 0
-    for output, right in zip(outputs, rights, strict=True):
-        if output.shape != right.shape or output.dtype != right.dtype:
-            return 1.0
-        if output.dtype == torch.float32:
-            same = (output == right) | (output.isnan() & right.isnan())
-        else:
-            same = output.view(torch.uint8) == right.view(torch.uint8)
-        different += int((~same).sum()) * output.element_size()
-        count += output.numel() * output.element_size()
-    return different / max(count, 1)
-
-
-def steps(q: torch.Tensor) -> torch.Tensor:
-    """Codes as integers in the order of the values, neighbours next to each other."""
-    if q.dtype == torch.int8:
-        return q.int()
-    codes = q.view(torch.uint8).int()
-    return torch.where(codes < 0x80, codes, 0x80 - codes)
 
 
 def _compiled(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
@@ -215,33 +165,3 @@ def _compile(pattern: str | None, dtype: torch.dtype) -> Callable[[torch.Tensor]
 
 def _vllm(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
     return vllm_quantize(x, dtype)
-
-
-def vllm_quantize(x: torch.Tensor, dtype: torch.dtype) -> Rounded:
-    """vLLM's own quantization of every row to int8 or float8_e4m3fn."""
-    ops = importlib.import_module("vllm._custom_ops")
-    if dtype == torch.int8:
-        q, scale, _ = ops.scaled_int8_quant(x)
-    else:
-        q, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
-    return Rounded(q, scale)
-
-
-def compiling(device: torch.device) -> str | None:
-    """Why torch.compile is not measured on a device, as a Contender asks it."""
-    return None if device.type == "cuda" else "torch.compile is measured on CUDA devices"
-
-
-def vllm_kernel_missing(name: str) -> Callable[[torch.device], str | None]:
-    """Why this one of vLLM's compiled kernels cannot run on a device, as a Contender asks it."""
-
-    def reason(device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "vLLM's quantization kernels run on CUDA devices"
-        try:
-            importlib.import_module("vllm._custom_ops")
-        except ImportError as error:
-            return f"vLLM cannot be imported: {error}"
-        return None if hasattr(torch.ops._C, name) else f"this vLLM has no compiled {name}"
-
-    return reason

@@ -5,16 +5,15 @@ x and residual are of variance 1 with a few outlier channels, like activations. 
 model has the same K and, but the first, a residual.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 from custom_kernels.rms_norm import reference
 
 __all__ = [
@@ -79,7 +78,7 @@ def baselines(dtype: str) -> list[Contender]:
     torch alone; vLLM's own kernel."""
 
     return [
-        Contender("torch.compile", _run_compiled, unavailable_reason=compiling),
+        Contender("torch.compile", compiled(reference.run), unavailable_reason=compiling),
         Contender("torch", reference.run),
         Contender("vllm", _vllm, unavailable_reason=vllm_kernel_missing("fused_add_rms_norm")),
     ]
@@ -136,15 +135,6 @@ def case(
         tolerance=TOLERANCES[dtype],
         per_token=(0, 1),
     )
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(reference.run, dynamic=True)
-
-
-def _run_compiled(*arguments: Any) -> Any:
-    return _compiled()(*arguments)
 
 
 def _vllm(

@@ -5,27 +5,26 @@ x and residual are bfloat16 of variance 1 with a few outlier channels, like acti
 that of q. Every norm of a model has the same K and, but the first, a residual.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from custom_kernels import custom_quant_expand
+from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand import expanded
-from custom_kernels.quant_expand.cases import (
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
+from custom_kernels.check.quantized import (
     PLAIN,
-    compiling,
+    Rounded,
     contender,
     make_edges,
     make_outliers,
-    steps,
-    vllm_kernel_missing,
+    too_far,
     wrong_bytes,
 )
+from custom_kernels.quant_expand import expanded
 from custom_kernels.rms_norm_quant import reference
 
 __all__ = [
@@ -50,14 +49,6 @@ batch limit."""
 
 PATTERNS = ("2:4", "4:6", "6:8")
 EPSILON = 1e-6
-
-
-class Rounded(NamedTuple):
-    """The result of a baseline that adds in another order, or rounds elsewhere: y may be two steps
-    of bfloat16 off, a share of 2^-6, so that q may be three steps off."""
-
-    q: torch.Tensor
-    scale: torch.Tensor
 
 
 CAPTURED = ("rms_norm",)
@@ -160,7 +151,8 @@ def case(
 
 def error(inputs: Sequence[Any], outputs: Any) -> float:
     """The share of bytes that differ from the definition's; of a Rounded result, the share of
-    values that are too far off."""
+    values that are too far off: y may be two steps of bfloat16 off, a share of 2^-6, so that q may
+    be three steps off."""
     x, residual, weight, epsilon, pattern, dtype = inputs
     if not isinstance(outputs, Rounded):
         return wrong_bytes(outputs, reference.run(*inputs))
@@ -168,19 +160,7 @@ def error(inputs: Sequence[Any], outputs: Any) -> float:
     right, right_scale, _ = reference.run(
         x, residual, weight, epsilon, pattern if full else None, dtype
     )
-    return too_far(outputs, right[:, : outputs.q.shape[-1]], right_scale)
-
-
-def too_far(outputs: Rounded, right: torch.Tensor, right_scale: torch.Tensor) -> float:
-    """The share of values of q that are more than three steps off, and of scales by over 2^-6."""
-    off = (steps(outputs.q) - steps(right)).abs() > 3
-    off_scale = (outputs.scale.view(-1) - right_scale).abs() > 2**-6 * right_scale
-    return float(torch.cat([off.flatten(), off_scale]).float().mean())
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_norm, dynamic=True)
+    return too_far(outputs, right[:, : outputs.q.shape[-1]], right_scale, 3, 2**-6)
 
 
 def _norm(
@@ -193,6 +173,9 @@ def _norm(
     return (values * torch.rsqrt(variance + epsilon)).to(x.dtype) * weight, total
 
 
+_compiled = compiled(_norm)
+
+
 def _unfused(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -201,7 +184,7 @@ def _unfused(
     pattern: str | None,
     dtype: torch.dtype,
 ) -> Rounded:
-    y, _ = _compiled()(x, residual, weight, epsilon)
+    y, _ = _compiled(x, residual, weight, epsilon)
     return Rounded(*custom_quant_expand(y, pattern, dtype))
 
 

@@ -5,16 +5,15 @@ They are slices of one projection, as vLLM has them, of variance 1; the angles a
 10,000.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 from custom_kernels.rotary_embedding import reference
 
 __all__ = [
@@ -86,7 +85,7 @@ def baselines(dtype: str) -> list[Contender]:
     ops; torch alone; vLLM's own kernel."""
 
     return [
-        Contender("torch.compile", _run_compiled, unavailable_reason=compiling),
+        Contender("torch.compile", compiled(reference.run), unavailable_reason=compiling),
         Contender("torch", reference.run),
         Contender("vllm", _vllm, unavailable_reason=vllm_kernel_missing("rotary_embedding")),
     ]
@@ -144,15 +143,6 @@ def case(
         tolerance=TOLERANCES[dtype],
         per_token=(0, 1, 2),
     )  # fmt: skip
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(reference.run, dynamic=True)
-
-
-def _run_compiled(*arguments: Any) -> Any:
-    return _compiled()(*arguments)
 
 
 def _vllm(

@@ -4,16 +4,15 @@
 x is of variance 4, like what gate and up projections return.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand.cases import compiling, vllm_kernel_missing
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 from custom_kernels.silu_and_mul import reference
 
 __all__ = [
@@ -72,7 +71,7 @@ def baselines(dtype: str) -> list[Contender]:
     ops; torch alone; vLLM's own kernel."""
 
     return [
-        Contender("torch.compile", _run_compiled, unavailable_reason=compiling),
+        Contender("torch.compile", compiled(reference.run), unavailable_reason=compiling),
         Contender("torch", reference.run),
         Contender("vllm", _vllm, unavailable_reason=vllm_kernel_missing("silu_and_mul")),
     ]
@@ -96,15 +95,6 @@ def case(labels: dict[str, str | int], m: int, k: int, dtype: str, stride: int =
         bytes=float(3 * m * k * x_dtype.itemsize),
         tolerance=TOLERANCES[dtype],
     )
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(reference.run, dynamic=True)
-
-
-def _run_compiled(x: torch.Tensor) -> Any:
-    return _compiled()(x)
 
 
 def _vllm(x: torch.Tensor) -> torch.Tensor:

@@ -5,28 +5,27 @@ x is bfloat16 of variance 4 with a few outlier channels, like what gate and up p
 DTYPE= is that of q.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from custom_kernels import custom_quant_expand
+from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand import expanded
-from custom_kernels.quant_expand.cases import (
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
+from custom_kernels.check.quantized import (
     PLAIN,
-    compiling,
+    Rounded,
     contender,
     make_edges,
     make_outliers,
-    vllm_kernel_missing,
+    too_far,
     vllm_quantize,
     wrong_bytes,
 )
-from custom_kernels.rms_norm_quant.cases import Rounded, too_far
+from custom_kernels.quant_expand import expanded
 from custom_kernels.silu_mul_quant import reference
 
 __all__ = [
@@ -136,26 +135,24 @@ def case(
 
 def error(inputs: Sequence[Any], outputs: Any) -> float:
     """The share of bytes that differ from the definition's; of a Rounded result, the share of
-    values that are too far off."""
+    values that are too far off, as in rms_norm_quant."""
     x, pattern, dtype = inputs
     if not isinstance(outputs, Rounded):
         return wrong_bytes(outputs, reference.run(*inputs))
     full = outputs.q.shape[-1] != x.shape[1] // 2
     right, right_scale = reference.run(x, pattern if full else None, dtype)
-    return too_far(outputs, right[:, : outputs.q.shape[-1]], right_scale)
+    return too_far(outputs, right[:, : outputs.q.shape[-1]], right_scale, 3, 2**-6)
 
 
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(reference.activate, dynamic=True)
+_compiled = compiled(reference.activate)
 
 
 def _unfused(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
-    return Rounded(*custom_quant_expand(_compiled()(x), pattern, dtype))
+    return Rounded(*custom_quant_expand(_compiled(x), pattern, dtype))
 
 
 def _vllm(x: torch.Tensor, pattern: str | None, dtype: torch.dtype) -> Rounded:
     importlib.import_module("vllm._custom_ops")
     y = x.new_empty(x.shape[0], x.shape[1] // 2)
     torch.ops._C.silu_and_mul(y, x)
-    return Rounded(*vllm_quantize(y, dtype))
+    return vllm_quantize(y, dtype)

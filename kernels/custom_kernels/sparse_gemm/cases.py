@@ -13,9 +13,11 @@ import torch
 from torch.nn.functional import linear, pad
 
 from custom_kernels import quantization, registry, sparsity
+from custom_kernels.check.baselines import vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
-from custom_kernels.gemm.cases import DEFAULT_MODELS, MODELS
-from custom_kernels.quant_expand.cases import LAYERS, vllm_kernel_missing, vllm_quantize
+from custom_kernels.check.models import DEFAULT_MODELS, MODELS
+from custom_kernels.check.quantized import vllm_quantize
+from custom_kernels.quant_expand.cases import LAYERS
 from custom_kernels.sparse_gemm import SparseWeight, pack, reference, sparse_linear
 
 __all__ = [
