@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from custom_kernels.command import console
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +18,8 @@ from workspace.trace.record import PhaseRecord, Record, Row, SideRecord
 
 ROWS = 20
 """Of a table; the others are one row."""
+WIDTH = 160
+"""Columns of a table in a file or a pipe: kernels have long names, and a name is cut, not wrapped."""
 SMALLEST = 0.003
 """Share of a step that is worth a row."""
 
@@ -32,13 +35,14 @@ def announce(plan: Plan, variants: Sequence[Variant]) -> None:
 
 def show(record: Record, path: Path, plot: Path) -> None:
     """Print the tables and the paths."""
+    screen = console(WIDTH)
     for side in record.sides:
         for phase in side.phases:
-            report.console.print(table(record, side, phase))
+            screen.print(table(record, side, phase))
     if len(record.sides) > 1:
         for phase in record.sides[0].phases:
             if (both := side_by_side(record, phase.phase)) is not None:
-                report.console.print(both)
+                screen.print(both)
     if record.bytes_per_second:
         rates = [
             f"{rate / 1e12:,.0f} TFLOP/s in {name}"
