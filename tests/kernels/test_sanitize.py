@@ -19,6 +19,7 @@ from custom_kernels.sanitize import Finding, Job, Report, Run
 from rich.console import Console
 
 from tests.kernels.conftest import PackageCopy, copy_package
+from tests.kernels.toy import files as toy_files
 
 # Lines as NVIDIA's manual of Compute Sanitizer shows them, not of a run.
 MEMCHECK = """\
@@ -180,46 +181,6 @@ def test_without_the_tool_it_is_one_line(
     assert shown.count("\n") == 1
 
 
-OPERATION = """
-import torch
-from custom_kernels import registry
-
-BACKEND_PRIORITY = {"cuda": ("reference",), "cpu": ("reference",)}
-
-
-def empty_output(x):
-    return torch.empty_like(x)
-
-
-def custom_toy(x, *, backend=None):
-    return registry.operation("toy").runner(backend or "reference", x.device, x.dtype)(x)
-"""
-REFERENCE = """
-def run(x):
-    return 2 * x
-
-
-def exact(x):
-    return 2 * x.double()
-"""
-CASES = """
-import torch
-from custom_kernels.check.case import Case
-
-DTYPES = ("float32",)
-
-
-def checks(dtype):
-    for m in (1, 3):
-        yield Case(
-            {"M": m},
-            lambda device, m=m: (torch.empty(m, 256, device=device),),
-            lambda inputs: inputs[0].normal_(),
-            256.0 * m,
-            2048.0 * m,
-            1e-6,
-        )
-"""
 CUDA = """
 #define KERNEL "toy"
 #include "include/launch.cuh"
@@ -333,8 +294,8 @@ print(json.dumps({run["job"]["kernel"]: run for run in found}, default=str))
 
 def plant(copy: PackageCopy) -> list[Job]:
     """An operation whose backends have the faults, and the same ones without, `…_right`."""
-    for name, text in {"__init__": OPERATION, "reference": REFERENCE, "cases": CASES}.items():
-        copy.add(f"toy/{name}.py", text)
+    for name, text in toy_files((1, 3), 256).items():
+        copy.add(f"toy/{name}", text)
     jobs: list[Job] = []
     for backend, (file, source, kernel, (right, wrong), tool, _) in FAULTS.items():
         suffix = Path(file).suffix

@@ -19,7 +19,7 @@ from workspace.trace.record import PhaseRecord, Record, Row, SideRecord
 ROWS = 20
 """Of a table; the others are one row."""
 WIDTH = 160
-"""Columns of a table in a file or a pipe: kernels have long names, and a name is cut, not wrapped."""
+"""Columns of a table in a file or a pipe: names of kernels are long, and are cut, not wrapped."""
 SMALLEST = 0.003
 """Share of a step that is worth a row."""
 

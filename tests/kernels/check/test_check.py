@@ -11,48 +11,7 @@ from custom_kernels.check.case import Case, Contender
 from custom_kernels.check.check import check_case
 
 from tests.kernels.conftest import PackageCopy
-
-OPERATION = """
-import torch
-from custom_kernels import registry
-
-BACKEND_PRIORITY = {"cuda": ("reference",), "cpu": ("reference",)}
-
-
-def empty_output(x):
-    return torch.empty_like(x)
-
-
-def custom_toy(x, *, backend=None):
-    run = registry.operation("toy").runner(backend or "reference", x.device, x.dtype)
-    return empty_output(x) if x.numel() == 0 else run(x)
-"""
-REFERENCE = """
-def run(x):
-    return 2 * x
-
-
-def exact(x):
-    return 2 * x.double()
-"""
-CASES = """
-import torch
-from custom_kernels.check.case import Case
-
-DTYPES = ("float32", "bfloat16")
-
-
-def checks(dtype):
-    for m in (0, 1, 3):
-        yield Case(
-            {"M": m},
-            lambda device, m=m: (torch.empty(m, 8, dtype=getattr(torch, dtype), device=device),),
-            lambda inputs: inputs[0].normal_(),
-            8.0 * m,
-            64.0 * m,
-            1e-6,
-        )
-"""
+from tests.kernels.toy import files as toy_files
 
 RIGHT = """
 import torch
@@ -68,8 +27,8 @@ def run(x):
 
 @pytest.fixture
 def toy(package_copy: PackageCopy) -> PackageCopy:
-    for name, text in {"__init__": OPERATION, "reference": REFERENCE, "cases": CASES}.items():
-        package_copy.add(f"toy/{name}.py", text)
+    for name, text in toy_files((0, 1, 3), 8, ("float32", "bfloat16")).items():
+        package_copy.add(f"toy/{name}", text)
     return package_copy
 
 

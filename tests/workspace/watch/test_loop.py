@@ -16,52 +16,13 @@ from pathlib import Path
 import pytest
 from custom_kernels import paths
 
+from tests.kernels.toy import files as toy_files
 from workspace import verbs
 from workspace.host.errors import WorkspaceError
 from workspace.host.options import read
 from workspace.host.paths import ROOT
 from workspace.watch import loop
 
-OPERATION = """
-import torch
-from custom_kernels import registry
-
-BACKEND_PRIORITY = {"cuda": (), "cpu": ("reference",)}
-
-
-def empty_output(x):
-    return torch.empty_like(x)
-
-
-def custom_toy(x, *, backend=None):
-    return registry.operation("toy").runner(backend or "reference", x.device, x.dtype)(x)
-"""
-REFERENCE = """
-def run(x):
-    return 2 * x
-
-
-def exact(x):
-    return 2 * x.double()
-"""
-CASES = """
-import torch
-from custom_kernels.check.case import Case
-
-DTYPES = ("float32",)
-
-
-def checks(dtype):
-    for m in (1, 3):
-        yield Case(
-            {"M": m},
-            lambda device, m=m: (torch.empty(m, 64, device=device),),
-            lambda inputs: inputs[0].normal_(),
-            64.0 * m,
-            512.0 * m,
-            1e-6,
-        )
-"""
 TRITON = """
 import triton
 import triton.language as tl
@@ -138,7 +99,7 @@ class Editor:
             ],
         )
         for name, text in {
-            "__init__.py": OPERATION, "reference.py": REFERENCE, "cases.py": CASES,
+            **toy_files((1, 3), 64),
             # The one for CuPy does not compile at first.
             "triton.py": TRITON, "cupy.py": CUPY.replace("2.f *", "2.f **"), "cuda.cu": CUDA,
         }.items():  # fmt: skip
