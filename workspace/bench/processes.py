@@ -11,12 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 from workspace.bench.engine_log import explain
 from workspace.bench.messages import EVENTS, JOB, RESULT, EngineJob, Event, Job, Ran, Result
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
 POLL_SECONDS = 0.2
+PATIENCE_SECONDS = 10.0
+"""For the workers of an engine that has ended to end as well."""
 
 AnyRan = TypeVar("AnyRan", bound=Ran)
 
@@ -96,6 +100,21 @@ def _follow(
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     # By process group: psutil's children() misses a worker whose parent has died already.
+    if process.poll() == 0:
+        # Workers that end by themselves remove their shared memory.
+        end = time.monotonic() + PATIENCE_SECONDS
+        while _runs(process.pid) and time.monotonic() < end:
+            time.sleep(0.05)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _runs(group: int) -> bool:
+    """Whether any process of a group has not ended. In a container nobody may collect an orphan
+    that has, a zombie."""
+    for one in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(one.pid) == group and one.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

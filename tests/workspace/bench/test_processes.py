@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from tests.workspace.conftest import still_running
 from workspace.bench import processes
-from workspace.bench.messages import Job
+from workspace.bench.messages import Job, Result
 from workspace.host.errors import WorkspaceError
 from workspace.host.paths import ROOT
 
@@ -41,6 +42,28 @@ def test_a_process_that_fails_is_one_line_with_its_log(tmp_path: Path) -> None:
     assert str(caught.value).startswith("stock: ")
     assert str(log) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("needs", "patience"), [(1, 60.0), (600, 0.5)])
+def test_workers_may_end_by_themselves_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: int, patience: float
+) -> None:
+    """A stand-in for an engine that ends before its worker, which tidies up or hangs."""
+    (tmp_path / "worker.py").write_text(f"import time; time.sleep({needs}); open('tidied', 'w')")
+    (tmp_path / "engine.py").write_text(
+        "import os, subprocess, sys\n"
+        "os.chdir(os.environ['FOLDER'])\n"
+        "print(subprocess.Popen([sys.executable, 'worker.py']).pid, file=open('pid', 'w'))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FOLDER": str(tmp_path)}
+    monkeypatch.setattr(processes, "PATIENCE_SECONDS", patience)
+    with pytest.raises(WorkspaceError):  # it answers nothing
+        processes.run_program(
+            "engine", Result, job(tmp_path), environment, tmp_path / "log", lambda _: None, "stock"
+        )
+    assert (tmp_path / "tidied").exists() == (needs < patience)
+    with suppress(psutil.NoSuchProcess):
+        assert still_running([psutil.Process(int((tmp_path / "pid").read_text()))]) == []
 
 
 def test_a_killed_bench_takes_its_engine_along(tmp_path: Path) -> None:
