@@ -99,7 +99,7 @@ def captured(file: str, top: int, backends: Sequence[Backend]) -> Shapes:
         for cases in {backend.operation.cases for backend in backends}:
             shapes.cases(capture, cases, shapes.dtype_of(capture, cases))
     except UsageError as error:
-        raise WorkspaceError(f"SHAPES: {error}") from None
+        raise WorkspaceError(str(error)) from None
     return Shapes(str(path), top)
 
 

@@ -214,10 +214,10 @@ def test_shapes_that_the_watch_cannot_use_are_refused_at_its_start(here: Path) -
     capture.run(read(Capture, {"FROM": str(left(here / "shapes", worker()))}))
     (path,) = (here / "records").glob("*.json")
     backends = loop.chosen("gemm.triton,silu_and_mul.triton")
-    with pytest.raises(WorkspaceError, match="SHAPES: the capture has no layer that silu_and_mul"):
+    with pytest.raises(WorkspaceError, match="the capture has no layer that silu_and_mul"):
         loop.run(Watch(k="gemm.triton,silu_and_mul.triton", shapes=str(path)))
     path.write_text("{}")
-    with pytest.raises(WorkspaceError, match=r"SHAPES: .* is not the record of a capture"):
+    with pytest.raises(WorkspaceError, match="is not the record of a capture"):
         loop.captured(str(path), 2, backends)
     with pytest.raises(WorkspaceError, match="name its record with SHAPES="):
         Watch(k="gemm.triton", top=3)
