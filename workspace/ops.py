@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -41,6 +41,7 @@ class Layers(NamedTuple):
 def run(options: Ops) -> None:
     """Print the table, or JSON."""
     from custom_kernels import registry
+    from custom_kernels.command import console
     from custom_kernels.vllm import layers
 
     model = models.resolve(options.model, device(), dummy=True)
@@ -61,12 +62,11 @@ def run(options: Ops) -> None:
     for kind, count in found.items():
         runs = "custom kernels" if kind.custom else UPSTREAM
         table.add_row(kind.layers, str(count), kind.vllm_class, runs, way(kind))
-    # Rich takes a log for a terminal of 80 columns.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    screen = console(140)
+    screen.print(table)
     for name in [operations.GEMM, *layers.names()]:
         backends = ", ".join(one.name for one in registry.operation(name).backends)
-        console.print(f"backends of {name}: {backends}")
+        screen.print(f"backends of {name}: {backends}")
 
 
 def way(kind: Layers) -> str:

@@ -3,10 +3,9 @@
 
 from pathlib import Path
 
-from custom_kernels import registry
+from custom_kernels import command, registry
 from custom_kernels.bench import shapes
 from custom_kernels.check.case import Case
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,7 +22,7 @@ LABELS = ("model", "layer", "M")
 
 def show(record: Record, path: Path) -> None:
     """Print the table, what is not in it, and what to do with it."""
-    Console(highlight=False, width=None if console.is_terminal else 140).print(table(record))
+    command.console(140).print(table(record))
     first = record.workers[0]
     workers = plural(len(record.workers), "worker")
     console.print(

@@ -138,7 +138,7 @@ def cases(
 
 
 def costliest(found: list[Case], top: int, path: Path) -> tuple[list[Case], Captured]:
-    """The first `top` of `cases`, and which part of the capture in `path` they are."""
+    """The first `top` of what `cases` found, and which part of the capture in `path` they are."""
     chosen = found[:top]
     share = sum(map(cost, chosen)) / sum(map(cost, found))
     return chosen, Captured(file=path.name, shapes=len(found), share=share)

@@ -13,6 +13,7 @@ import torch
 
 from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
+from custom_kernels.check.inputs import make_outliers
 from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 from custom_kernels.rms_norm import reference
 
@@ -116,12 +117,10 @@ def case(
         x, other, gains, _ = inputs
         if gains is not None:
             gains.normal_(1, 0.2)
-        channels = torch.randint(k, (max(1, k // 100),), device=x.device)
-        large = torch.empty(len(channels), device=x.device).uniform_(20, 50).to(x.dtype)
-        for tensor in (x, other):
-            if tensor is not None:
-                tensor.normal_()
-                tensor[:, channels] *= large
+        tensors = [x] if other is None else [x, other]
+        for tensor in tensors:
+            tensor.normal_()
+        make_outliers(20, 50, *tensors)
 
     moved = m * k * (4 if residual else 2) * x_dtype.itemsize
     if weight_dtype is not None:

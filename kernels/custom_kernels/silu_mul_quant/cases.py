@@ -14,13 +14,12 @@ import torch
 from custom_kernels import custom_quant_expand
 from custom_kernels.check.baselines import compiled, compiling, vllm_kernel_missing
 from custom_kernels.check.case import Case, Contender
+from custom_kernels.check.inputs import make_edges, make_outliers
 from custom_kernels.check.models import DEFAULT_MODELS, MODELS
 from custom_kernels.check.quantized import (
     PLAIN,
     Rounded,
     contender,
-    make_edges,
-    make_outliers,
     too_far,
     vllm_quantize,
     wrong_bytes,
